@@ -1,0 +1,1 @@
+//! Types shared by kernel and user side.

@@ -1,0 +1,1 @@
+//! Whom to call first when joining the network of peers.

@@ -1,0 +1,1 @@
+//! containerd's registry host configuration: writing it, and taking back what was written.

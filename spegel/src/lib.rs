@@ -1,0 +1,25 @@
+//! The rooms of spegel, a stateless, cluster-local OCI image mirror, and who may enter which.
+//!
+//! | level | rooms | may import |
+//! |---|---|---|
+//! | 0 | [`oci`], [`metrics`] | nothing of ours |
+//! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`] | level 0 |
+//! | 2 | [`store`], [`router`] | below; `router` takes `store`'s [`store::Change`] only |
+//! | 3 | [`mirror`] | below |
+//! | 4 | [`registry`] | below |
+//! | 5 | [`serve`], [`web`] | below |
+//! | 6 | [`app`], [`cli`] | all |
+//!
+//! `cargo xtask tidy` fails on an import that climbs.
+
+pub mod bootstrap;
+pub mod hosts;
+pub mod metrics;
+pub mod mirror;
+pub mod oci;
+pub mod registry;
+pub mod router;
+pub mod serve;
+pub mod store;
+pub mod web;
+pub mod zerocopy;

@@ -1,0 +1,1 @@
+//! The metrics registry that every room adds its own figures to, and its text form.

@@ -1,0 +1,1 @@
+//! Getting content from a peer.

@@ -1,0 +1,1 @@
+//! The distribution API: a request in, a response out. Touches no socket.

@@ -1,0 +1,1 @@
+//! Listeners and the runtimes that serve their connections. Knows no OCI.

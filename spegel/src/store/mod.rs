@@ -1,0 +1,123 @@
+//! What this node has: images and blobs, where their bytes are, and how that changes.
+
+use std::fmt;
+use std::fs::File;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use crate::oci::{Digest, Key, Repository, TagName};
+
+/// A complete piece of content, open for reading. Immutable: a later delete or rename does not touch it.
+#[derive(Clone, Debug)]
+pub struct Blob {
+    /// The open file.
+    pub file: Arc<File>,
+    /// Its length in bytes, as found when it was opened.
+    pub size: u64,
+}
+
+/// A change of what this node can serve. The keys are never empty texts, and each is reported once until it changes back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// These can be had here from now on.
+    Added(Vec<Key>),
+    /// These cannot be had here any more.
+    Removed(Vec<Key>),
+}
+
+/// What a subscriber has not been told yet. Changes that undo each other before they are read cancel out, so that what is
+/// pending is bounded by the node's own content however slow the reader is.
+#[derive(Debug)]
+pub struct Changes;
+
+impl Changes {
+    /// The next change; `None` once the store is gone.
+    pub async fn next(&mut self) -> Option<Change> {
+        None
+    }
+}
+
+/// Whether a store can answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// Not yet, or not at the moment; the text says what it waits for.
+    Waiting(String),
+    /// Content is listed and followed.
+    Ready,
+}
+
+/// Why a store failed. Content that is not there is not a failure.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file system refused.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// What was read.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// containerd refused or could not be reached.
+    #[error("containerd: {0}")]
+    Containerd(String),
+    /// The store's content and its description do not belong together; text says how, and what to change.
+    #[error("{0}")]
+    Mismatch(String),
+}
+
+/// A descriptor of a manifest that refers to another (`subject`), for the referrers API.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Referrer {
+    /// The referring manifest's media type.
+    pub media_type: String,
+    /// Its digest.
+    pub digest: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Its `artifactType`, or its config's media type.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// Its annotations.
+    #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    pub annotations: std::collections::BTreeMap<String, String>,
+}
+
+/// How much of one registry is offered to peers, for the `advertised` gauges.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Offered {
+    /// Tags.
+    pub image_tags: usize,
+    /// Manifests that images are named by (an image's top digest).
+    pub image_digests: usize,
+    /// All digests beneath them, manifests, configs and layers.
+    pub content_digests: usize,
+}
+
+/// The content of this node.
+///
+/// Lookups answer from memory: no call to containerd is made on the serving path, but for a digest that is not
+/// known yet, which is asked for at most once.
+#[async_trait]
+pub trait Store: Send + Sync + fmt::Debug + 'static {
+    /// The digest that a tag names here.
+    fn resolve(&self, tag: &TagName) -> Option<Digest>;
+
+    /// Opens content of this node, or says that it has none that may be served. `asked` is the repository in whose name
+    /// the request came, if it named one: it decides for content that no image reaches yet.
+    async fn open(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Blob>, StoreError>;
+
+    /// The manifests here whose `subject` is this digest.
+    async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError>;
+
+    /// What is offered now, as one `Added`, and every change from then on, in order, with no gap between the two.
+    fn subscribe(&self) -> Changes;
+
+    /// How much is offered, by registry.
+    fn offered(&self) -> std::collections::BTreeMap<String, Offered>;
+
+    /// Whether it can answer, followed.
+    fn health(&self) -> watch::Receiver<Health>;
+}

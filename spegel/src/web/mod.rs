@@ -1,0 +1,1 @@
+//! The side port: metrics, and what an operator looks at.

@@ -1,0 +1,9 @@
+//! spegel's integration tests: conformance suites that several implementations share, and the real daemons end to end.
+
+mod e2e;
+mod hosts;
+mod oci;
+mod registry;
+mod router;
+mod serve;
+mod store;
