@@ -49,13 +49,19 @@ impl Acceptor {
     }
 
     async fn accept_all(&self) {
+        let mut failing = false;
         loop {
             match self.accept().await {
-                Ok((stream, remote)) => self.place(stream, remote),
+                Ok((stream, remote)) => {
+                    failing = false;
+                    self.place(stream, remote);
+                }
                 // The client left before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept connections for now");
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::warn!(%error, "cannot accept connections for now");
+                    }
                     tokio::time::sleep(BACK_OFF).await;
                 }
             }

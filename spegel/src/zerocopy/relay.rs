@@ -178,6 +178,9 @@ impl RelaySource {
 
     /// Whether bytes are at hand now, so that a head may wait for them in the kernel.
     pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.failed.is_some() {
+            return false;
+        }
         if self.held() > 0 {
             return true;
         }
@@ -216,7 +219,9 @@ impl RelaySource {
     pub(super) fn complete(mut self) {
         // The pipe first: whoever hears of the end may start the next relay at once.
         self.pipe = None;
-        if let Some(peer) = self.peer.take() {
+        if let Some(error) = self.failed.take() {
+            self.broken(error);
+        } else if let Some(peer) = self.peer.take() {
             self.on_end.call(RelayEnd::Complete(peer));
         }
     }

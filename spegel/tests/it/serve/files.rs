@@ -1,6 +1,7 @@
 //! Bodies from files and from memory.
 
 use std::os::unix::fs::FileExt;
+use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use spegel::zerocopy::Way;
@@ -231,12 +232,12 @@ async fn a_cut_body_is_a_head_and_an_orderly_close() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixty_four_clients_at_once_get_their_own_bytes() {
-    let bytes = Arc::new(noise(2 * MIB));
+    let bytes = Arc::new(noise(MIB));
     for transfer in BOTH {
         let file = file_of(&bytes);
         let handler = move |request: Request<Incoming>| {
             let from: u64 = request.uri().path()[1..].parse().unwrap();
-            let body = Body::file(file.clone(), from, (MIB as u64) + from);
+            let body = Body::file(file.clone(), from, (256 << 10) + from);
             async move { Response::new(body) }
         };
         let options = Options { transfer, runtimes: 2, ..Options::default() };
@@ -265,11 +266,12 @@ proptest! {
 
     #[test]
     fn any_range_is_exact(from in 0_usize..3_000_000, len in 0_usize..2_000_000, narrow: bool, copy: bool) {
-        let bytes = noise(5_000_000);
+        static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| noise(5_000_000));
+        let bytes = &*BYTES;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let fixture = Fixture::new(if copy { Transfer::Copy } else { Transfer::Zerocopy });
-            fixture.then(Body::file(file_of(&bytes), from as u64, len as u64));
+            fixture.then(Body::file(file_of(bytes), from as u64, len as u64));
             let mut client = if narrow { fixture.connect_narrow().await } else { fixture.connect().await };
             let (head, body) = client.fetch().await;
             assert_eq!(head.length(), len as u64);

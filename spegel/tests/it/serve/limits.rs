@@ -21,6 +21,7 @@ async fn a_64_kib_header_is_answered_431() {
     client.send(format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(64 << 10)).as_bytes()).await;
     assert_eq!(client.head().await.status(), 431);
     assert_eq!(client.rest().await, (Vec::new(), Ended::Fin));
+    drop(client);
     fixture.quiet().await;
 }
 

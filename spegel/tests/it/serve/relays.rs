@@ -171,6 +171,22 @@ async fn a_peer_that_resets_does_not_reset_the_client() {
 }
 
 #[tokio::test]
+async fn a_peer_that_sends_more_than_it_said_is_not_passed_on() {
+    let fixture = Fixture::new(Transfer::Zerocopy);
+    for (prefetched, len) in [(&b"too much"[..], 3), (b"any", 0)] {
+        let (ours, _peer) = pair().await;
+        let (body, ended) = relay(ours, prefetched, len);
+        fixture.then(Body::relay(body));
+        let mut client = fixture.connect().await;
+        client.get().await;
+        assert_eq!(client.head().await.length(), len as u64);
+        assert!(matches!(end(ended).await, RelayEnd::Broken { sent: 0, .. }));
+        client.stream.shutdown().await.unwrap();
+        assert_eq!(client.rest().await, (Vec::new(), Ended::Fin));
+    }
+}
+
+#[tokio::test]
 async fn a_peer_that_stalls_is_given_up() {
     for transfer in BOTH {
         let fixture = Fixture::new(transfer);
