@@ -205,6 +205,7 @@ async fn blob(
     let length = response.head.content_length;
     let part = match (&wanted.range, response.head.status) {
         (Some(range), 206) => Some(checked_part(range, &response.head)?),
+        (Some(_), _) => return Err(PeerError::Malformed("the whole where a part was asked for")),
         (None, 206) => return Err(PeerError::Malformed("a part where the whole was asked for")),
         _ => None,
     };
