@@ -10,6 +10,8 @@ mod range;
 mod reference;
 mod request;
 
+pub(crate) use reference::is_registry;
+
 pub use digest::{Algorithm, Digest, ParseDigestError};
 pub use error::{ALLOWED_METHODS, ERROR_CONTENT_TYPE, ErrorCode, OciError};
 pub use filters::{FilterError, Filters, MirroredRegistry, Scheme};
