@@ -1,1 +1,411 @@
 //! containerd's registry host configuration: writing it, and taking back what was written.
+//!
+//! Below containerd's `config_path` each registry has a directory with a `hosts.toml`
+//! ([containerd's description](https://github.com/containerd/containerd/blob/main/docs/hosts.md)). Only files named
+//! `hosts.toml` are written, each with a first line by which it is known. One that was there before is kept in `_backup` beside the
+//! directories. Everything else, certificates too, stays where it is, so that relative paths hold.
+
+mod disk;
+mod render;
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use crate::oci::{MirroredRegistry, is_registry};
+use disk::{Disk, Hook};
+
+/// The directory of what was there before, beside the registries' directories.
+const BACKUP: &str = "_backup";
+/// The file that containerd reads in a registry's directory.
+const HOSTS: &str = "hosts.toml";
+
+/// What to write.
+#[derive(Clone, Debug)]
+pub struct Configuration {
+    /// containerd's `config_path`, often `/etc/containerd/certs.d`.
+    pub config_path: PathBuf,
+    /// The registries to mirror; empty means all.
+    pub mirrored_registries: Vec<MirroredRegistry>,
+    /// Where the mirror listens, the first one asked first.
+    pub mirror_targets: Vec<MirrorTarget>,
+    /// Whether tags are looked up at the mirror, too.
+    pub resolve_tags: bool,
+    /// Whether hosts that were configured before are asked after the mirror.
+    pub prepend_existing: bool,
+    /// User and password that the mirror asks for.
+    pub basic_auth: Option<(String, String)>,
+    /// This node's name, sent in the `X-Spegel-Node` header of each request to the mirror.
+    pub node_name: String,
+}
+
+/// The address of a mirror, `scheme://host[:port]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MirrorTarget(String);
+
+/// What was done, and what a person should know.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Files written anew.
+    pub written: Vec<PathBuf>,
+    /// Files that were right already.
+    pub unchanged: Vec<PathBuf>,
+    /// Files of ours taken away.
+    pub removed: Vec<PathBuf>,
+    /// Files put back where they were before.
+    pub restored: Vec<PathBuf>,
+    /// Copies of files that somebody changed after us, and of backups that a later file made obsolete.
+    pub set_aside: Vec<PathBuf>,
+    /// Files that could not be put back, since something else is in their place.
+    pub left_in_backup: Vec<PathBuf>,
+    /// Directories of registries that have a configuration of their own, so that `_default` does not reach them.
+    pub not_mirrored: Vec<PathBuf>,
+}
+
+/// Why the configuration could not be written or taken back. What had been done until then is a valid state, and another run goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum HostsError {
+    /// The file system refused.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file whose hosts are to be kept is not TOML.
+    #[error(
+        "{path} is not TOML, so its hosts cannot be kept after the mirror's: {reason}; nothing was changed: correct the file, or do not ask to prepend"
+    )]
+    NotToml {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A mirror target that is no address.
+    #[error(
+        "mirror target {0:?} is not of the form http://host:port or https://host:port (an IPv6 address goes in brackets)"
+    )]
+    Target(String),
+    /// No mirror target at all.
+    #[error("at least one mirror target is needed")]
+    NoTarget,
+    /// A node name that cannot stand in a header.
+    #[error("node name {0:?} is empty, or has other characters than letters, digits, '.', '-' and '_'")]
+    NodeName(String),
+}
+
+/// What a file is to us.
+enum Found {
+    /// Nothing is there.
+    Nothing,
+    /// Ours, or the Go program's.
+    Ours {
+        /// As written, or else changed since.
+        pristine: bool,
+        /// Whether its directory was made for it.
+        made_directory: bool,
+    },
+    /// Somebody else's.
+    Foreign,
+}
+
+/// Writes the configuration. What was mirrored before and is no longer gets back what it had.
+///
+/// A second run with the same settings changes nothing. Each file is replaced at once, so an interruption leaves a
+/// configuration that containerd can use, and another run completes it.
+///
+/// # Errors
+/// [`HostsError`]. All files are read before the first is written.
+pub fn write(configuration: &Configuration) -> Result<Report, HostsError> {
+    write_with(configuration, &mut |_| Ok(()))
+}
+
+/// Takes back what [`write`] or the Go program wrote below `config_path`, and restores what was there before. Files of others stay.
+///
+/// # Errors
+/// [`HostsError`]; a path that does not exist is none.
+pub fn remove(config_path: &Path) -> Result<Report, HostsError> {
+    remove_with(config_path, &mut |_| Ok(()))
+}
+
+fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, HostsError> {
+    let root = &configuration.config_path;
+    let mut run = Run { disk: Disk::new(hook), root, report: Report::default(), by_go: is_backed_up(root) };
+    let plan = run.plan(configuration)?;
+    let wanted: BTreeSet<PathBuf> = plan.iter().map(|planned| planned.directory.clone()).collect();
+    for planned in &plan {
+        run.install(planned, configuration.basic_auth.is_some())?;
+    }
+    run.withdraw(&wanted)?;
+    if wanted.contains(Path::new("_default")) {
+        let directories = disk::directories(root)?;
+        let has_own = |name: &PathBuf| !wanted.contains(name) && name != Path::new(BACKUP);
+        run.report.not_mirrored = directories.into_iter().filter(has_own).map(|name| root.join(name)).collect();
+    }
+    Ok(run.report)
+}
+
+fn remove_with(config_path: &Path, hook: Hook<'_>) -> Result<Report, HostsError> {
+    let by_go = is_backed_up(config_path);
+    let mut run = Run { disk: Disk::new(hook), root: config_path, report: Report::default(), by_go };
+    run.withdraw(&BTreeSet::new())?;
+    Ok(run.report)
+}
+
+fn is_backed_up(root: &Path) -> bool {
+    root.join(BACKUP).is_dir()
+}
+
+/// The directory that containerd would read for a registry: `host_port_` goes before `host:port`.
+fn directory_of(root: &Path, registry: &MirroredRegistry) -> PathBuf {
+    let name = registry.directory();
+    if let Some((host, port)) = name.rsplit_once(':') {
+        let escaped = format!("{host}_{port}_");
+        if root.join(&escaped).exists() {
+            return escaped.into();
+        }
+    }
+    name.into()
+}
+
+/// A file to be written.
+struct Planned {
+    /// Its directory's name.
+    directory: PathBuf,
+    /// The text behind the first line.
+    body: String,
+}
+
+/// One run over one configuration directory.
+struct Run<'a> {
+    disk: Disk<'a>,
+    root: &'a Path,
+    report: Report,
+    /// Whether there was a backup at the start, without which a file cannot be the Go program's.
+    by_go: bool,
+}
+
+// === impl MirrorTarget ===
+
+impl FromStr for MirrorTarget {
+    type Err = HostsError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let url = text.strip_suffix('/').unwrap_or(text);
+        let host = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+        if host.is_some_and(is_registry) { Ok(Self(url.to_owned())) } else { Err(HostsError::Target(text.to_owned())) }
+    }
+}
+
+impl MirrorTarget {
+    /// Its address.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for MirrorTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+// === impl Run ===
+
+impl Run<'_> {
+    fn plan(&self, configuration: &Configuration) -> Result<Vec<Planned>, HostsError> {
+        let node = &configuration.node_name;
+        if node.is_empty() || !node.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b)) {
+            return Err(HostsError::NodeName(node.clone()));
+        }
+        if configuration.mirror_targets.is_empty() {
+            return Err(HostsError::NoTarget);
+        }
+        let listed = &configuration.mirrored_registries;
+        let all = [MirroredRegistry::All];
+        let is_all = listed.is_empty() || listed.contains(&MirroredRegistry::All);
+        let registries: &[MirroredRegistry] = if is_all { &all } else { listed };
+        let mut plan: Vec<Planned> = Vec::new();
+        for registry in registries {
+            let directory = directory_of(self.root, registry);
+            if plan.iter().any(|planned| planned.directory == directory) {
+                continue;
+            }
+            let path = self.root.join(&directory).join(HOSTS);
+            let existing = self.existing(&directory)?;
+            let body = render::body(configuration, registry, existing.as_deref())
+                .map_err(|reason| HostsError::NotToml { path, reason })?;
+            let certificates = if existing.is_none() { self.certificates(&directory)? } else { String::new() };
+            plan.push(Planned { directory, body: certificates + &body });
+        }
+        Ok(plan)
+    }
+
+    /// What was configured before us: the file that is there if it is another's, else the one in the backup.
+    fn existing(&self, directory: &Path) -> Result<Option<Vec<u8>>, HostsError> {
+        let path = self.root.join(directory).join(HOSTS);
+        let content = disk::read(&path)?;
+        if matches!(self.classify(content.as_deref()), Found::Foreign) {
+            return Ok(content);
+        }
+        disk::read(&self.root.join(BACKUP).join(directory).join(HOSTS))
+    }
+
+    /// Certificates in Docker's layout, which containerd uses for the upstream only while there is no `hosts.toml`.
+    fn certificates(&self, directory: &Path) -> Result<String, HostsError> {
+        let mut names = disk::files(&self.root.join(directory))?;
+        // The Go program moved the whole directory; its files come back before ours is written.
+        names.extend(disk::files(&self.root.join(BACKUP).join(directory))?);
+        Ok(render::certificates(&names))
+    }
+
+    fn classify(&self, content: Option<&[u8]>) -> Found {
+        let Some(content) = content else { return Found::Nothing };
+        match render::read_marker(content) {
+            Some((pristine, made_directory)) => Found::Ours { pristine, made_directory },
+            None if self.by_go && render::is_of_go(content) => Found::Ours { pristine: true, made_directory: true },
+            None => Found::Foreign,
+        }
+    }
+
+    fn install(&mut self, planned: &Planned, secret: bool) -> Result<(), HostsError> {
+        let directory = self.root.join(&planned.directory);
+        let path = directory.join(HOSTS);
+        let content = disk::read(&path)?;
+        // An interrupted run may have made it.
+        let was_there = directory.exists() && !disk::has_leftover_only(&directory)?;
+        let made_directory = match self.classify(content.as_deref()) {
+            Found::Ours { pristine, made_directory } => {
+                if !pristine {
+                    self.set_aside(&planned.directory)?;
+                }
+                made_directory
+            }
+            Found::Foreign => {
+                self.back_up(&planned.directory, content.as_deref().unwrap_or_default())?;
+                false
+            }
+            Found::Nothing => !was_there,
+        };
+        let text = render::with_marker(&planned.body, made_directory);
+        self.restore_files(&planned.directory, false)?;
+        if content.as_deref() == Some(text.as_bytes()) {
+            self.report.unchanged.push(path);
+            return Ok(());
+        }
+        self.disk.create_directory(&directory)?;
+        self.disk.replace(&path, text.as_bytes(), secret)?;
+        self.report.written.push(path);
+        Ok(())
+    }
+
+    /// Keeps another's file for the day that ours goes.
+    fn back_up(&mut self, directory: &Path, content: &[u8]) -> Result<(), HostsError> {
+        let (path, backup) = (self.root.join(directory).join(HOSTS), self.root.join(BACKUP).join(directory));
+        self.disk.create_directory(&backup)?;
+        match disk::read(&backup.join(HOSTS))? {
+            Some(old) if old == content => return Ok(()),
+            Some(_) => {
+                let aside = self.free_name(&backup);
+                self.disk.rename(&backup.join(HOSTS), &aside)?;
+                self.report.set_aside.push(aside);
+            }
+            None => {}
+        }
+        self.disk.link(&path, &backup.join(HOSTS))
+    }
+
+    /// Keeps a copy of our own file with what somebody changed in it.
+    fn set_aside(&mut self, directory: &Path) -> Result<(), HostsError> {
+        let backup = self.root.join(BACKUP).join(directory);
+        self.disk.create_directory(&backup)?;
+        let aside = self.free_name(&backup);
+        self.disk.link(&self.root.join(directory).join(HOSTS), &aside)?;
+        self.report.set_aside.push(aside);
+        Ok(())
+    }
+
+    fn free_name(&self, backup: &Path) -> PathBuf {
+        let mut number = 1_u32;
+        loop {
+            let path = backup.join(format!("{HOSTS}.{number}"));
+            if path.symlink_metadata().is_err() {
+                return path;
+            }
+            number += 1;
+        }
+    }
+
+    /// Takes our files away but for those in `wanted`, and puts back what was there.
+    fn withdraw(&mut self, wanted: &BTreeSet<PathBuf>) -> Result<(), HostsError> {
+        let mut names = disk::directories(self.root)?;
+        names.extend(disk::directories(&self.root.join(BACKUP))?);
+        for name in names.iter().filter(|name| name.as_os_str() != BACKUP && !wanted.contains(*name)) {
+            self.withdraw_one(name)?;
+        }
+        self.disk.remove_empty_directory(&self.root.join(BACKUP))
+    }
+
+    fn withdraw_one(&mut self, name: &Path) -> Result<(), HostsError> {
+        let (directory, backup) = (self.root.join(name), self.root.join(BACKUP).join(name));
+        let (path, kept) = (directory.join(HOSTS), backup.join(HOSTS));
+        let content = disk::read(&path)?;
+        let found = self.classify(content.as_deref());
+        if self.disk.remove_leftover(&directory)? {
+            self.disk.remove_empty_directory(&directory)?;
+        }
+        self.restore_files(name, matches!(found, Found::Nothing))?;
+        match found {
+            Found::Ours { pristine, made_directory } => {
+                if !pristine {
+                    self.set_aside(name)?;
+                }
+                if kept.symlink_metadata().is_ok() {
+                    self.disk.rename(&kept, &path)?;
+                    self.report.restored.push(path);
+                } else {
+                    self.disk.remove(&path)?;
+                    self.report.removed.push(path);
+                    if made_directory {
+                        self.disk.remove_empty_directory(&directory)?;
+                    }
+                }
+            }
+            // An interrupted run had kept it, and not yet replaced it.
+            Found::Foreign if disk::read(&kept)? == content => self.disk.remove(&kept)?,
+            Found::Foreign if kept.exists() => self.report.left_in_backup.push(kept),
+            Found::Foreign | Found::Nothing => {}
+        }
+        self.disk.remove_empty_directory(&backup)
+    }
+
+    /// Moves files from the backup to where they were: the Go program moves whole directories there. What we set aside stays.
+    fn restore_files(&mut self, name: &Path, with_hosts: bool) -> Result<(), HostsError> {
+        let (directory, backup) = (self.root.join(name), self.root.join(BACKUP).join(name));
+        for file in disk::entries(&backup)? {
+            let is_ours = file.to_str().is_some_and(|file| file.starts_with("hosts.toml."));
+            if is_ours || (file == OsStr::new(HOSTS) && !with_hosts) {
+                continue;
+            }
+            let (from, to) = (backup.join(&file), directory.join(&file));
+            if to.symlink_metadata().is_ok() {
+                self.report.left_in_backup.push(from);
+                continue;
+            }
+            self.disk.create_directory(&directory)?;
+            self.disk.rename(&from, &to)?;
+            self.report.restored.push(to);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

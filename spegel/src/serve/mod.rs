@@ -1,1 +1,258 @@
 //! Listeners and the runtimes that serve their connections. Knows no OCI.
+//!
+//! One acceptor, on the runtime that [`Server::bind`] is called on, hands each connection to the least loaded of a few
+//! current-thread runtimes, since few long connections hash badly. There it is driven by hyper's HTTP/1 over
+//! [`zerocopy::Io`](crate::zerocopy::Io). Every wait has a bound in [`Limits`], and every connection ends with a FIN and a
+//! read of what the client still sent: a reset would make containerd fail a pull that an early FIN lets it resume.
+
+mod acceptor;
+mod connection;
+mod engine;
+mod linger;
+mod listener;
+mod metrics;
+mod watch;
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::zerocopy::{Body, PipePool, Settings, Transfer};
+use engine::Engine;
+
+pub use listener::{ListenAddr, listen};
+pub use metrics::ServeMetrics;
+
+/// Answers requests. A panic in it costs that request a 500 and the connection, and nothing else.
+pub trait Handler: Send + Sync + 'static {
+    /// Answers `request`, whose extensions hold the client's [`RemoteAddr`]. Runs on a data runtime: it must not block.
+    fn handle(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>>;
+}
+
+impl<F, Fut> Handler for F
+where
+    F: Fn(Request<Incoming>) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Response<Body>> + Send + 'static,
+{
+    fn handle(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
+        self(request).boxed()
+    }
+}
+
+/// The client's address, an extension of every request. An IPv4 client of a dual-stack socket has an IPv4 address here.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct RemoteAddr(pub SocketAddr);
+
+/// What a client may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections open at once; one more is answered 503 and closed.
+    pub connections: usize,
+    /// Bytes of a request's line and headers; more is answered 431.
+    pub header_bytes: usize,
+    /// Time for a request's head to arrive, from the connection's start or the head's first byte.
+    pub header_read: Duration,
+    /// Time between two requests.
+    pub idle: Duration,
+    /// Time for which a client may take no byte of what is ready for it.
+    pub write_stall: Duration,
+    /// Time for which a connection that has ended is read on, so that its close is no reset.
+    pub linger: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            header_bytes: 32 << 10,
+            header_read: Duration::from_secs(10),
+            // Go's client lets go of an idle connection after 90 s: who closes second never closes on a request.
+            idle: Duration::from_secs(120),
+            write_stall: Duration::from_secs(30),
+            linger: Duration::from_secs(1),
+        }
+    }
+}
+
+/// How a server works.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What a client may cost.
+    pub limits: Limits,
+    /// Data runtimes, each a thread.
+    pub runtimes: usize,
+    /// How bytes of files and peers are moved.
+    pub transfer: Transfer,
+    /// Pipes for relays; relays beyond these copy.
+    pub pipes: usize,
+    /// Where the server counts.
+    pub metrics: ServeMetrics,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            limits: Limits::default(),
+            runtimes: cores.min(4),
+            transfer: Transfer::default(),
+            pipes: 256,
+            metrics: ServeMetrics::default(),
+        }
+    }
+}
+
+/// Why a server could not start. Always a matter of this node's configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The address is not of a form that is known.
+    #[error("{given:?} is not an address to listen on: give :PORT, IPV4:PORT or [IPV6]:PORT")]
+    Address {
+        /// What was given.
+        given: String,
+    },
+    /// Another process, or another server of this one, has the address.
+    #[error("{addr} is in use by another process: stop it, or choose another address")]
+    InUse {
+        /// The address.
+        addr: SocketAddr,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {addr}: {source}")]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The kernel refused a thread or a descriptor that the server needs.
+    #[error("cannot start the server's threads: {0}")]
+    Runtime(io::Error),
+}
+
+/// A running server. Dropping it ends every connection.
+#[derive(Debug)]
+pub struct Server {
+    addrs: Vec<SocketAddr>,
+    engines: Vec<Arc<Engine>>,
+    acceptors: JoinSet<()>,
+    stop: Stop,
+    linger: Duration,
+    metrics: ServeMetrics,
+}
+
+/// The steps of an end.
+#[derive(Clone, Debug)]
+struct Stop {
+    accepting: CancellationToken,
+    drain: CancellationToken,
+    abort: CancellationToken,
+}
+
+/// What connections share.
+struct Shared {
+    limits: Limits,
+    settings: Arc<Settings>,
+    handler: Arc<dyn Handler>,
+    stop: Stop,
+    metrics: ServeMetrics,
+}
+
+// === impl Server ===
+
+impl Server {
+    /// Listens on `addrs` and answers with `handler`. To be called on the control runtime, which accepts.
+    ///
+    /// # Errors
+    /// An address that is taken or cannot be had, or no threads for the data runtimes.
+    pub fn bind(addrs: &[ListenAddr], options: Options, handler: Arc<dyn Handler>) -> Result<Self, ServeError> {
+        let Options { limits, runtimes, transfer, pipes, metrics } = options;
+        let listeners = addrs.iter().map(|addr| listen(*addr)).collect::<Result<Vec<_>, _>>()?;
+        let stop = Stop {
+            accepting: CancellationToken::new(),
+            drain: CancellationToken::new(),
+            abort: CancellationToken::new(),
+        };
+        metrics.set_limit(limits.connections);
+        let settings = Arc::new(Settings {
+            transfer,
+            pipes: PipePool::new(pipes),
+            traffic: metrics.traffic().clone(),
+            ..Settings::default()
+        });
+        let shared = Arc::new(Shared { limits, settings, handler, stop: stop.clone(), metrics: metrics.clone() });
+        let engines = (0..runtimes.max(1))
+            .map(|index| Engine::start(index, shared.clone()).map(Arc::new))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(ServeError::Runtime)?;
+        let mut bound = Vec::new();
+        let mut acceptors = JoinSet::new();
+        for listener in listeners {
+            bound.push(listener.local_addr().map_err(ServeError::Runtime)?);
+            let acceptor =
+                acceptor::Acceptor::new(listener, engines.clone(), shared.clone()).map_err(ServeError::Runtime)?;
+            acceptors.spawn(acceptor.run());
+        }
+        Ok(Self { addrs: bound, engines, acceptors, stop, linger: limits.linger, metrics })
+    }
+
+    /// The addresses in use, in the order given; a port of 0 is the kernel's choice here.
+    #[must_use]
+    pub fn addrs(&self) -> &[SocketAddr] {
+        &self.addrs
+    }
+
+    /// What the server counts.
+    #[must_use]
+    pub fn metrics(&self) -> &ServeMetrics {
+        &self.metrics
+    }
+
+    /// Stops accepting, lets responses finish for up to `deadline`, then ends the rest with an orderly close. Returns how
+    /// many connections had to be ended.
+    pub async fn shutdown(mut self, deadline: Duration) -> usize {
+        self.stop.accepting.cancel();
+        while self.acceptors.join_next().await.is_some() {}
+        self.stop.drain.cancel();
+        for engine in &self.engines {
+            engine.close();
+        }
+        let engines = self.engines.clone();
+        let all_done = async move {
+            for engine in &engines {
+                engine.done().await;
+            }
+        };
+        tokio::pin!(all_done);
+        if tokio::time::timeout(deadline, &mut all_done).await.is_ok() {
+            return 0;
+        }
+        let cut = self.engines.iter().map(|engine| engine.load()).sum();
+        self.stop.abort.cancel();
+        // A handler that blocks its runtime must not hold the process's end.
+        let bound = self.linger + Duration::from_secs(1);
+        if tokio::time::timeout(bound, all_done).await.is_err() {
+            tracing::warn!("a data runtime did not end in time: its connections end with the process");
+        }
+        cut
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.accepting.cancel();
+        self.stop.abort.cancel();
+        for engine in &self.engines {
+            engine.close();
+        }
+    }
+}

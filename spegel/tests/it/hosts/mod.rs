@@ -1,1 +1,313 @@
-//! Tests of `hosts`.
+//! What `hosts` leaves in containerd's configuration directory, and what it finds there.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use spegel::hosts::{Configuration, HostsError, MirrorTarget, remove, write};
+
+fn setting(root: &Path, registries: &[&str]) -> Configuration {
+    Configuration {
+        config_path: root.to_owned(),
+        mirrored_registries: registries.iter().map(|text| text.parse().unwrap()).collect(),
+        mirror_targets: vec!["http://127.0.0.1:30020".parse().unwrap(), "http://[fd00::1]:30021".parse().unwrap()],
+        resolve_tags: true,
+        prepend_existing: false,
+        basic_auth: None,
+        node_name: "node-1".to_owned(),
+    }
+}
+
+fn put(root: &Path, path: &str, text: &str) {
+    let path = root.join(path);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+}
+
+fn get(root: &Path, path: &str) -> String {
+    fs::read_to_string(root.join(path)).unwrap()
+}
+
+/// Every file below a directory with its content, and every directory.
+fn snapshot(root: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(root).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(snapshot(&path));
+            found.insert(path, None);
+        } else {
+            found.insert(path.clone(), Some(fs::read(&path).unwrap()));
+        }
+    }
+    found
+}
+
+/// The text behind the line by which a file is known.
+fn body(root: &Path, path: &str) -> String {
+    let text = get(root, path);
+    let (first, body) = text.split_once('\n').unwrap();
+    assert!(first.starts_with("# Written by spegel"), "{first}");
+    body.to_owned()
+}
+
+const MIRRORS: &str = "
+[host.'http://127.0.0.1:30020']
+capabilities = ['pull', 'resolve']
+dial_timeout = '200ms'
+
+[host.'http://127.0.0.1:30020'.header]
+X-Spegel-Node = 'node-1'
+
+[host.'http://[fd00::1]:30021']
+capabilities = ['pull', 'resolve']
+dial_timeout = '200ms'
+
+[host.'http://[fd00::1]:30021'.header]
+X-Spegel-Node = 'node-1'
+";
+
+#[test]
+fn files_are_as_containerd_wants_them() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    write(&setting(root, &["https://docker.io", "http://registry.test:5000"])).unwrap();
+    assert_eq!(body(root, "docker.io/hosts.toml"), format!("server = 'https://registry-1.docker.io'\n{MIRRORS}"));
+    assert_eq!(body(root, "registry.test:5000/hosts.toml"), format!("server = 'http://registry.test:5000'\n{MIRRORS}"));
+    let report = write(&setting(root, &[])).unwrap();
+    assert_eq!(body(root, "_default/hosts.toml"), MIRRORS);
+    assert_eq!(report.removed.len(), 2, "registries that are no longer named");
+    assert_eq!(snapshot(root).len(), 2);
+    remove(root).unwrap();
+    assert!(snapshot(root).is_empty());
+}
+
+#[test]
+fn settings_show() {
+    let root = tempfile::tempdir().unwrap();
+    let mut configuration = setting(root.path(), &[]);
+    configuration.resolve_tags = false;
+    configuration.basic_auth = Some(("user".into(), "pass".into()));
+    write(&configuration).unwrap();
+    let text = body(root.path(), "_default/hosts.toml");
+    assert_eq!(text.matches("capabilities = ['pull']\n").count(), 2);
+    assert_eq!(text.matches("Authorization = 'Basic dXNlcjpwYXNz'\n").count(), 2);
+    let mode = fs::metadata(root.path().join("_default/hosts.toml")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "the password is in it");
+}
+
+#[test]
+fn second_run_touches_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    put(root.path(), "a.test/hosts.toml", "server = 'https://a.test'\n");
+    let mut configuration = setting(root.path(), &["a.test", "b.test"]);
+    configuration.prepend_existing = true;
+    write(&configuration).unwrap();
+    let path = root.path().join("a.test/hosts.toml");
+    let (before, meta) = (snapshot(root.path()), fs::metadata(&path).unwrap());
+    let report = write(&configuration).unwrap();
+    assert_eq!(report.unchanged.len(), 2);
+    assert!(report.written.is_empty() && report.set_aside.is_empty());
+    assert_eq!(snapshot(root.path()), before);
+    assert_eq!(fs::metadata(&path).unwrap().ino(), meta.ino(), "not even written again");
+}
+
+#[test]
+fn others_files_stay() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    put(root, "a.test/hosts.toml", "server = 'https://a.test'\n");
+    put(root, "a.test/ca.crt", "ca");
+    put(root, "plain.test/hosts.toml", "server = 'http://plain.test'\n");
+    fs::create_dir(root.join("empty.test")).unwrap();
+    let mut before = snapshot(root);
+    let configuration = setting(root, &["a.test"]);
+    write(&configuration).unwrap();
+    assert_eq!(get(root, "plain.test/hosts.toml"), "server = 'http://plain.test'\n");
+    assert_eq!(get(root, "a.test/ca.crt"), "ca");
+    assert_eq!(get(root, "_backup/a.test/hosts.toml"), "server = 'https://a.test'\n");
+
+    put(root, "late.test/hosts.toml", "server = 'http://late.test'\n");
+    put(root, "a.test/late.crt", "late");
+    write(&configuration).unwrap();
+    remove(root).unwrap();
+    for late in ["late.test/hosts.toml", "a.test/late.crt"] {
+        let path = root.join(late);
+        before.insert(path.clone(), Some(fs::read(path).unwrap()));
+    }
+    before.insert(root.join("late.test"), None);
+    assert_eq!(snapshot(root), before);
+}
+
+#[test]
+fn own_configuration_hides_a_registry_from_the_default() {
+    let root = tempfile::tempdir().unwrap();
+    put(root.path(), "plain.test/hosts.toml", "server = 'http://plain.test'\n");
+    let report = write(&setting(root.path(), &[])).unwrap();
+    assert_eq!(report.not_mirrored, [root.path().join("plain.test")]);
+}
+
+#[test]
+fn changes_to_ours_are_kept_aside() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    let configuration = setting(root, &["a.test"]);
+    write(&configuration).unwrap();
+    let edited = get(root, "a.test/hosts.toml") + "# mine\n";
+    put(root, "a.test/hosts.toml", &edited);
+    let report = write(&configuration).unwrap();
+    assert_eq!(report.set_aside, [root.join("_backup/a.test/hosts.toml.1")]);
+    assert_eq!(get(root, "_backup/a.test/hosts.toml.1"), edited);
+    assert!(!get(root, "a.test/hosts.toml").contains("# mine"));
+    remove(root).unwrap();
+    assert_eq!(get(root, "_backup/a.test/hosts.toml.1"), edited);
+    assert!(!root.join("a.test").exists());
+}
+
+#[test]
+fn file_put_in_the_place_of_ours_is_restored() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    put(root, "a.test/hosts.toml", "# first\n");
+    let configuration = setting(root, &["a.test"]);
+    write(&configuration).unwrap();
+    put(root, "a.test/hosts.toml", "# second\n");
+    let report = write(&configuration).unwrap();
+    assert_eq!(get(root, "_backup/a.test/hosts.toml.1"), "# first\n");
+    assert_eq!(report.set_aside.len(), 1);
+    remove(root).unwrap();
+    assert_eq!(get(root, "a.test/hosts.toml"), "# second\n");
+}
+
+#[test]
+fn prepending_keeps_hosts_and_certificates() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    let existing = "server = 'https://own.test'\nca = 'ca.crt'\n\n[host.'https://second.test']\nclient = [['c.cert', 'c.key']]\nskip_verify = true\n\
+                    \n[host.'http://127.0.0.1:30020']\ncapabilities = ['push']\n";
+    put(root, "a.test/hosts.toml", existing);
+    let mut configuration = setting(root, &["a.test"]);
+    configuration.prepend_existing = true;
+    write(&configuration).unwrap();
+    let text = body(root, "a.test/hosts.toml");
+    let document: toml_edit::DocumentMut = text.parse().unwrap();
+    let hosts: Vec<_> = document["host"].as_table().unwrap().iter().map(|(name, _)| name).collect();
+    assert_eq!(hosts, ["http://127.0.0.1:30020", "http://[fd00::1]:30021", "https://second.test"]);
+    assert_eq!(document["server"].as_str(), Some("https://own.test"));
+    assert_eq!(document["ca"].as_str(), Some("ca.crt"));
+    assert!(text.contains("client = [['c.cert', 'c.key']]\nskip_verify = true\n"));
+    remove(root).unwrap();
+    assert_eq!(get(root, "a.test/hosts.toml"), existing);
+}
+
+#[test]
+fn certificates_in_dockers_layout_still_count() {
+    let root = tempfile::tempdir().unwrap();
+    for file in ["ca.crt", "me.cert", "me.key", "notes.txt"] {
+        put(root.path(), &format!("a.test/{file}"), "");
+    }
+    write(&setting(root.path(), &["a.test"])).unwrap();
+    let document: toml_edit::DocumentMut = body(root.path(), "a.test/hosts.toml").parse().unwrap();
+    assert_eq!(document["ca"].to_string().trim(), "[\"ca.crt\"]");
+    assert_eq!(document["client"].to_string().trim(), "[[\"me.cert\", \"me.key\"]]");
+}
+
+#[test]
+fn not_toml() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    put(root, "b.test/hosts.toml", "= not toml");
+    let before = snapshot(root);
+    let mut configuration = setting(root, &["a.test", "b.test"]);
+    configuration.prepend_existing = true;
+    let error = write(&configuration).unwrap_err();
+    assert!(matches!(&error, HostsError::NotToml { path, .. } if path.ends_with("b.test/hosts.toml")), "{error}");
+    assert_eq!(snapshot(root), before, "nothing is begun");
+    configuration.prepend_existing = false;
+    write(&configuration).unwrap();
+    remove(root).unwrap();
+    assert_eq!(snapshot(root), before);
+}
+
+#[test]
+fn escaped_port_goes_first() {
+    let root = tempfile::tempdir().unwrap();
+    put(root.path(), "registry.test_5000_/hosts.toml", "# mine\n");
+    write(&setting(root.path(), &["http://registry.test:5000"])).unwrap();
+    body(root.path(), "registry.test_5000_/hosts.toml");
+    assert!(!root.path().join("registry.test:5000").exists(), "containerd would not read it");
+}
+
+const BY_GO: &str = "server = 'https://a.test'\n\n[host.'http://10.0.0.1:30020']\ncapabilities = ['pull', 'resolve']\ndial_timeout = '200ms'\n";
+
+/// What the Go program leaves: its own file, and everything else in the backup.
+fn install_by_go(root: &Path) {
+    put(root, "a.test/hosts.toml", BY_GO);
+    put(root, "_backup/a.test/hosts.toml", "# mine\n");
+    put(root, "_backup/a.test/ca.crt", "ca");
+    put(root, "_backup/plain.test/hosts.toml", "server = 'http://plain.test'\n");
+}
+
+fn assert_as_before_go(root: &Path) {
+    assert_eq!(get(root, "a.test/hosts.toml"), "# mine\n");
+    assert_eq!(get(root, "a.test/ca.crt"), "ca");
+    assert_eq!(get(root, "plain.test/hosts.toml"), "server = 'http://plain.test'\n");
+    assert!(!root.join("_backup").exists());
+}
+
+#[test]
+fn layout_of_the_go_program_is_taken_over() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    install_by_go(root);
+    let report = write(&setting(root, &["a.test"])).unwrap();
+    assert!(report.set_aside.is_empty() && report.left_in_backup.is_empty(), "{report:?}");
+    body(root, "a.test/hosts.toml");
+    assert_eq!(get(root, "plain.test/hosts.toml"), "server = 'http://plain.test'\n", "works again at once");
+    assert_eq!(get(root, "a.test/ca.crt"), "ca");
+    remove(root).unwrap();
+    assert_as_before_go(root);
+}
+
+#[test]
+fn layout_of_the_go_program_is_taken_back() {
+    let root = tempfile::tempdir().unwrap();
+    install_by_go(root.path());
+    remove(root.path()).unwrap();
+    assert_as_before_go(root.path());
+}
+
+#[test]
+fn own_mirror_of_an_administrator_is_not_the_go_programs() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    let own = "[host.'http://mine.test']\ncapabilities = ['pull', 'resolve']\n";
+    put(root, "own.test/hosts.toml", own);
+    put(root, "same.test/hosts.toml", BY_GO);
+    remove(root).unwrap();
+    assert_eq!(get(root, "same.test/hosts.toml"), BY_GO, "there is no backup");
+    fs::create_dir(root.join("_backup")).unwrap();
+    remove(root).unwrap();
+    assert_eq!(get(root, "own.test/hosts.toml"), own);
+}
+
+#[test]
+fn malformed_settings() {
+    for bad in
+        ["", "127.0.0.1:5000", "ftp://a:1", "http://", "http://a/b", "http://fd00::1:5000", "http://a:x", "http://a'b"]
+    {
+        assert!(matches!(bad.parse::<MirrorTarget>(), Err(HostsError::Target(_))), "{bad}");
+    }
+    let root = tempfile::tempdir().unwrap();
+    let mut configuration = setting(root.path(), &[]);
+    configuration.node_name = "a'b".into();
+    assert!(matches!(write(&configuration), Err(HostsError::NodeName(_))));
+    configuration = setting(root.path(), &[]);
+    configuration.mirror_targets.clear();
+    assert!(matches!(write(&configuration), Err(HostsError::NoTarget)));
+    assert!(snapshot(root.path()).is_empty());
+    remove(&root.path().join("absent")).unwrap();
+}

@@ -1,0 +1,141 @@
+//! The text of a `hosts.toml`, and whose a text is.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use sha2::{Digest as _, Sha256};
+use toml_edit::{DocumentMut, Item, TableLike};
+
+use super::Configuration;
+use crate::oci::MirroredRegistry;
+
+/// How our files begin. The sum of what follows the line tells whether somebody changed it.
+const MARKER: &str = "# Written by spegel, which replaces and removes it; sha256:";
+/// How the first line ends where the directory was made for the file.
+const MADE_DIRECTORY: &str = " with its directory";
+/// How long containerd waits for the mirror's connection.
+const DIAL_TIMEOUT: &str = "200ms";
+
+/// The text with its first line.
+pub(super) fn with_marker(body: &str, made_directory: bool) -> String {
+    let suffix = if made_directory { MADE_DIRECTORY } else { "" };
+    format!("{MARKER}{}{suffix}\n{body}", sum(body))
+}
+
+fn sum(body: &str) -> String {
+    hex::encode(Sha256::digest(body))
+}
+
+/// Whether a text is ours: then, whether it is as we wrote it, and whether its directory was made for it.
+pub(super) fn read_marker(content: &[u8]) -> Option<(bool, bool)> {
+    if !content.starts_with(MARKER.as_bytes()) {
+        return None;
+    }
+    let text = String::from_utf8_lossy(content);
+    let (line, body) = text.split_once('\n').unwrap_or((&text, ""));
+    let made_directory = line.ends_with(MADE_DIRECTORY);
+    let pristine = line[MARKER.len()..].strip_suffix(MADE_DIRECTORY).unwrap_or(&line[MARKER.len()..]) == sum(body);
+    Some((pristine, made_directory))
+}
+
+/// Whether the Go program wrote it, which leaves no mark: the host that is asked first has its timeout, its capabilities and
+/// nothing else but credentials.
+pub(super) fn is_of_go(content: &[u8]) -> bool {
+    let Some(document) = parse(content).ok() else { return false };
+    let Some(hosts) = document.get("host").and_then(Item::as_table_like) else { return false };
+    let Some((_, first)) = hosts.iter().next() else { return false };
+    let Some(first) = first.as_table_like() else { return false };
+    let capabilities: Vec<_> = first
+        .get("capabilities")
+        .and_then(Item::as_array)
+        .map(|array| array.iter().filter_map(toml_edit::Value::as_str).collect())
+        .unwrap_or_default();
+    let has_only_credentials = |header: &dyn TableLike| header.iter().all(|(key, _)| key == "Authorization");
+    matches!(capabilities[..], ["pull"] | ["pull", "resolve"])
+        && first.get("dial_timeout").and_then(Item::as_str) == Some(DIAL_TIMEOUT)
+        && first.iter().all(|(key, _)| matches!(key, "capabilities" | "dial_timeout" | "header"))
+        && first.get("header").is_none_or(|header| header.as_table_like().is_some_and(has_only_credentials))
+}
+
+fn parse(content: &[u8]) -> Result<DocumentMut, String> {
+    let text = std::str::from_utf8(content).map_err(|error| error.to_string())?;
+    text.parse().map_err(|error: toml_edit::TomlError| error.to_string().replace('\n', " "))
+}
+
+/// The text of a registry's file, but for its first line. `existing` is what was configured before.
+///
+/// The error says why that cannot be kept where it must.
+pub(super) fn body(
+    configuration: &Configuration,
+    registry: &MirroredRegistry,
+    existing: Option<&[u8]>,
+) -> Result<String, String> {
+    let server = registry.server().map(|server| format!("server = '{server}'\n")).unwrap_or_default();
+    let Some(existing) = existing.filter(|_| configuration.prepend_existing) else {
+        return Ok(format!("{server}\n{}", mirrors(configuration)));
+    };
+    let mut root = parse(existing)?;
+    let mut hosts = root.clone();
+    let keys: Vec<String> = root.iter().map(|(key, _)| key.to_owned()).filter(|key| key != "host").collect();
+    for key in keys {
+        hosts.remove(&key);
+    }
+    if root.remove("host").is_some_and(|item| item.as_table().is_none_or(toml_edit::Table::is_dotted)) {
+        return Err("its hosts are not written as [host.\"...\"] tables, which alone containerd reads".to_owned());
+    }
+    let targets = configuration.mirror_targets.iter();
+    if let Some(table) = hosts.get_mut("host").and_then(Item::as_table_mut) {
+        for target in targets {
+            table.remove(target.as_str());
+        }
+    }
+    let server = if root.contains_key("server") { String::new() } else { server };
+    let text = format!("{server}{root}\n{}\n{hosts}", mirrors(configuration));
+    parse(text.as_bytes()).map(|_| text)
+}
+
+fn mirrors(configuration: &Configuration) -> String {
+    let capabilities = if configuration.resolve_tags { "['pull', 'resolve']" } else { "['pull']" };
+    let mut text = String::new();
+    for target in &configuration.mirror_targets {
+        // Writing to a text cannot fail.
+        let _ = write!(
+            text,
+            "[host.'{target}']\ncapabilities = {capabilities}\ndial_timeout = '{DIAL_TIMEOUT}'\n\n\
+             [host.'{target}'.header]\nX-Spegel-Node = '{}'\n",
+            configuration.node_name
+        );
+        if let Some((user, password)) = &configuration.basic_auth {
+            let _ = writeln!(text, "Authorization = 'Basic {}'", STANDARD.encode(format!("{user}:{password}")));
+        }
+        text.push('\n');
+    }
+    text.pop();
+    text
+}
+
+/// The lines that name certificates for the upstream, out of the files of Docker's layout: authorities are `*.crt`, and
+/// a client's certificate `*.cert` may have its key beside it in `*.key`.
+pub(super) fn certificates(names: &BTreeSet<OsString>) -> String {
+    let quote = |name: &str| toml_edit::Value::from(name).to_string();
+    let names: Vec<&str> = names.iter().filter_map(|name| name.to_str()).collect();
+    let authorities: Vec<_> = names.iter().filter(|name| name.ends_with(".crt")).map(|name| quote(name)).collect();
+    let mut clients = Vec::new();
+    for &name in &names {
+        let Some(stem) = name.strip_suffix(".cert") else { continue };
+        let key = format!("{stem}.key");
+        let has_key = names.contains(&key.as_str());
+        clients.push(if has_key { format!("[{}, {}]", quote(name), quote(&key)) } else { quote(name) });
+    }
+    let mut text = String::new();
+    if !authorities.is_empty() {
+        let _ = writeln!(text, "ca = [{}]", authorities.join(", "));
+    }
+    if !clients.is_empty() {
+        let _ = writeln!(text, "client = [{}]", clients.join(", "));
+    }
+    text
+}

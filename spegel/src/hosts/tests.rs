@@ -1,0 +1,114 @@
+//! Interruptions at every step of a run.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use super::*;
+
+const ORIGINAL: &str = "server = 'http://registry.test:5000'\n";
+
+/// Every file below a directory with its content.
+fn snapshot(directory: &Path) -> BTreeMap<PathBuf, String> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(snapshot(&path));
+        } else {
+            files.insert(path.clone(), fs::read_to_string(&path).unwrap());
+        }
+    }
+    files
+}
+
+fn setting(root: &Path) -> Configuration {
+    let directory = root.join("registry.test:5000");
+    fs::create_dir(&directory).unwrap();
+    fs::write(directory.join(HOSTS), ORIGINAL).unwrap();
+    fs::write(directory.join("ca.crt"), "ca").unwrap();
+    Configuration {
+        config_path: root.to_owned(),
+        mirrored_registries: vec!["http://registry.test:5000".parse().unwrap(), "other.test".parse().unwrap()],
+        mirror_targets: vec!["http://127.0.0.1:5000".parse().unwrap()],
+        resolve_tags: true,
+        prepend_existing: false,
+        basic_auth: None,
+        node_name: "node-1".to_owned(),
+    }
+}
+
+/// A hook that fails before step `last`, and how many steps it saw.
+fn failing<'a>(last: usize, seen: &'a mut usize) -> impl FnMut(&'static str) -> io::Result<()> + 'a {
+    move |_| {
+        *seen += 1;
+        if *seen > last { Err(io::Error::other("interrupted")) } else { Ok(()) }
+    }
+}
+
+/// containerd finds either what was there or all of ours, and the original is not lost.
+fn assert_valid(root: &Path, step: usize) {
+    let path = root.join("registry.test:5000").join(HOSTS);
+    let text = fs::read_to_string(&path).unwrap();
+    let is_whole = render::read_marker(text.as_bytes()).is_some_and(|(pristine, _)| pristine);
+    assert!(text == ORIGINAL || is_whole, "step {step}: {text}");
+    assert!(snapshot(root).values().any(|text| text == ORIGINAL), "step {step}");
+}
+
+#[test]
+fn interrupted_write_is_completed_by_the_next() {
+    for step in 0.. {
+        let root = tempfile::tempdir().unwrap();
+        let configuration = setting(root.path());
+        let before = snapshot(root.path());
+        let mut seen = 0;
+        let result = write_with(&configuration, &mut failing(step, &mut seen));
+        assert_valid(root.path(), step);
+        write(&configuration).unwrap();
+        let written = snapshot(root.path());
+        assert!(written.len() == 4 && !written.keys().any(|path| path.ends_with(".hosts.toml.spegel")), "{written:?}");
+        remove(root.path()).unwrap();
+        assert_eq!(snapshot(root.path()), before, "step {step}");
+        if result.is_ok() {
+            assert!(step > 4, "the run has steps");
+            return;
+        }
+    }
+}
+
+#[test]
+fn interrupted_write_is_taken_back() {
+    for step in 0.. {
+        let root = tempfile::tempdir().unwrap();
+        let configuration = setting(root.path());
+        let before = snapshot(root.path());
+        let mut seen = 0;
+        let result = write_with(&configuration, &mut failing(step, &mut seen));
+        remove(root.path()).unwrap();
+        assert_eq!(snapshot(root.path()), before, "step {step}");
+        assert!(!root.path().join(BACKUP).exists(), "step {step}");
+        if result.is_ok() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn interrupted_remove_is_completed_by_the_next() {
+    for step in 0.. {
+        let root = tempfile::tempdir().unwrap();
+        let configuration = setting(root.path());
+        let before = snapshot(root.path());
+        write(&configuration).unwrap();
+        let mut seen = 0;
+        let result = remove_with(root.path(), &mut failing(step, &mut seen));
+        assert_valid(root.path(), step);
+        remove(root.path()).unwrap();
+        assert_eq!(snapshot(root.path()), before, "step {step}");
+        if result.is_ok() {
+            assert!(step > 2, "the run has steps");
+            return;
+        }
+    }
+}

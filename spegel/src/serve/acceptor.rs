@@ -1,0 +1,110 @@
+//! Takes connections from a listener and hands them to the data runtimes.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+
+use super::engine::Engine;
+use super::{Shared, linger};
+
+/// Pause after a failed accept: without descriptors the listener stays readable, and every try would fail at once.
+const BACK_OFF: Duration = Duration::from_millis(50);
+
+/// Refusals under way; beyond these a connection is closed without an answer.
+const REFUSALS: usize = 64;
+
+/// containerd goes upstream on a 503 at once.
+const REFUSAL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+
+pub(super) struct Acceptor {
+    listener: TcpListener,
+    engines: Vec<Arc<Engine>>,
+    shared: Arc<Shared>,
+    refusals: Arc<Semaphore>,
+}
+
+// === impl Acceptor ===
+
+impl Acceptor {
+    pub(super) fn new(
+        listener: std::net::TcpListener,
+        engines: Vec<Arc<Engine>>,
+        shared: Arc<Shared>,
+    ) -> io::Result<Self> {
+        let listener = TcpListener::from_std(listener)?;
+        Ok(Self { listener, engines, shared, refusals: Arc::new(Semaphore::new(REFUSALS)) })
+    }
+
+    pub(super) async fn run(self) {
+        let stop = self.shared.stop.accepting.clone();
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.accept_all() => {}
+        }
+    }
+
+    async fn accept_all(&self) {
+        let mut failing = false;
+        loop {
+            match self.accept().await {
+                Ok((stream, remote)) => {
+                    failing = false;
+                    self.place(stream, remote);
+                }
+                // The client left before it was accepted.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::warn!(%error, "cannot accept connections for now");
+                    }
+                    tokio::time::sleep(BACK_OFF).await;
+                }
+            }
+        }
+    }
+
+    async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        let (stream, remote) = self.listener.accept().await?;
+        // Another runtime's reactor will watch it.
+        Ok((stream.into_std()?, SocketAddr::new(remote.ip().to_canonical(), remote.port())))
+    }
+
+    fn place(&self, stream: TcpStream, remote: SocketAddr) {
+        let open: usize = self.engines.iter().map(|engine| engine.load()).sum();
+        let refused = if open >= self.shared.limits.connections {
+            Some(stream)
+        } else {
+            let engine = self.engines.iter().min_by_key(|engine| engine.load());
+            engine.and_then(|engine| engine.push(stream, remote, &self.shared).err())
+        };
+        let Some(stream) = refused else { return };
+        self.shared.metrics.refuse();
+        if let Ok(permit) = self.refusals.clone().try_acquire_owned() {
+            let limit = self.shared.limits.linger;
+            tokio::spawn(async move {
+                let _permit = permit;
+                // A client that leaves while it is refused is what was wanted.
+                let _ = refuse(stream, limit).await;
+            });
+        }
+    }
+}
+
+/// Answers 503 once the request begins: Go's client discards a response that comes before.
+async fn refuse(stream: TcpStream, limit: Duration) -> io::Result<()> {
+    let mut stream = tokio::net::TcpStream::from_std(stream)?;
+    let answered = tokio::time::timeout(limit, async {
+        if stream.read(&mut [0; 1024]).await? > 0 {
+            stream.write_all(REFUSAL).await?;
+        }
+        Ok::<_, io::Error>(())
+    });
+    answered.await.map_err(io::Error::from)??;
+    linger::close(stream, limit).await;
+    Ok(())
+}

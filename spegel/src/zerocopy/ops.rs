@@ -1,0 +1,313 @@
+//! What the bodies of a connection and its IO wrapper share.
+
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Context;
+
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use super::error::BodyError;
+use super::file::FileSource;
+use super::pipe::PipePool;
+use super::relay::RelaySource;
+use super::traffic::{Traffic, Way};
+
+/// How the bytes of files and peers are moved.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Transfer {
+    /// By sendfile(2) and splice(2), and by copying where the kernel refuses.
+    #[default]
+    Zerocopy,
+    /// By read and write through a buffer.
+    Copy,
+}
+
+/// What every connection of a server has in common.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How bytes are moved.
+    pub transfer: Transfer,
+    /// Bytes that a connection sends before others of its runtime get their turn. 512 KiB keeps the wait of a small request
+    /// beside 32 bulk streams at a few milliseconds.
+    pub budget: usize,
+    /// Pipes for relays.
+    pub pipes: Arc<PipePool>,
+    /// Where sent bytes are counted.
+    pub traffic: Traffic,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { transfer: Transfer::default(), budget: 512 << 10, pipes: PipePool::new(256), traffic: Traffic::new() }
+    }
+}
+
+/// One connection's meeting point of bodies and IO wrapper. Clones mean the same connection.
+#[derive(Clone)]
+pub struct Ops {
+    shared: Arc<Shared>,
+}
+
+pub(super) struct Shared {
+    pub(super) region: &'static [u8],
+    pub(super) settings: Arc<Settings>,
+    state: Mutex<State>,
+}
+
+pub(super) struct State {
+    /// The source of the response under way.
+    pub(super) source: Option<Source>,
+    /// Bytes of the region handed to hyper and not moved yet.
+    pub(super) promised: u64,
+    /// Bytes moved that hyper has not been told of yet. hyper passing over more than these means that it copied the region.
+    credit: u64,
+    /// Set once; from then on nothing is written.
+    failed: Option<io::Error>,
+    out_of_step: bool,
+    /// Bytes that this turn may still move.
+    pub(super) budget: usize,
+    /// Try the socket even where the runtime believes it to be full.
+    pub(super) force: bool,
+    blocked_since: Option<Instant>,
+    received: bool,
+    bodies: usize,
+}
+
+/// What a connection is doing, as far as its socket and bodies tell.
+#[derive(Clone, Copy, Debug)]
+pub struct Activity {
+    /// Bytes came from the client since this was last asked.
+    pub received: bool,
+    /// Since when the client has taken no byte of what we have for it.
+    pub blocked_since: Option<Instant>,
+    /// A response's body is still being produced or moved.
+    pub body: bool,
+}
+
+/// Where the bytes of a body come from.
+pub(super) enum Source {
+    File(FileSource),
+    Relay(Box<RelaySource>),
+    Cut,
+}
+
+/// What a source achieved.
+pub(super) enum Push {
+    /// So many bytes went to the client, at least one.
+    Moved(usize),
+    /// The client's socket takes nothing now.
+    ClientFull,
+    /// The source has nothing now; it will wake the task.
+    Waiting,
+}
+
+/// The client's side of a transfer.
+pub(super) struct Client<'a> {
+    pub(super) stream: &'a TcpStream,
+    pub(super) force: bool,
+    pub(super) traffic: &'a Traffic,
+}
+
+// === impl Ops ===
+
+impl Ops {
+    /// For one connection.
+    ///
+    /// # Errors
+    /// The kernel refuses the few MiB of address space that stand for bodies.
+    pub fn new(settings: &Arc<Settings>) -> io::Result<Self> {
+        let region = super::region::get()?;
+        let state = State {
+            source: None,
+            promised: 0,
+            credit: 0,
+            failed: None,
+            out_of_step: false,
+            budget: settings.budget,
+            force: false,
+            blocked_since: None,
+            received: false,
+            bodies: 0,
+        };
+        Ok(Self { shared: Arc::new(Shared { region, settings: settings.clone(), state: Mutex::new(state) }) })
+    }
+
+    /// Starts a turn: the connection may send its budget again. To be called before each poll of the connection, which
+    /// otherwise waits for ever once its budget is used up.
+    pub fn begin_turn(&self) {
+        self.shared.lock().budget = self.shared.settings.budget;
+    }
+
+    /// Makes the next write try the socket even where the runtime believes it to be full: the kernel reports room only once a
+    /// third of the buffer is free, which a slow client may not reach for long.
+    pub fn force_write(&self) {
+        self.shared.lock().force = true;
+    }
+
+    /// What the connection is doing.
+    #[must_use]
+    pub fn activity(&self) -> Activity {
+        let mut state = self.shared.lock();
+        let received = std::mem::take(&mut state.received);
+        let body = state.bodies > 0 || state.source.is_some() || state.promised > 0;
+        Activity { received, blocked_since: state.blocked_since, body }
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+impl fmt::Debug for Ops {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ops").finish_non_exhaustive()
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A response begins, with the source of its body if that is not in memory.
+    pub(super) fn body_begins(&self, source: Option<Source>) {
+        let mut state = self.lock();
+        state.bodies += 1;
+        if state.source.is_some() || state.promised > 0 {
+            state.out_of_step = true;
+        } else {
+            state.source = source;
+        }
+    }
+
+    /// hyper let go of a body; `unclaimed` bytes of it were never asked for.
+    pub(super) fn body_ends(&self, unclaimed: u64) {
+        let mut state = self.lock();
+        state.bodies -= 1;
+        let source = if unclaimed > 0 { state.source.take() } else { None };
+        drop(state);
+        drop(source);
+    }
+
+    pub(super) fn promise(&self, bytes: usize) {
+        self.lock().promised += bytes as u64;
+    }
+
+    /// hyper passes over `bytes` of the region, which it may do only after they were moved.
+    pub(super) fn passed_over(&self, bytes: usize) {
+        let mut state = self.lock();
+        match state.credit.checked_sub(bytes as u64) {
+            Some(credit) => state.credit = credit,
+            None => state.out_of_step = true,
+        }
+    }
+
+    /// The connection is over: nothing is moved any more.
+    pub(super) fn close(&self) {
+        let source = self.lock().source.take();
+        drop(source);
+    }
+}
+
+// === impl State ===
+
+impl State {
+    /// The reason for which nothing may be written any more.
+    pub(super) fn check(&mut self) -> io::Result<()> {
+        if self.out_of_step {
+            return Err(BodyError::OutOfStep.into());
+        }
+        self.failed.take().map_or(Ok(()), Err)
+    }
+
+    /// Reports `error` at the next write.
+    pub(super) fn fail_later(&mut self, error: io::Error) {
+        self.failed = Some(error);
+    }
+
+    pub(super) fn received(&mut self) {
+        self.received = true;
+    }
+
+    pub(super) fn progressed(&mut self, bytes: usize) {
+        self.blocked_since = None;
+        self.budget = self.budget.saturating_sub(bytes);
+    }
+
+    pub(super) fn blocked(&mut self) {
+        self.blocked_since.get_or_insert_with(Instant::now);
+    }
+
+    /// Accounts for `bytes` moved, and returns the source when that was all of it.
+    pub(super) fn moved(&mut self, bytes: usize) -> Option<Source> {
+        self.promised -= bytes as u64;
+        self.credit += bytes as u64;
+        let done = self.source.as_ref().is_some_and(|source| source.left() == Some(0));
+        if done { self.source.take() } else { None }
+    }
+}
+
+// === impl Source ===
+
+impl Source {
+    fn left(&self) -> Option<u64> {
+        match self {
+            Self::File(file) => Some(file.left()),
+            Self::Relay(relay) => Some(relay.left()),
+            Self::Cut => None,
+        }
+    }
+
+    /// Whether body bytes will follow a head at once.
+    pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
+        match self {
+            Self::File(_) => true,
+            Self::Relay(relay) => relay.at_hand(cx),
+            Self::Cut => false,
+        }
+    }
+
+    pub(super) fn push(&mut self, cx: &mut Context<'_>, client: &Client<'_>, max: usize) -> io::Result<Push> {
+        match self {
+            Self::File(file) => file.push(client, max),
+            Self::Relay(relay) => relay.push(cx, client, max),
+            Self::Cut => Err(BodyError::Cut.into()),
+        }
+    }
+
+    /// Every byte was moved.
+    pub(super) fn complete(self) {
+        if let Self::Relay(relay) = self {
+            relay.complete();
+        }
+    }
+}
+
+// === impl Client ===
+
+impl Client<'_> {
+    /// Runs a system call that writes to the client.
+    pub(super) fn io<R>(&self, call: impl FnOnce(&TcpStream) -> io::Result<R>) -> io::Result<R> {
+        if self.force { call(self.stream) } else { self.stream.try_io(Interest::WRITABLE, || call(self.stream)) }
+    }
+
+    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.io(|stream| Ok(rustix::net::send(stream, bytes, SendFlags::NOSIGNAL)?))
+    }
+
+    /// Sends from memory; with `more` the kernel waits for what follows before it sends a short segment.
+    pub(super) fn send_vectored(&self, bufs: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
+        let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+        let mut space: [MaybeUninit<u8>; 0] = [];
+        let n = self.io(|stream| Ok(sendmsg(stream, bufs, &mut SendAncillaryBuffer::new(&mut space), flags)?))?;
+        self.traffic.add(Way::Memory, n);
+        Ok(n)
+    }
+}

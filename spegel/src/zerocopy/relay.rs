@@ -1,0 +1,394 @@
+//! A peer's socket as the source of a body.
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use futures::future::BoxFuture;
+use rustix::io::Errno;
+use rustix::pipe::SpliceFlags;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep};
+
+use super::error::BodyError;
+use super::ops::{Client, Push, Transfer};
+use super::pipe::{Pipe, PipePool};
+use super::stage::Stage;
+use super::traffic::Way;
+
+/// How a relay ended.
+#[derive(Debug)]
+pub enum RelayEnd {
+    /// Every byte was sent. The peer's connection is at the end of its response and can be used again.
+    Complete(TcpStream),
+    /// The peer failed, stalled or closed early, and nobody went on in its place.
+    Broken {
+        /// Bytes of the body sent to the client.
+        sent: u64,
+        /// What the peer did; `TimedOut` is a stall.
+        error: io::Error,
+    },
+    /// The client left, or the response needed no body. No fault of the peer's.
+    Dropped {
+        /// Bytes of the body sent to the client.
+        sent: u64,
+    },
+}
+
+/// Finds another source for the rest of a body, which starts at the given offset of the body. Yields that source's
+/// connection and the body bytes already read from it, or `None` when nobody can go on. The time it may take is the relay's
+/// stall timeout. It is not called twice without a byte gained in between.
+pub type Resume = Box<dyn FnMut(u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> + Send>;
+
+type OnEnd = Box<dyn FnOnce(RelayEnd) + Send>;
+
+/// A peer's response body on its way to a client, exactly `len` bytes of it.
+pub struct Relay {
+    peer: TcpStream,
+    prefetched: Bytes,
+    len: u64,
+    stall: Duration,
+    resume: Option<Resume>,
+    on_end: EndHook,
+}
+
+impl Relay {
+    /// A body of `len` bytes: `prefetched`, which came with the peer's head, then what `peer` sends. `on_end` is called
+    /// once, whatever happens, on the connection's runtime: it must not block. A `prefetched` longer than `len` breaks the
+    /// relay before its first byte.
+    #[must_use]
+    pub fn new(peer: TcpStream, prefetched: Bytes, len: u64, on_end: Box<dyn FnOnce(RelayEnd) + Send>) -> Self {
+        let on_end = EndHook { hook: Some(on_end), sent: 0 };
+        Self { peer, prefetched, len, stall: Duration::from_secs(5), resume: None, on_end }
+    }
+
+    /// How long the peer may send nothing while the client waits, 5 s by default.
+    #[must_use]
+    pub fn stall_timeout(mut self, stall: Duration) -> Self {
+        self.stall = stall;
+        self
+    }
+
+    /// Whom to ask when the peer fails half way.
+    #[must_use]
+    pub fn resume(mut self, resume: Resume) -> Self {
+        self.resume = Some(resume);
+        self
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// A source that reads from the runtime that this is called on.
+    pub(super) fn into_source(self, transfer: Transfer, pipes: &Arc<PipePool>) -> RelaySource {
+        let Self { peer, prefetched, len, stall, resume, on_end } = self;
+        let mut source = RelaySource {
+            peer: None,
+            pending: Bytes::new(),
+            unread: len,
+            pipe: None,
+            stage: None,
+            transfer,
+            pipes: pipes.clone(),
+            stall: Stall { after: stall, since: None, timer: None },
+            resume,
+            resuming: None,
+            resumed_at: None,
+            failed: None,
+            on_end,
+        };
+        if let Err(error) = source.adopt(peer, prefetched) {
+            source.failed = Some(error);
+        }
+        source
+    }
+}
+
+impl fmt::Debug for Relay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Relay").field("peer", &self.peer).field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+/// Calls the owner back exactly once, at the latest when dropped.
+struct EndHook {
+    hook: Option<OnEnd>,
+    sent: u64,
+}
+
+impl EndHook {
+    fn call(&mut self, end: RelayEnd) {
+        if let Some(hook) = self.hook.take() {
+            hook(end);
+        }
+    }
+}
+
+impl Drop for EndHook {
+    fn drop(&mut self) {
+        self.call(RelayEnd::Dropped { sent: self.sent });
+    }
+}
+
+/// A search for another source.
+struct Resuming {
+    next: BoxFuture<'static, Option<(TcpStream, Bytes)>>,
+    /// Why the last source failed.
+    cause: io::Error,
+}
+
+/// What is left of a relay.
+pub(super) struct RelaySource {
+    peer: Option<TcpStream>,
+    /// Read from the peer before the relay began.
+    pending: Bytes,
+    /// Bytes that nobody has read yet.
+    unread: u64,
+    pipe: Option<Pipe>,
+    stage: Option<Stage>,
+    transfer: Transfer,
+    pipes: Arc<PipePool>,
+    stall: Stall,
+    resume: Option<Resume>,
+    resuming: Option<Resuming>,
+    resumed_at: Option<u64>,
+    failed: Option<io::Error>,
+    on_end: EndHook,
+}
+
+// === impl RelaySource ===
+
+impl RelaySource {
+    /// Bytes not sent yet.
+    pub(super) fn left(&self) -> u64 {
+        self.unread + self.held() as u64
+    }
+
+    fn held(&self) -> usize {
+        self.pending.len()
+            + self.pipe.as_ref().map_or(0, Pipe::held)
+            + self.stage.as_ref().map_or(0, |stage| stage.held().len())
+    }
+
+    /// Whether bytes are at hand now, so that a head may wait for them in the kernel.
+    pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.failed.is_some() {
+            return false;
+        }
+        if self.held() > 0 {
+            return true;
+        }
+        match self.fill(cx) {
+            Poll::Ready(Ok(())) => true,
+            Poll::Ready(Err(error)) => {
+                self.failed = Some(error);
+                false
+            }
+            Poll::Pending => false,
+        }
+    }
+
+    pub(super) fn push(&mut self, cx: &mut Context<'_>, client: &Client<'_>, max: usize) -> io::Result<Push> {
+        if let Some(error) = self.failed.take() {
+            return Err(self.broken(error));
+        }
+        while self.held() == 0 {
+            match self.fill(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Err(self.broken(error)),
+                Poll::Pending => return Ok(Push::Waiting),
+            }
+        }
+        match self.drain(client, max) {
+            Ok(n) => {
+                self.on_end.sent += n as u64;
+                Ok(Push::Moved(n))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Push::ClientFull),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives the peer's connection back. Called once nothing is left.
+    pub(super) fn complete(mut self) {
+        // The pipe first: whoever hears of the end may start the next relay at once.
+        self.pipe = None;
+        if let Some(error) = self.failed.take() {
+            self.broken(error);
+        } else if let Some(peer) = self.peer.take() {
+            self.on_end.call(RelayEnd::Complete(peer));
+        }
+    }
+
+    fn broken(&mut self, error: io::Error) -> io::Error {
+        let sent = self.on_end.sent;
+        let reason = error.to_string();
+        self.peer = None;
+        self.on_end.call(RelayEnd::Broken { sent, error });
+        BodyError::Peer { sent, reason }.into()
+    }
+
+    /// Makes `peer` the source of what is left, on the runtime that this is called on.
+    fn adopt(&mut self, peer: TcpStream, prefetched: Bytes) -> io::Result<()> {
+        self.peer = Some(TcpStream::from_std(peer.into_std()?)?);
+        if prefetched.len() as u64 > self.unread {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer sent more than it said"));
+        }
+        self.unread -= prefetched.len() as u64;
+        self.pending = prefetched;
+        Ok(())
+    }
+
+    /// Sends of what is held, oldest first.
+    fn drain(&mut self, client: &Client<'_>, max: usize) -> io::Result<usize> {
+        if !self.pending.is_empty() {
+            let n = client.send(&self.pending[..self.pending.len().min(max)])?;
+            self.pending.advance(n);
+            client.traffic.add(Way::RelayCopy, n);
+            return Ok(n);
+        }
+        if let Some(pipe) = self.pipe.as_mut().filter(|pipe| pipe.held() > 0) {
+            let (from, len) = (pipe.read_end()?, pipe.held().min(max));
+            let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+            let n = client.io(|stream| Ok(rustix::pipe::splice(from, None, stream, None, len, flags)?))?;
+            pipe.emptied(n);
+            client.traffic.add(Way::Splice, n);
+            return Ok(n);
+        }
+        let stage = self.stage.get_or_insert_with(Stage::new);
+        let n = client.send(&stage.held()[..stage.held().len().min(max)])?;
+        stage.take(n);
+        client.traffic.add(Way::RelayCopy, n);
+        Ok(n)
+    }
+
+    /// Reads from the peer, or from who goes on in its place. Only called when nothing is held, since splice(2) says
+    /// "would block" for a full pipe and an empty socket alike.
+    fn fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if let Some(resuming) = &mut self.resuming {
+                let answer = match resuming.next.as_mut().poll(cx) {
+                    Poll::Ready(answer) => answer,
+                    Poll::Pending if self.stall.is_over(cx) => None,
+                    Poll::Pending => return Poll::Pending,
+                };
+                let cause = self.resuming.take().map(|resuming| resuming.cause);
+                let adopted = match (answer, cause) {
+                    (Some((peer, prefetched)), _) => self.adopt(peer, prefetched),
+                    (None, cause) => Err(cause.unwrap_or_else(|| io::ErrorKind::TimedOut.into())),
+                };
+                self.stall.restart();
+                match adopted {
+                    Ok(()) if self.held() > 0 => return Poll::Ready(Ok(())),
+                    Ok(()) => {}
+                    Err(error) => return Poll::Ready(Err(error)),
+                }
+            }
+            let error = match self.read(cx) {
+                Poll::Pending if self.stall.is_over(cx) => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(0)) => io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed early"),
+                Poll::Ready(Ok(n)) => {
+                    self.unread -= n as u64;
+                    self.stall.restart();
+                    return Poll::Ready(Ok(()));
+                }
+                Poll::Ready(Err(error)) => error,
+            };
+            self.peer = None;
+            let sent = self.on_end.sent;
+            match &mut self.resume {
+                Some(resume) if self.resumed_at != Some(sent) => {
+                    self.resumed_at = Some(sent);
+                    self.resuming = Some(Resuming { next: resume(sent), cause: error });
+                    self.stall.restart();
+                }
+                _ => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    fn read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let Some(peer) = &self.peer else {
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        };
+        loop {
+            let read = if self.transfer == Transfer::Zerocopy {
+                match &mut self.pipe {
+                    Some(pipe) => splice_in(peer, pipe, self.unread),
+                    None => {
+                        self.pipe = self.pipes.take();
+                        if self.pipe.is_none() {
+                            self.transfer = Transfer::Copy;
+                        }
+                        continue;
+                    }
+                }
+            } else {
+                self.stage.get_or_insert_with(Stage::new).fill(self.unread, |buf| peer.try_read(buf))
+            };
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => match peer.poll_read_ready(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => return Poll::Pending,
+                },
+                Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::INVAL | Errno::NOSYS)) => {
+                    if self.transfer == Transfer::Copy {
+                        return Poll::Ready(Err(error));
+                    }
+                    self.transfer = Transfer::Copy;
+                }
+                other => return Poll::Ready(other),
+            }
+        }
+    }
+}
+
+fn splice_in(peer: &TcpStream, pipe: &mut Pipe, unread: u64) -> io::Result<usize> {
+    let len = usize::try_from(unread).unwrap_or(usize::MAX).min(pipe.capacity());
+    let into = pipe.write_end()?;
+    let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+    let n = peer.try_io(Interest::READABLE, || Ok(rustix::pipe::splice(peer, None, into, None, len, flags)?))?;
+    pipe.filled(n);
+    Ok(n)
+}
+
+/// Notices that nothing has come for a while. Only time spent waiting counts: a slow client is not the peer's fault.
+struct Stall {
+    after: Duration,
+    since: Option<Instant>,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+// === impl Stall ===
+
+impl Stall {
+    fn restart(&mut self) {
+        self.since = None;
+    }
+
+    /// Whether the wait has lasted too long; else the task is woken when it has.
+    fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        let now = Instant::now();
+        let deadline = *self.since.get_or_insert(now) + self.after;
+        if now >= deadline {
+            return true;
+        }
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        // A timer that is due earlier only wakes us early; moving it for every wait would cost more.
+        while timer.as_mut().poll(cx).is_ready() {
+            timer.as_mut().reset(deadline);
+            if Instant::now() >= deadline {
+                return true;
+            }
+        }
+        false
+    }
+}
