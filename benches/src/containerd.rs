@@ -340,3 +340,65 @@ pub fn check_content<'a>(containerd: &Containerd, digests: impl IntoIterator<Ite
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::image::{Compression, ImageBuilder};
+    use crate::netns::Lab;
+    use crate::registry::Registry;
+
+    /// What the end-to-end tests rely on, without a mirror: pulls, imports and removals by each containerd.
+    #[test]
+    fn each_version_pulls_from_a_registry() {
+        if let Err(reason) = Lab::available().and(Registry::available()) {
+            eprintln!("skipped: {reason}");
+            return;
+        }
+        let mut lab = Lab::new().unwrap();
+        let registry = Registry::start(&lab.add_node().unwrap()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let image = ImageBuilder::new(format!("{}/app:1", registry.host()))
+            .platforms(&["linux/amd64", "linux/arm64"])
+            .layers(2, 100_000, Compression::Gzip, 1)
+            .layers(1, 100_000, Compression::Zstd, 1)
+            .build(dir.path())
+            .unwrap();
+        image.push(&registry.url()).unwrap();
+        for version in Version::ALL {
+            let binaries = match version.find() {
+                Ok(binaries) => binaries,
+                Err(reason) => {
+                    eprintln!("skipped for containerd {version}: {reason}");
+                    continue;
+                }
+            };
+            let containerd = Containerd::start(&binaries, &lab.add_node().unwrap(), &Options::default()).unwrap();
+            let hosts = containerd.certs_dir().join(registry.host());
+            fs::create_dir_all(&hosts).unwrap();
+            fs::write(
+                hosts.join("hosts.toml"),
+                format!("[host.'{}']\ncapabilities = ['pull', 'resolve']\n", registry.url()),
+            )
+            .unwrap();
+            let before = registry.requests("GET", "/blobs/");
+            containerd.pull(image.reference()).unwrap();
+            assert!(registry.requests("GET", "/blobs/") >= before + 3);
+            assert_eq!(
+                containerd.image_digest(image.reference()).unwrap().as_deref(),
+                Some(image.root().digest.as_str())
+            );
+            let platform = crate::image::host_platform();
+            check_content(&containerd, image.contents_for(platform).map(|content| content.digest.as_str())).unwrap();
+            containerd.remove(image.reference()).unwrap();
+            assert_eq!(containerd.image_digest(image.reference()).unwrap(), None);
+
+            let archive = dir.path().join("image.tar");
+            image.write_archive(&archive).unwrap();
+            containerd.import(&archive).unwrap();
+            check_content(&containerd, image.contents().iter().map(|content| content.digest.as_str())).unwrap();
+        }
+    }
+}
