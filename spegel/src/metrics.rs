@@ -1,1 +1,141 @@
-//! The metrics registry that every room adds its own figures to, and its text form.
+//! The metrics registry that every room adds its own figures to, the process's own figures, and the text form.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+
+/// The content type of [`encode`]'s text, from the [OpenMetrics specification](https://prometheus.io/docs/specs/om/open_metrics_spec/).
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// A registry that already holds the figures of this process.
+pub fn registry() -> Registry {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Process));
+    registry
+}
+
+/// The text that a scraper reads.
+///
+/// # Errors
+/// Only when a metric's own encoding fails.
+pub fn encode(registry: &Registry) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, registry)?;
+    Ok(text)
+}
+
+/// The figures that Prometheus client libraries export of a process, read from `/proc/self` at each scrape.
+#[derive(Debug)]
+struct Process;
+
+impl Process {
+    fn metric<M: EncodeMetric>(
+        encoder: &mut DescriptorEncoder<'_>,
+        name: &str,
+        help: &str,
+        unit: Option<&Unit>,
+        metric: &M,
+    ) -> Result<(), std::fmt::Error> {
+        metric.encode(encoder.encode_descriptor(name, help, unit, metric.metric_type())?)
+    }
+}
+
+impl Collector for Process {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        use procfs::WithCurrentSystemInfo as _;
+        let Ok(process) = procfs::process::Process::myself() else { return Ok(()) };
+        let encoder = &mut encoder;
+        if let Ok(stat) = process.stat() {
+            let ticks = procfs::ticks_per_second().max(1);
+            let cpu = (stat.utime + stat.stime) as f64 / ticks as f64;
+            let rss = stat.rss_bytes().get();
+            let seconds = Unit::Seconds;
+            Self::metric(encoder, "process_cpu", "User and system time spent", Some(&seconds), &ConstCounter::new(cpu))?;
+            let resident = ConstGauge::new(i64::try_from(rss).unwrap_or(i64::MAX));
+            Self::metric(encoder, "process_resident_memory", "Resident memory", Some(&Unit::Bytes), &resident)?;
+            let virtual_ = ConstGauge::new(i64::try_from(stat.vsize).unwrap_or(i64::MAX));
+            Self::metric(encoder, "process_virtual_memory", "Virtual memory", Some(&Unit::Bytes), &virtual_)?;
+            let threads = ConstGauge::new(stat.num_threads);
+            Self::metric(encoder, "process_threads", "Operating system threads", None, &threads)?;
+            if let Ok(boot) = procfs::boot_time_secs() {
+                let start = ConstGauge::new(boot as f64 + stat.starttime as f64 / ticks as f64);
+                let help = "Start of the process, seconds since the Unix epoch";
+                Self::metric(encoder, "process_start_time", help, Some(&seconds), &start)?;
+            }
+        }
+        if let Ok(count) = process.fd_count() {
+            let open = ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
+            Self::metric(encoder, "process_open_fds", "Open file descriptors", None, &open)?;
+        }
+        if let Ok(limits) = process.limits()
+            && let procfs::process::LimitValue::Value(max) = limits.max_open_files.soft_limit
+        {
+            let max = ConstGauge::new(i64::try_from(max).unwrap_or(i64::MAX));
+            Self::metric(encoder, "process_max_fds", "Bound of open file descriptors", None, &max)?;
+        }
+        Ok(())
+    }
+}
+
+/// Bounds the values of a label that clients choose: the first few distinct ones keep their name, the rest are `other`.
+#[derive(Debug)]
+pub struct BoundedLabel {
+    seen: Mutex<HashSet<String>>,
+    limit: usize,
+}
+
+impl BoundedLabel {
+    /// Keeps at most `limit` distinct values.
+    pub fn new(limit: usize) -> Self {
+        Self { seen: Mutex::default(), limit }
+    }
+
+    /// The label value to use for `value`.
+    pub fn of(&self, value: &str) -> String {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.contains(value) {
+            return value.to_owned();
+        }
+        if seen.len() >= self.limit || value.len() > 255 {
+            return "other".to_owned();
+        }
+        seen.insert(value.to_owned());
+        value.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn process_figures_have_the_names_that_dashboards_use() {
+        let text = encode(&registry()).unwrap();
+        for name in [
+            "process_cpu_seconds_total ",
+            "process_resident_memory_bytes ",
+            "process_virtual_memory_bytes ",
+            "process_start_time_seconds ",
+            "process_open_fds ",
+            "process_max_fds ",
+        ] {
+            assert!(text.contains(&format!("\n{name}")), "{name} is missing in:\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn a_label_that_clients_choose_stays_bounded() {
+        let label = BoundedLabel::new(2);
+        assert_eq!(label.of("a"), "a");
+        assert_eq!(label.of("b"), "b");
+        assert_eq!(label.of("c"), "other");
+        assert_eq!(label.of("a"), "a");
+    }
+}

@@ -1,1 +1,180 @@
-//! Getting content from a peer.
+//! Getting content from a peer: choosing one, asking, and handing on what it sends.
+
+mod client;
+mod fetch;
+mod metrics;
+mod pool;
+mod shelf;
+mod verify;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
+
+use crate::oci::{Digest, Key};
+use crate::router::{Peer, Router};
+use crate::zerocopy::Body;
+
+pub use client::{PeerError, Timeouts};
+pub use metrics::MirrorMetrics;
+pub use shelf::Verified;
+
+/// Marks a request between nodes: it is answered from local content only, so that no request goes in circles.
+pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
+
+/// Whole bodies up to this many bytes are verified before they are passed on.
+const VERIFIED_BODY: u64 = 1024 * 1024;
+/// Memory for bodies that are being verified, in KiB.
+const VERIFY_BUDGET_KIB: usize = 32 * 1024;
+/// Memory for verified content that is kept ready, in bytes, and for how long.
+const SHELF_BYTES: usize = 16 * 1024 * 1024;
+const SHELF_LIFETIME: Duration = Duration::from_secs(60);
+
+/// How patient the mirror is, and how it presents itself.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How long one request looks for peers, in all.
+    pub resolve_timeout: Duration,
+    /// How many peers one request tries.
+    pub resolve_retries: usize,
+    /// How long one peer may take to connect and to answer.
+    pub timeouts: Timeouts,
+    /// After how long without an answer the next peer is asked as well.
+    pub hedge: Duration,
+    /// How long a peer's body may stand still before it is given up.
+    pub stall: Duration,
+    /// The `Authorization` header's value for peers, where basic authentication is on.
+    pub authorization: Option<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            resolve_timeout: Duration::from_millis(20),
+            resolve_retries: 3,
+            timeouts: Timeouts { connect: Duration::from_secs(1), head: Duration::from_secs(3) },
+            hedge: Duration::from_millis(200),
+            stall: Duration::from_secs(5),
+            authorization: None,
+        }
+    }
+}
+
+/// What a client wants of us and we do not have.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// The key under which peers offer it.
+    pub key: Key,
+    /// Path and query of the request to a peer.
+    pub target: String,
+    /// Manifest or blob.
+    pub kind: Kind,
+    /// Only the head is wanted.
+    pub head_only: bool,
+    /// The `Range` header's value, where a part is wanted. Only for blobs.
+    pub range: Option<String>,
+}
+
+/// What sort of content is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A manifest or index; always small, always verified.
+    Manifest,
+    /// A config or layer.
+    Blob,
+}
+
+/// What a peer gave.
+#[derive(Debug)]
+pub struct Found {
+    /// Who gave it; `None` for content that was kept ready.
+    pub peer: Option<Peer>,
+    /// The content.
+    pub content: Content,
+}
+
+/// Content from a peer.
+#[derive(Debug)]
+pub enum Content {
+    /// All of it, verified against its digest.
+    Verified(Verified),
+    /// Bytes of a blob that go from the peer's socket to the client's.
+    Relay {
+        /// The bytes, `first..first + body.len()` of the blob.
+        body: Body,
+        /// Where they begin in the blob, and the blob's length, in bytes, for a part.
+        part: Option<(u64, u64)>,
+    },
+    /// A blob's length in bytes, where only the head was wanted.
+    Head {
+        /// The blob's length in bytes.
+        length: u64,
+    },
+    /// The wanted range lies outside of the blob.
+    Unsatisfiable {
+        /// The blob's length in bytes.
+        length: u64,
+    },
+}
+
+/// Nobody gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no peer has it ({found} found, {tried} tried)")]
+pub struct Miss {
+    /// Peers that were said to have it.
+    pub found: usize,
+    /// Peers that were asked, in vain.
+    pub tried: usize,
+}
+
+/// Gets content from peers.
+#[derive(Clone, Debug)]
+pub struct Mirror {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    router: Arc<dyn Router>,
+    settings: Settings,
+    pool: Arc<pool::Pool>,
+    shelf: shelf::Shelf,
+    budget: Arc<Semaphore>,
+    metrics: MirrorMetrics,
+}
+
+impl Mirror {
+    /// A mirror that finds its peers by `router`.
+    pub fn new(router: Arc<dyn Router>, settings: Settings, metrics: MirrorMetrics) -> Self {
+        let shared = Shared {
+            router,
+            settings,
+            pool: Arc::default(),
+            shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
+            budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
+            metrics,
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Finds peers that have `wanted`, and takes the first good answer.
+    ///
+    /// # Errors
+    /// [`Miss`] when no peer gave it, after [`Settings::resolve_timeout`] and one bounded attempt with each of
+    /// [`Settings::resolve_retries`] peers at the most.
+    pub async fn fetch(&self, wanted: &Wanted) -> Result<Found, Miss> {
+        if let Key::Digest(digest) = &wanted.key
+            && let Some(verified) = self.ready(digest)
+            && wanted.range.is_none()
+        {
+            return Ok(Found { peer: None, content: Content::Verified(verified) });
+        }
+        fetch::fetch(&self.shared, wanted).await
+    }
+
+    /// Content that was fetched and verified a moment ago.
+    pub fn ready(&self, digest: &Digest) -> Option<Verified> {
+        self.shared.shelf.get(digest, Instant::now())
+    }
+}

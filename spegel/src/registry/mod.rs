@@ -1,1 +1,237 @@
 //! The distribution API: a request in, a response out. Touches no socket.
+//!
+//! The paths are those of the [OCI distribution specification](https://github.com/opencontainers/distribution-spec/blob/main/spec.md#endpoints)
+//! that read; what writes is refused. How a refusal is said follows what containerd makes of it, see `promises`.
+
+mod auth;
+mod content;
+mod metrics;
+mod promises;
+mod respond;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use http::request::Parts;
+use http::{Response, StatusCode, header};
+use tokio::sync::watch;
+use tracing::{debug, info};
+
+use crate::mirror::{MIRRORED_HEADER, Mirror};
+use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
+use crate::router::Readiness;
+use crate::store::{Health, Store};
+use crate::zerocopy::{Body, BodyEnd};
+
+pub use auth::BasicAuth;
+pub use metrics::RegistryMetrics;
+pub use promises::Client;
+
+use content::{Answer, Ask, Source};
+use metrics::Observed;
+use promises::Promises;
+
+/// The header by which a node's containerd tells whose it is; `spegel configuration` writes it into hosts.toml.
+pub const NODE_HEADER: &str = "X-Spegel-Node";
+/// The response header that tells where content is from: `local`, `ready` (fetched and verified a moment ago), or the
+/// address of a peer.
+pub const SOURCE_HEADER: &str = "X-Spegel-Source";
+
+/// What a registry is built from.
+#[derive(Debug)]
+pub struct Settings {
+    /// What this node has.
+    pub store: Arc<dyn Store>,
+    /// What others have.
+    pub mirror: Mirror,
+    /// How this node stands among its peers.
+    pub readiness: watch::Receiver<Readiness>,
+    /// What is not mirrored.
+    pub filters: Filters,
+    /// Who may ask; anyone if not set.
+    pub basic_auth: Option<BasicAuth>,
+    /// This node's name, to tell its own containerd's requests from others'.
+    pub node_name: Option<String>,
+    /// Where requests are counted.
+    pub metrics: RegistryMetrics,
+}
+
+/// Answers the requests of this node's containerd and of peers.
+#[derive(Debug)]
+pub struct Registry {
+    settings: Settings,
+    promises: Arc<Promises>,
+}
+
+impl Registry {
+    /// A registry over its parts.
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, promises: Arc::default() }
+    }
+
+    /// Answers one request, that came from `remote`. A request body is not looked at.
+    pub async fn handle(&self, request: &Parts, remote: IpAddr) -> Response<Body> {
+        match request.uri.path() {
+            "/livez" => self.health(request, "livez", Ok(())),
+            "/readyz" => self.health(request, "readyz", self.ready()),
+            path => match Request::parse(&request.method, path, request.uri.query()) {
+                Ok(parsed) => self.distribution(request, &parsed, remote).await,
+                Err(error) => {
+                    let observed = self.settings.metrics.begin("invalid", &request.method);
+                    debug!(%remote, path, %error, "refused");
+                    finish(respond::error(&error), observed, |_| {})
+                }
+            },
+        }
+    }
+
+    /// Whether requests should be sent here; else what it waits for.
+    fn ready(&self) -> Result<(), String> {
+        if let Health::Waiting(what) = &*self.settings.store.health().borrow() {
+            return Err(what.clone());
+        }
+        if self.settings.readiness.borrow().is_ready() { Ok(()) } else { Err("no peer has answered yet".to_owned()) }
+    }
+
+    fn health(&self, request: &Parts, handler: &'static str, state: Result<(), String>) -> Response<Body> {
+        let observed = self.settings.metrics.begin(handler, &request.method);
+        let response = match state {
+            Ok(()) => respond::text(StatusCode::OK, "ok\n"),
+            Err(why) => respond::text(StatusCode::SERVICE_UNAVAILABLE, &format!("not ready: {why}\n")),
+        };
+        finish(respond::without_body_for_head(request, response), observed, |_| {})
+    }
+
+    async fn distribution(&self, request: &Parts, parsed: &Request, remote: IpAddr) -> Response<Body> {
+        let observed = self.settings.metrics.begin(handler_name(parsed), &request.method);
+        if let Some(auth) = &self.settings.basic_auth
+            && !auth.admits(request.headers.get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes))
+        {
+            let error = OciError::new(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, "credentials are needed");
+            return finish(respond::error(&error), observed, |_| {});
+        }
+        let ask = self.ask(request, parsed, remote);
+        let answer = match parsed {
+            Request::Base => Ok(Answer::local(respond::base())),
+            Request::Manifest { reference, .. } => self.manifest(&ask, reference).await,
+            Request::Blob { digest, .. } => self.blob(&ask, digest).await,
+            Request::Referrers { digest, artifact_type, .. } => {
+                self.referrers(&ask, digest, artifact_type.as_deref()).await
+            }
+        };
+        self.conclude(ask, answer, observed)
+    }
+
+    /// What the request says beside its path.
+    fn ask(&self, request: &Parts, parsed: &Request, remote: IpAddr) -> Ask {
+        let text = |name: &str| request.headers.get(name).and_then(|value| value.to_str().ok());
+        let client = match text(NODE_HEADER).filter(|name| !name.is_empty() && name.len() <= 253) {
+            Some(name) => Client::Node(name.into()),
+            None => Client::Address(remote),
+        };
+        Ask {
+            excluded: self.is_excluded(parsed),
+            is_content: matches!(parsed, Request::Manifest { .. } | Request::Blob { .. }),
+            head_only: request.method == http::Method::HEAD,
+            target: peer_target(parsed, request.uri.path()),
+            repository: parsed.repository(),
+            registry: parsed.ns().map(str::to_owned),
+            path: request.uri.path().to_owned(),
+            mirrored: text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true")),
+            range: text("range").and_then(crate::oci::RangeSpec::parse),
+            client,
+        }
+    }
+
+    fn is_excluded(&self, parsed: &Request) -> bool {
+        match parsed {
+            Request::Manifest { reference: TagOrDigest::Tag(tag), .. } => self.settings.filters.excludes_tag(tag),
+            _ => parsed.repository().is_some_and(|name| self.settings.filters.excludes_repository(&name)),
+        }
+    }
+
+    /// Counts the answer, and tells its story once its body has ended.
+    fn conclude(&self, ask: Ask, answer: Result<Answer, OciError>, observed: Observed) -> Response<Body> {
+        let (mut response, source) = match answer {
+            Ok(answer) => (answer.response, answer.source),
+            Err(error) => (respond::error(&error), Source::Nobody),
+        };
+        if let (Some(ns), headers) = (&ask.registry, response.headers_mut())
+            && let Ok(value) = header::HeaderValue::from_str(ns)
+        {
+            headers.insert("OCI-Namespace", value);
+        }
+        if ask.head_only {
+            response = respond::bodiless(response);
+        }
+        let status = response.status();
+        if ask.is_content && !ask.mirrored {
+            let kind = self.client_kind(&ask.client);
+            let hit = status.is_success() && source != Source::Nobody;
+            self.settings.metrics.mirrored(ask.registry.as_deref().unwrap_or("unknown"), hit, kind);
+        }
+        finish(response, observed, move |end| tell(&ask, &source, status, end))
+    }
+
+    fn client_kind(&self, client: &Client) -> &'static str {
+        match (client, &self.settings.node_name) {
+            (Client::Node(name), Some(own)) if **name == **own => "own",
+            (Client::Node(_), Some(_)) => "other_node",
+            _ => "unknown",
+        }
+    }
+}
+
+fn handler_name(parsed: &Request) -> &'static str {
+    match parsed {
+        Request::Base => "v2",
+        Request::Manifest { .. } => "manifest",
+        Request::Blob { .. } => "blob",
+        Request::Referrers { .. } => "referrers",
+    }
+}
+
+/// The same path for a peer, with nothing of the query but the upstream's name.
+fn peer_target(parsed: &Request, path: &str) -> String {
+    match parsed.ns() {
+        Some(ns) => {
+            let ns = percent_encoding::utf8_percent_encode(ns, percent_encoding::NON_ALPHANUMERIC);
+            format!("{path}?ns={ns}")
+        }
+        None => path.to_owned(),
+    }
+}
+
+/// How a body ended, beside what was counted of its request.
+struct Ended {
+    end: BodyEnd,
+    elapsed: std::time::Duration,
+}
+
+/// Follows the response's body to its end.
+fn finish(
+    response: Response<Body>,
+    mut observed: Observed,
+    then: impl FnOnce(Ended) + Send + 'static,
+) -> Response<Body> {
+    observed.code = response.status().as_u16();
+    response.map(|body| {
+        body.with_end(move |end| {
+            observed.sent = end.sent;
+            then(Ended { elapsed: observed.elapsed(), end });
+        })
+    })
+}
+
+/// One line for each piece of content that a client asked for. Requests of peers are part of another node's line.
+fn tell(ask: &Ask, source: &Source, status: StatusCode, ended: Ended) {
+    let (bytes, whole, ms) = (ended.end.sent, ended.end.complete, ended.elapsed.as_secs_f64() * 1e3);
+    let method = if ask.head_only { "HEAD" } else { "GET" };
+    let (path, registry, client) = (&ask.path, ask.registry.as_deref().unwrap_or("-"), &ask.client);
+    let status = status.as_u16();
+    if ask.mirrored || !ask.is_content {
+        debug!(method, path, registry, %client, %source, status, bytes, whole, ms, "answered");
+    } else {
+        info!(method, path, registry, %client, %source, status, bytes, whole, ms, "pull");
+    }
+}

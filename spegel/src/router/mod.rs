@@ -1,5 +1,7 @@
 //! Who else has it: finding peers that offer a key, and telling them what this node offers.
 
+mod memory;
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,6 +10,8 @@ use tokio::sync::{mpsc, watch};
 
 use crate::oci::Key;
 use crate::store::Change;
+
+pub use memory::{MemoryNetwork, MemoryRouter};
 
 /// A node that offers content, and where its registry listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

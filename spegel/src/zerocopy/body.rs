@@ -19,6 +19,7 @@ use super::relay::Relay;
 #[derive(Debug)]
 pub struct Body {
     kind: Kind,
+    hooks: Vec<Hook>,
 }
 
 #[derive(Debug)]
@@ -41,27 +42,38 @@ impl Body {
     /// Bytes in memory. The best choice below some 32 KiB, whatever their origin.
     #[must_use]
     pub fn bytes(bytes: impl Into<Bytes>) -> Self {
-        Self { kind: Kind::Bytes(bytes.into()) }
+        Self::new(Kind::Bytes(bytes.into()))
     }
 
     /// `len` bytes of `file` from `offset` on. The file may be unlinked or renamed meanwhile; if it gets shorter, the
     /// connection ends with an orderly close after the bytes that were there.
     #[must_use]
     pub fn file(file: Arc<File>, offset: u64, len: u64) -> Self {
-        Self { kind: Kind::File { file, offset, len } }
+        Self::new(Kind::File { file, offset, len })
     }
 
     /// What a peer sends.
     #[must_use]
     pub fn relay(relay: Relay) -> Self {
-        Self { kind: Kind::Relay(relay) }
+        Self::new(Kind::Relay(relay))
     }
 
     /// A head that claims `claimed` bytes, then none of them and an orderly close. It makes a client that may not be given an
     /// error status look elsewhere: containerd's parallel fetch fails the pull on one, and asks the other hosts after this.
     #[must_use]
     pub fn cut(claimed: u64) -> Self {
-        Self { kind: Kind::Cut { claimed } }
+        Self::new(Kind::Cut { claimed })
+    }
+
+    fn new(kind: Kind) -> Self {
+        Self { kind, hooks: Vec::new() }
+    }
+
+    /// Calls `hook` once when the body has ended, however it ended. It runs on the connection's runtime and must not block.
+    #[must_use]
+    pub fn with_end(mut self, hook: impl FnOnce(BodyEnd) + Send + 'static) -> Self {
+        self.hooks.push(Hook(Box::new(hook)));
+        self
     }
 
     /// Bytes in the body, the response's Content-Length.
@@ -87,6 +99,7 @@ impl Body {
         let shared = ops.shared().clone();
         let transfer = shared.settings.transfer;
         let len = self.len();
+        let end = EndHooks { hooks: self.hooks, sent: 0, len };
         let (bytes, source) = match self.kind {
             Kind::Bytes(bytes) => (Some(bytes).filter(|bytes| !bytes.is_empty()), None),
             Kind::File { file, offset, .. } => (None, Some(Source::File(FileSource::new(file, offset, len, transfer)))),
@@ -104,8 +117,53 @@ impl Body {
             source => source,
         };
         let unclaimed = if source.is_some() { len } else { 0 };
+        // An empty body ends here; bytes take their hooks along in their chunk.
+        let (bytes, source) = match (bytes, source) {
+            (Some(bytes), _) => (Some((bytes, end)), None),
+            (None, Some(source)) => (None, Some((source, end))),
+            (None, None) => (None, None),
+        };
         shared.body_begins(source);
         BoundBody { shared, bytes, unclaimed }
+    }
+}
+
+/// How a body ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BodyEnd {
+    /// Bytes that were handed to the client's socket.
+    pub sent: u64,
+    /// Whether these are all of the body's.
+    pub complete: bool,
+}
+
+struct Hook(Box<dyn FnOnce(BodyEnd) + Send>);
+
+impl fmt::Debug for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hook")
+    }
+}
+
+/// Counts a body's bytes, and tells its owner when it is dropped.
+pub(super) struct EndHooks {
+    hooks: Vec<Hook>,
+    sent: u64,
+    len: u64,
+}
+
+impl EndHooks {
+    pub(super) fn sent(&mut self, bytes: usize) {
+        self.sent += bytes as u64;
+    }
+}
+
+impl Drop for EndHooks {
+    fn drop(&mut self) {
+        let end = BodyEnd { sent: self.sent, complete: self.sent == self.len };
+        for hook in self.hooks.drain(..) {
+            (hook.0)(end);
+        }
     }
 }
 
@@ -118,7 +176,7 @@ impl Default for Body {
 /// A body tied to its connection.
 pub struct BoundBody {
     shared: Arc<Shared>,
-    bytes: Option<Bytes>,
+    bytes: Option<(Bytes, EndHooks)>,
     /// Bytes of the source that hyper has not asked for.
     unclaimed: u64,
 }
@@ -130,8 +188,8 @@ impl http_body::Body for BoundBody {
     type Error = Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Chunk>, Infallible>>> {
-        if let Some(bytes) = self.bytes.take() {
-            return Poll::Ready(Some(Ok(Frame::data(Chunk { kind: ChunkKind::Bytes(bytes) }))));
+        if let Some((bytes, end)) = self.bytes.take() {
+            return Poll::Ready(Some(Ok(Frame::data(Chunk { kind: ChunkKind::Bytes(bytes, end) }))));
         }
         if self.unclaimed == 0 {
             return Poll::Ready(None);
@@ -148,7 +206,7 @@ impl http_body::Body for BoundBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.unclaimed + self.bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
+        SizeHint::with_exact(self.unclaimed + self.bytes.as_ref().map_or(0, |(bytes, _)| bytes.len() as u64))
     }
 }
 
@@ -170,7 +228,7 @@ pub struct Chunk {
 }
 
 enum ChunkKind {
-    Bytes(Bytes),
+    Bytes(Bytes, EndHooks),
     Region { shared: Arc<Shared>, len: usize },
 }
 
@@ -179,21 +237,24 @@ enum ChunkKind {
 impl Buf for Chunk {
     fn remaining(&self) -> usize {
         match &self.kind {
-            ChunkKind::Bytes(bytes) => bytes.len(),
+            ChunkKind::Bytes(bytes, _) => bytes.len(),
             ChunkKind::Region { len, .. } => *len,
         }
     }
 
     fn chunk(&self) -> &[u8] {
         match &self.kind {
-            ChunkKind::Bytes(bytes) => bytes,
+            ChunkKind::Bytes(bytes, _) => bytes,
             ChunkKind::Region { shared, len } => &shared.region[..*len],
         }
     }
 
     fn advance(&mut self, count: usize) {
         match &mut self.kind {
-            ChunkKind::Bytes(bytes) => bytes.advance(count),
+            ChunkKind::Bytes(bytes, end) => {
+                bytes.advance(count);
+                end.sent(count);
+            }
             ChunkKind::Region { shared, len } => {
                 assert!(count <= *len, "advanced past the end of a chunk");
                 *len -= count;

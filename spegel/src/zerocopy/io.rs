@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::ops::{Client, Ops, Push, Shared, State};
+use super::ops::{Client, Ended, Ops, Push, Shared, State};
 use super::region;
 
 /// A client's socket that writes what a slice of the region stands for. To be wrapped in [`hyper_util::rt::TokioIo`].
@@ -81,7 +81,7 @@ impl Io {
         shared: &Arc<Shared>,
         state: &mut State,
         bufs: &[IoSlice<'_>],
-    ) -> io::Result<(Attempt, Option<super::ops::Source>)> {
+    ) -> io::Result<(Attempt, Option<Ended>)> {
         let force = std::mem::take(&mut state.force);
         let client = Client { stream: &self.stream, force, traffic: &shared.settings.traffic };
         let split = bufs.iter().position(|buf| region::contains(shared.region, buf)).unwrap_or(bufs.len());
@@ -121,7 +121,7 @@ fn push(
     state: &mut State,
     client: &Client<'_>,
     len: usize,
-) -> io::Result<(Push, Option<super::ops::Source>)> {
+) -> io::Result<(Push, Option<Ended>)> {
     let max = len.min(state.budget);
     if len as u64 > state.promised {
         return Err(super::BodyError::OutOfStep.into());

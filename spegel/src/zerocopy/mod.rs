@@ -20,7 +20,7 @@ mod relay;
 mod stage;
 mod traffic;
 
-pub use body::{Body, BoundBody, Chunk};
+pub use body::{Body, BodyEnd, BoundBody, Chunk};
 pub use error::BodyError;
 pub use io::Io;
 pub use ops::{Activity, Ops, Settings, Transfer};

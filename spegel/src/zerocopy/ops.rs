@@ -11,6 +11,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use super::body::EndHooks;
 use super::error::BodyError;
 use super::file::FileSource;
 use super::pipe::PipePool;
@@ -62,6 +63,8 @@ pub(super) struct Shared {
 pub(super) struct State {
     /// The source of the response under way.
     pub(super) source: Option<Source>,
+    /// Who is told when it ends.
+    end: Option<EndHooks>,
     /// Bytes of the region handed to hyper and not moved yet.
     pub(super) promised: u64,
     /// Bytes moved that hyper has not been told of yet. hyper passing over more than these means that it copied the region.
@@ -96,6 +99,12 @@ pub(super) enum Source {
     Cut,
 }
 
+/// A source that is over. Dropping it tells those who wait for its end.
+pub(super) struct Ended {
+    source: Source,
+    _end: Option<EndHooks>,
+}
+
 /// What a source achieved.
 pub(super) enum Push {
     /// So many bytes went to the client, at least one.
@@ -124,6 +133,7 @@ impl Ops {
         let region = super::region::get()?;
         let state = State {
             source: None,
+            end: None,
             promised: 0,
             credit: 0,
             failed: None,
@@ -177,13 +187,13 @@ impl Shared {
     }
 
     /// A response begins, with the source of its body if that is not in memory.
-    pub(super) fn body_begins(&self, source: Option<Source>) {
+    pub(super) fn body_begins(&self, source: Option<(Source, EndHooks)>) {
         let mut state = self.lock();
         state.bodies += 1;
         if state.source.is_some() || state.promised > 0 {
             state.out_of_step = true;
         } else {
-            state.source = source;
+            (state.source, state.end) = source.unzip();
         }
     }
 
@@ -191,9 +201,9 @@ impl Shared {
     pub(super) fn body_ends(&self, unclaimed: u64) {
         let mut state = self.lock();
         state.bodies -= 1;
-        let source = if unclaimed > 0 { state.source.take() } else { None };
+        let ended = if unclaimed > 0 { state.take() } else { None };
         drop(state);
-        drop(source);
+        drop(ended);
     }
 
     pub(super) fn promise(&self, bytes: usize) {
@@ -211,8 +221,8 @@ impl Shared {
 
     /// The connection is over: nothing is moved any more.
     pub(super) fn close(&self) {
-        let source = self.lock().source.take();
-        drop(source);
+        let ended = self.lock().take();
+        drop(ended);
     }
 }
 
@@ -245,12 +255,30 @@ impl State {
         self.blocked_since.get_or_insert_with(Instant::now);
     }
 
+    /// The source under way and who is told of its end, to be dropped outside of the lock.
+    fn take(&mut self) -> Option<Ended> {
+        let end = self.end.take();
+        self.source.take().map(|source| Ended { source, _end: end })
+    }
+
     /// Accounts for `bytes` moved, and returns the source when that was all of it.
-    pub(super) fn moved(&mut self, bytes: usize) -> Option<Source> {
+    pub(super) fn moved(&mut self, bytes: usize) -> Option<Ended> {
+        if let Some(end) = &mut self.end {
+            end.sent(bytes);
+        }
         self.promised -= bytes as u64;
         self.credit += bytes as u64;
         let done = self.source.as_ref().is_some_and(|source| source.left() == Some(0));
-        if done { self.source.take() } else { None }
+        if done { self.take() } else { None }
+    }
+}
+
+// === impl Ended ===
+
+impl Ended {
+    /// Every byte was moved.
+    pub(super) fn complete(self) {
+        self.source.complete();
     }
 }
 

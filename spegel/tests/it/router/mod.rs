@@ -1,1 +1,5 @@
-//! Tests of `router`.
+//! Tests of `router`: one suite that every implementation passes.
+#![allow(clippy::unwrap_used)]
+
+mod conformance;
+mod memory;

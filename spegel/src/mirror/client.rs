@@ -1,0 +1,263 @@
+//! A light HTTP/1.1 client for peers: one request, the response's head, and then the bare socket, so that the body can be
+//! relayed without passing through user space. Framing follows [RFC 9112](https://www.rfc-editor.org/rfc/rfc9112).
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use super::pool::Pool;
+
+/// The longest response head that is accepted of a peer, in bytes.
+const MAX_HEAD: usize = 16 * 1024;
+/// The most header lines that are accepted of a peer.
+const MAX_HEADERS: usize = 64;
+
+/// Why a peer gave no usable answer. None of these is the client's fault; another peer may do better.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// No connection.
+    #[error("cannot connect: {0}")]
+    Connect(io::Error),
+    /// It took longer than its bound.
+    #[error("no {what} within {bound:?}")]
+    Late {
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        bound: Duration,
+    },
+    /// The connection broke before the head was complete.
+    #[error("connection lost: {0}")]
+    Lost(io::Error),
+    /// Not HTTP, or HTTP that cannot be relayed.
+    #[error("malformed answer: {0}")]
+    Malformed(&'static str),
+    /// A status other than the ones asked for.
+    #[error("answered {0}")]
+    Status(u16),
+    /// The bytes are not those of the digest.
+    #[error("sent bytes that are not those of the digest")]
+    WrongBytes,
+}
+
+/// What to ask of a peer.
+#[derive(Clone, Debug)]
+pub(super) struct PeerRequest {
+    /// `GET` or `HEAD`.
+    pub(super) method: &'static str,
+    /// Path and query, ready for the request line.
+    pub(super) target: String,
+    /// The `Range` header's value.
+    pub(super) range: Option<String>,
+    /// Further header lines, each ended by CRLF.
+    pub(super) extra: String,
+}
+
+/// The head of a peer's response.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct PeerHead {
+    pub(super) status: u16,
+    pub(super) content_length: u64,
+    pub(super) content_type: Option<String>,
+    pub(super) content_range: Option<String>,
+    pub(super) digest: Option<String>,
+    pub(super) keep_alive: bool,
+}
+
+/// A response whose body is still in the socket.
+#[derive(Debug)]
+pub(super) struct PeerResponse {
+    pub(super) head: PeerHead,
+    pub(super) stream: TcpStream,
+    /// Bytes of the body that came along with the head.
+    pub(super) leftover: Bytes,
+}
+
+/// How long to wait for a peer.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// Until the connection stands.
+    pub connect: Duration,
+    /// From the request until the whole response head is there.
+    pub head: Duration,
+}
+
+/// Sends `request` to the first of `addresses` that can be reached, on an idle connection where there is one.
+pub(super) async fn request(
+    pool: &Pool,
+    addresses: &[SocketAddr],
+    request: &PeerRequest,
+    timeouts: Timeouts,
+) -> Result<(SocketAddr, PeerResponse), PeerError> {
+    let mut last = PeerError::Malformed("the peer has no address");
+    for &address in addresses {
+        while let Some(stream) = pool.take(address) {
+            match exchange(stream, address, request, timeouts.head).await {
+                Ok(response) => return Ok((address, response)),
+                // The peer may have closed an idle connection just now: that says nothing about it.
+                Err(PeerError::Lost(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        match connect(address, timeouts.connect).await {
+            Ok(stream) => {
+                let response = exchange(stream, address, request, timeouts.head).await?;
+                return Ok((address, response));
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+async fn connect(address: SocketAddr, bound: Duration) -> Result<TcpStream, PeerError> {
+    let stream = tokio::time::timeout(bound, TcpStream::connect(address))
+        .await
+        .map_err(|_| PeerError::Late { what: "connection", bound })?
+        .map_err(PeerError::Connect)?;
+    stream.set_nodelay(true).map_err(PeerError::Connect)?;
+    Ok(stream)
+}
+
+async fn exchange(
+    mut stream: TcpStream,
+    address: SocketAddr,
+    request: &PeerRequest,
+    bound: Duration,
+) -> Result<PeerResponse, PeerError> {
+    let exchange = async {
+        stream.write_all(&encode(address, request)).await.map_err(PeerError::Lost)?;
+        read_head(&mut stream, request.method == "HEAD").await
+    };
+    let (head, leftover) =
+        tokio::time::timeout(bound, exchange).await.map_err(|_| PeerError::Late { what: "response head", bound })??;
+    Ok(PeerResponse { head, stream, leftover })
+}
+
+fn encode(address: SocketAddr, request: &PeerRequest) -> Vec<u8> {
+    let mut text = format!("{} {} HTTP/1.1\r\nHost: {address}\r\n{}", request.method, request.target, request.extra);
+    if let Some(range) = &request.range {
+        text.push_str("Range: ");
+        text.push_str(range);
+        text.push_str("\r\n");
+    }
+    text.push_str("\r\n");
+    text.into_bytes()
+}
+
+async fn read_head(stream: &mut TcpStream, bodiless: bool) -> Result<(PeerHead, Bytes), PeerError> {
+    let mut buffer = BytesMut::with_capacity(2048);
+    loop {
+        let read = stream.read_buf(&mut buffer).await.map_err(PeerError::Lost)?;
+        if read == 0 {
+            return Err(PeerError::Lost(io::ErrorKind::UnexpectedEof.into()));
+        }
+        if let Some((head, length)) = parse_head(&buffer, bodiless)? {
+            let leftover = buffer.split_off(length).freeze();
+            if leftover.len() as u64 > if bodiless { 0 } else { head.content_length } {
+                return Err(PeerError::Malformed("more bytes than it announced"));
+            }
+            return Ok((head, leftover));
+        }
+        if buffer.len() >= MAX_HEAD {
+            return Err(PeerError::Malformed("its head is too long"));
+        }
+    }
+}
+
+/// Parses a response head; `None` while it is incomplete. Whatever would make the body's end uncertain is refused.
+pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHead, usize)>, PeerError> {
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut response = httparse::Response::new(&mut headers);
+    let length = match response.parse(bytes) {
+        Ok(httparse::Status::Complete(length)) => length,
+        Ok(httparse::Status::Partial) => return Ok(None),
+        Err(_) => return Err(PeerError::Malformed("not an HTTP response")),
+    };
+    let mut head = PeerHead { status: response.code.unwrap_or_default(), ..PeerHead::default() };
+    head.keep_alive = response.version == Some(1);
+    let mut content_length = None;
+    for header in response.headers.iter() {
+        let Ok(value) = std::str::from_utf8(header.value).map(str::trim) else { continue };
+        let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+        if is("content-length") {
+            let number = value.parse::<u64>().map_err(|_| PeerError::Malformed("its length is not a number"))?;
+            if content_length.replace(number).is_some_and(|before| before != number) {
+                return Err(PeerError::Malformed("it has two lengths"));
+            }
+        } else if is("transfer-encoding") || is("content-encoding") {
+            return Err(PeerError::Malformed("its body is encoded"));
+        } else if is("content-type") {
+            head.content_type = Some(value.to_owned());
+        } else if is("content-range") {
+            head.content_range = Some(value.to_owned());
+        } else if is("docker-content-digest") {
+            head.digest = Some(value.to_owned());
+        } else if is("connection") && value.split(',').any(|token| token.trim().eq_ignore_ascii_case("close")) {
+            head.keep_alive = false;
+        }
+    }
+    match content_length {
+        Some(number) => head.content_length = number,
+        None if bodiless || !matches!(head.status, 200 | 206) => {}
+        None => return Err(PeerError::Malformed("it tells no length")),
+    }
+    Ok(Some((head, length)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_head_is_read_to_its_end() {
+        let text = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 5\r\ncontent-range: bytes 1-5/10\r\nDocker-Content-Digest: sha256:x\r\n\r\nhello";
+        let (head, length) = parse_head(text, false).unwrap().unwrap();
+        assert_eq!(&text[length..], b"hello");
+        assert_eq!((head.status, head.content_length, head.keep_alive), (206, 5, true));
+        assert_eq!(head.content_range.as_deref(), Some("bytes 1-5/10"));
+        assert_eq!(parse_head(&text[..40], false).unwrap(), None);
+    }
+
+    #[test]
+    fn what_makes_the_end_of_a_body_uncertain_is_refused() {
+        for head in [
+            "HTTP/1.1 200 OK\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\n",
+            "SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        ] {
+            assert!(matches!(parse_head(head.as_bytes(), false), Err(PeerError::Malformed(_))), "{head}");
+        }
+    }
+
+    #[test]
+    fn a_connection_is_kept_only_where_the_peer_keeps_it() {
+        let keep = |text: &str| parse_head(text.as_bytes(), true).unwrap().unwrap().0.keep_alive;
+        assert!(keep("HTTP/1.1 200 OK\r\n\r\n"));
+        assert!(!keep("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"));
+        assert!(!keep("HTTP/1.0 200 OK\r\n\r\n"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_give_an_answer_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let _ = parse_head(&bytes, false);
+        }
+
+        #[test]
+        fn a_cut_head_is_incomplete_never_wrong(cut in 0usize..84) {
+            let text = b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\nContent-Type: application/octet-stream\r\n\r\nx";
+            prop_assume!(cut < text.len() - 1);
+            prop_assert!(parse_head(&text[..cut], false).unwrap().is_none());
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What the mirror counts.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+const RESOLVE_SECONDS: [f64; 12] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
+
+/// The mirror's figures.
+#[derive(Clone, Debug)]
+pub struct MirrorMetrics {
+    resolve: Family<RouterLabel, Histogram>,
+    attempts: Family<AttemptLabel, Counter>,
+    relays: Family<RelayLabel, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RouterLabel {
+    router: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AttemptLabel {
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RelayLabel {
+    end: &'static str,
+}
+
+/// How a request to a peer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Answered,
+    Unreachable,
+    Late,
+    Lost,
+    Malformed,
+    Refused,
+    WrongBytes,
+}
+
+/// How a relayed body ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Complete,
+    PeerBroke,
+    ClientLeft,
+}
+
+impl Outcome {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::Unreachable => "unreachable",
+            Self::Late => "late",
+            Self::Lost => "lost",
+            Self::Malformed => "malformed",
+            Self::Refused => "refused",
+            Self::WrongBytes => "wrong_bytes",
+        }
+    }
+}
+
+impl End {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::PeerBroke => "peer_broke",
+            Self::ClientLeft => "client_left",
+        }
+    }
+}
+
+impl MirrorMetrics {
+    /// Adds the mirror's figures to `registry`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            resolve: Family::new_with_constructor(|| Histogram::new(RESOLVE_SECONDS)),
+            attempts: Family::default(),
+            relays: Family::default(),
+        };
+        registry.register_with_unit(
+            "spegel_resolve_duration",
+            "Time until the first peer for a key was found, or it was settled that there is none",
+            Unit::Seconds,
+            metrics.resolve.clone(),
+        );
+        registry.register("spegel_peer_requests", "Requests to peers by outcome", metrics.attempts.clone());
+        registry.register("spegel_relays", "Bodies relayed from peers, by how they ended", metrics.relays.clone());
+        metrics
+    }
+
+    pub(super) fn resolved(&self, seconds: f64) {
+        self.resolve.get_or_create(&RouterLabel { router: "libp2p" }).observe(seconds);
+    }
+
+    pub(super) fn attempted(&self, outcome: Outcome) {
+        self.attempts.get_or_create(&AttemptLabel { outcome: outcome.as_str() }).inc();
+    }
+
+    pub(super) fn relayed(&self, end: End) {
+        self.relays.get_or_create(&RelayLabel { end: end.as_str() }).inc();
+    }
+}

@@ -1,0 +1,134 @@
+//! Idle connections to peers, so that the next request needs no handshake.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{SocketAddr, TcpStream as StdStream};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+
+/// Kept per peer address.
+const PER_PEER: usize = 8;
+/// Kept in all.
+const TOTAL: usize = 256;
+/// Kept no longer than this; a peer keeps an idle connection longer.
+const IDLE: Duration = Duration::from_secs(20);
+
+/// Idle connections by address. They are held outside of any runtime, since each request may run on another.
+#[derive(Debug, Default)]
+pub(super) struct Pool {
+    idle: Mutex<Idle>,
+}
+
+#[derive(Debug, Default)]
+struct Idle {
+    by_address: HashMap<SocketAddr, VecDeque<(StdStream, Instant)>>,
+    total: usize,
+}
+
+impl Pool {
+    /// The most recently used idle connection to `address` that is still open, on the current runtime.
+    pub(super) fn take(&self, address: SocketAddr) -> Option<TcpStream> {
+        loop {
+            let (stream, since) = {
+                let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+                let queue = idle.by_address.get_mut(&address)?;
+                let newest = queue.pop_back();
+                if queue.is_empty() {
+                    idle.by_address.remove(&address);
+                }
+                idle.total -= usize::from(newest.is_some());
+                newest?
+            };
+            if since.elapsed() < IDLE && is_silent(&stream) {
+                return TcpStream::from_std(stream).ok();
+            }
+        }
+    }
+
+    /// Keeps a connection whose last response was read to its end.
+    pub(super) fn put(&self, address: SocketAddr, stream: TcpStream) {
+        let Ok(stream) = stream.into_std() else { return };
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.total >= TOTAL {
+            idle.drop_stale();
+        }
+        if idle.total >= TOTAL {
+            return;
+        }
+        let queue = idle.by_address.entry(address).or_default();
+        if queue.len() >= PER_PEER {
+            return;
+        }
+        queue.push_back((stream, Instant::now()));
+        idle.total += 1;
+    }
+}
+
+impl Idle {
+    fn drop_stale(&mut self) {
+        self.by_address.retain(|_, queue| {
+            queue.retain(|(_, since)| since.elapsed() < IDLE);
+            !queue.is_empty()
+        });
+        self.total = self.by_address.values().map(VecDeque::len).sum();
+    }
+}
+
+/// An idle HTTP connection has nothing to read: neither an end nor stray bytes.
+fn is_silent(stream: &StdStream) -> bool {
+    matches!(stream.peek(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn an_idle_connection_is_used_again_unless_the_peer_closed_or_spoke() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let pool = Pool::default();
+        assert!(pool.take(address).is_none());
+
+        let first = TcpStream::connect(address).await.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        let port = first.local_addr().unwrap();
+        pool.put(address, first);
+        let again = pool.take(address).unwrap();
+        assert_eq!(again.local_addr().unwrap(), port);
+        assert!(pool.take(address).is_none());
+
+        pool.put(address, again);
+        drop(server);
+        wait_for_input(&pool, address).await;
+        assert!(pool.take(address).is_none(), "closed by the peer");
+
+        let second = TcpStream::connect(address).await.unwrap();
+        let (mut server, _) = listener.accept().await.unwrap();
+        pool.put(address, second);
+        server.write_all(b"x").await.unwrap();
+        wait_for_input(&pool, address).await;
+        assert!(pool.take(address).is_none(), "stray bytes");
+    }
+
+    async fn wait_for_input(pool: &Pool, address: SocketAddr) {
+        let stream = pool.idle.lock().unwrap().by_address[&address][0].0.try_clone().unwrap();
+        let stream = TcpStream::from_std(stream).unwrap();
+        stream.readable().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn idle_connections_are_bounded_per_peer() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let pool = Pool::default();
+        for _ in 0..PER_PEER + 3 {
+            pool.put(address, TcpStream::connect(address).await.unwrap());
+        }
+        assert_eq!(pool.idle.lock().unwrap().total, PER_PEER);
+    }
+}

@@ -1,0 +1,111 @@
+//! Manifests and other small content that was fetched from a peer and verified, kept for a short while: a client that was
+//! told a tag's digest asks for its manifest next, and must then get it.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::oci::Digest;
+
+/// Small content whose bytes were found to be those of its digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// Its digest.
+    pub digest: Digest,
+    /// All of its bytes.
+    pub bytes: Bytes,
+    /// The media type that the peer told, if it told one.
+    pub media_type: Option<String>,
+}
+
+/// A cache bounded in bytes and time.
+#[derive(Debug)]
+pub(super) struct Shelf {
+    held: Mutex<Held>,
+    capacity: usize,
+    lifetime: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    by_digest: HashMap<Digest, (Verified, Instant)>,
+    bytes: usize,
+}
+
+impl Shelf {
+    pub(super) fn new(capacity: usize, lifetime: Duration) -> Self {
+        Self { held: Mutex::default(), capacity, lifetime }
+    }
+
+    pub(super) fn get(&self, digest: &Digest, now: Instant) -> Option<Verified> {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let (verified, since) = held.by_digest.get(digest)?;
+        (now.duration_since(*since) < self.lifetime).then(|| verified.clone())
+    }
+
+    pub(super) fn put(&self, verified: Verified, now: Instant) {
+        let length = verified.bytes.len();
+        if length > self.capacity {
+            return;
+        }
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.remove(&verified.digest);
+        let expired = |since: &Instant| now.duration_since(*since) >= self.lifetime;
+        let old: Vec<_> = held.by_digest.iter().filter(|(_, (_, s))| expired(s)).map(|(d, _)| d.clone()).collect();
+        for digest in old {
+            held.remove(&digest);
+        }
+        while held.bytes + length > self.capacity {
+            let oldest = held.by_digest.iter().min_by_key(|(_, (_, since))| *since).map(|(digest, _)| digest.clone());
+            let Some(oldest) = oldest else { break };
+            held.remove(&oldest);
+        }
+        held.bytes += length;
+        held.by_digest.insert(verified.digest.clone(), (verified, now));
+    }
+}
+
+impl Held {
+    fn remove(&mut self, digest: &Digest) {
+        if let Some((verified, _)) = self.by_digest.remove(digest) {
+            self.bytes -= verified.bytes.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn verified(n: u8, length: usize) -> Verified {
+        let digest = format!("sha256:{}", hex::encode([n; 32])).parse().unwrap();
+        Verified { digest, bytes: vec![n; length].into(), media_type: None }
+    }
+
+    #[test]
+    fn content_is_kept_for_its_lifetime_and_not_longer() {
+        let shelf = Shelf::new(100, Duration::from_secs(60));
+        let start = Instant::now();
+        shelf.put(verified(1, 10), start);
+        assert_eq!(shelf.get(&verified(1, 10).digest, start + Duration::from_secs(59)), Some(verified(1, 10)));
+        assert_eq!(shelf.get(&verified(1, 10).digest, start + Duration::from_secs(60)), None);
+    }
+
+    #[test]
+    fn the_oldest_makes_room_and_the_bound_holds() {
+        let shelf = Shelf::new(100, Duration::from_secs(60));
+        let start = Instant::now();
+        for n in 0..5 {
+            shelf.put(verified(n, 40), start + Duration::from_secs(u64::from(n)));
+        }
+        let now = start + Duration::from_secs(5);
+        let held: Vec<u8> = (0..5).filter(|n| shelf.get(&verified(*n, 40).digest, now).is_some()).collect();
+        assert_eq!(held, [3, 4]);
+        assert_eq!(shelf.held.lock().unwrap().bytes, 80);
+        shelf.put(verified(9, 101), now);
+        assert_eq!(shelf.get(&verified(9, 101).digest, now), None);
+    }
+}

@@ -1,0 +1,276 @@
+//! Manifests, blobs and referrers: from here, else from a peer, else not.
+
+use std::fmt;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+use tracing::warn;
+
+use super::promises::{Client, Refusal};
+use super::{Registry, SOURCE_HEADER, respond};
+use crate::mirror::{Content, Found, Kind, Verified, Wanted};
+use crate::oci::{
+    Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
+};
+use crate::store::Blob;
+use crate::zerocopy::Body;
+
+/// A request, beside what its path says.
+#[derive(Debug)]
+pub(super) struct Ask {
+    pub(super) is_content: bool,
+    pub(super) head_only: bool,
+    pub(super) mirrored: bool,
+    /// The operator's filters exclude what is asked for: then it is not looked for at peers.
+    pub(super) excluded: bool,
+    pub(super) path: String,
+    /// The same request for a peer.
+    pub(super) target: String,
+    pub(super) repository: Option<Repository>,
+    pub(super) registry: Option<String>,
+    pub(super) range: Option<RangeSpec>,
+    pub(super) client: Client,
+}
+
+/// Where an answer's content is from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    Local,
+    /// Fetched from a peer and verified a moment ago.
+    Ready,
+    Peer(Arc<str>),
+    Nobody,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => "local",
+            Self::Ready => "ready",
+            Self::Peer(address) => address,
+            Self::Nobody => "nobody",
+        })
+    }
+}
+
+/// A response, and where its content is from.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) response: Response<Body>,
+    pub(super) source: Source,
+}
+
+impl Answer {
+    pub(super) fn local(response: Response<Body>) -> Self {
+        Self { response, source: Source::Local }
+    }
+
+    fn from(mut response: Response<Body>, source: Source) -> Self {
+        if let Ok(value) = http::HeaderValue::from_str(&source.to_string()) {
+            response.headers_mut().insert(SOURCE_HEADER, value);
+        }
+        Self { response, source }
+    }
+}
+
+fn source_of(found: &Found) -> Source {
+    match &found.peer {
+        Some(peer) => Source::Peer(peer.addresses.first().map(ToString::to_string).unwrap_or_default().into()),
+        None => Source::Ready,
+    }
+}
+
+impl Registry {
+    pub(super) async fn manifest(&self, ask: &Ask, reference: &TagOrDigest) -> Result<Answer, OciError> {
+        let key = match reference {
+            TagOrDigest::Digest(digest) => Key::Digest(digest.clone()),
+            TagOrDigest::Tag(tag) => Key::Tag(tag.clone()),
+        };
+        let local = match &key {
+            Key::Digest(digest) => Some(digest.clone()),
+            Key::Tag(_) if ask.excluded => None,
+            Key::Tag(tag) => self.settings.store.resolve(tag),
+        };
+        if let Some(digest) = local
+            && let Some(answer) = self.local_manifest(ask, &digest).await?
+        {
+            return Ok(answer);
+        }
+        let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, "no node has this manifest");
+        if ask.mirrored || ask.excluded {
+            return Err(unknown());
+        }
+        let wanted = Wanted {
+            key,
+            target: ask.target.clone(),
+            kind: Kind::Manifest,
+            head_only: ask.head_only,
+            range: None,
+        };
+        let found = self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
+        let source = source_of(&found);
+        let Content::Verified(Verified { digest, bytes, media_type }) = found.content else { return Err(unknown()) };
+        let own_type = MediaType::detect(&bytes).ok().map(|own| own.as_str().to_owned());
+        let media_type = own_type.or(media_type).ok_or_else(unknown)?;
+        Ok(Answer::from(respond::manifest(&digest, &media_type, Body::bytes(bytes)), source))
+    }
+
+    async fn local_manifest(&self, ask: &Ask, digest: &Digest) -> Result<Option<Answer>, OciError> {
+        let Some(blob) = self.open(ask, digest).await else { return Ok(None) };
+        if blob.size > MAX_MANIFEST_BYTES as u64 {
+            let message = "a manifest has no more than 4 MiB";
+            return Err(OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, message));
+        }
+        let mut bytes = vec![0; usize::try_from(blob.size).unwrap_or_default()];
+        if let Err(error) = blob.file.read_exact_at(&mut bytes, 0) {
+            warn!(%digest, %error, "cannot read a manifest of this node, asking peers");
+            return Ok(None);
+        }
+        let Ok(media_type) = MediaType::detect(&bytes) else { return Ok(None) };
+        let response = respond::manifest(digest, media_type.as_str(), Body::bytes(bytes));
+        Ok(Some(Answer::from(response, Source::Local)))
+    }
+
+    /// What this node has. A store that fails is told in the log, and then peers are as good.
+    async fn open(&self, ask: &Ask, digest: &Digest) -> Option<Blob> {
+        match self.settings.store.open(digest, ask.repository.as_ref()).await {
+            Ok(blob) => blob,
+            Err(error) => {
+                warn!(%digest, %error, "cannot open content of this node, asking peers");
+                None
+            }
+        }
+    }
+
+    pub(super) async fn blob(&self, ask: &Ask, digest: &Digest) -> Result<Answer, OciError> {
+        if let Some(blob) = self.open(ask, digest).await {
+            let body = |start, end: u64| Body::file(Arc::clone(&blob.file), start, end - start);
+            return Ok(self.give(ask, digest, blob.size, Source::Local, body));
+        }
+        let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
+        if ask.mirrored || ask.excluded {
+            return Err(unknown());
+        }
+        let wanted = Wanted {
+            key: Key::Digest(digest.clone()),
+            target: ask.target.clone(),
+            kind: Kind::Blob,
+            head_only: ask.head_only,
+            range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
+        };
+        match self.settings.mirror.fetch(&wanted).await {
+            Ok(found) => Ok(self.relayed(ask, digest, found)),
+            Err(miss) => self.refuse(ask, digest).ok_or_else(|| unknown().with_detail(miss.to_string())),
+        }
+    }
+
+    /// A blob whose bytes can be had at any offset.
+    fn give(
+        &self,
+        ask: &Ask,
+        digest: &Digest,
+        size: u64,
+        source: Source,
+        body: impl Fn(u64, u64) -> Body,
+    ) -> Answer {
+        if ask.head_only {
+            return Answer::from(respond::blob_head(digest, size), source);
+        }
+        let response = match ask.range.map_or(RangeOutcome::Whole, |range| range.resolve(size)) {
+            RangeOutcome::Whole => respond::blob(digest, self.promised(ask, digest, size, 0, body(0, size)), None),
+            RangeOutcome::Part { start, end_exclusive } => {
+                let body = self.promised(ask, digest, size, start, body(start, end_exclusive));
+                respond::blob(digest, body, Some((start, size)))
+            }
+            RangeOutcome::Unsatisfiable => respond::unsatisfiable(size),
+        };
+        Answer::from(response, source)
+    }
+
+    fn relayed(&self, ask: &Ask, digest: &Digest, found: Found) -> Answer {
+        let source = source_of(&found);
+        match found.content {
+            Content::Verified(verified) => {
+                let bytes: Bytes = verified.bytes;
+                let slice = |start: u64, end: u64| {
+                    let to_index = |offset| usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                    Body::bytes(bytes.slice(to_index(start)..to_index(end)))
+                };
+                self.give(ask, digest, bytes.len() as u64, source, slice)
+            }
+            Content::Relay { body, part } => {
+                let (start, total) = part.unwrap_or((0, body.len()));
+                let body = self.promised(ask, digest, total, start, body);
+                Answer::from(respond::blob(digest, body, part), source)
+            }
+            Content::Head { length } => Answer::from(respond::blob_head(digest, length), source),
+            Content::Unsatisfiable { length } => Answer::from(respond::unsatisfiable(length), source),
+        }
+    }
+
+    /// Remembers that the client is given this blob, and where its body ends if that is before its time.
+    fn promised(&self, ask: &Ask, digest: &Digest, total: u64, start: u64, body: Body) -> Body {
+        if ask.mirrored {
+            return body;
+        }
+        self.promises.given(&ask.client, digest, total, Instant::now());
+        let (promises, client, digest) = (Arc::clone(&self.promises), ask.client.clone(), digest.clone());
+        body.with_end(move |end| {
+            if !end.complete {
+                promises.cut_at(&client, &digest, start + end.sent, Instant::now());
+            }
+        })
+    }
+
+    /// A refusal that is not an error status, where one would fail the client's pull.
+    fn refuse(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
+        if ask.head_only {
+            return None;
+        }
+        let first = match ask.range {
+            Some(RangeSpec::From { first, .. }) => first,
+            Some(RangeSpec::Suffix(_)) => return None,
+            None => 0,
+        };
+        let Refusal::Cut { total } = self.promises.refuse(&ask.client, digest, first, Instant::now()) else {
+            return None;
+        };
+        self.settings.metrics.cut();
+        let response = match ask.range.map(|range| range.resolve(total)) {
+            Some(RangeOutcome::Part { start, end_exclusive }) => {
+                respond::blob(digest, Body::cut(end_exclusive - start), Some((start, total)))
+            }
+            _ => respond::blob(digest, Body::cut(total), None),
+        };
+        Some(Answer { response, source: Source::Nobody })
+    }
+
+    pub(super) async fn referrers(
+        &self,
+        ask: &Ask,
+        digest: &Digest,
+        artifact_type: Option<&str>,
+    ) -> Result<Answer, OciError> {
+        // With an upstream, a list of what happens to be here would hide what the upstream has.
+        if ask.registry.is_some() {
+            let message = "referrers are the upstream registry's to list";
+            return Err(OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, message));
+        }
+        let mut referrers = self.settings.store.referrers(digest).await.map_err(|error| {
+            OciError::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::Unknown, error.to_string())
+        })?;
+        if let Some(wanted) = artifact_type {
+            referrers.retain(|referrer| referrer.artifact_type.as_deref() == Some(wanted));
+        }
+        let media_type = "application/vnd.oci.image.index.v1+json";
+        let index = serde_json::json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": referrers });
+        let mut response = respond::json(media_type, index.to_string().into_bytes());
+        if artifact_type.is_some() {
+            response.headers_mut().insert("OCI-Filters-Applied", http::HeaderValue::from_static("artifactType"));
+        }
+        Ok(Answer::local(response))
+    }
+}

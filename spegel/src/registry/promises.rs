@@ -1,0 +1,193 @@
+//! What clients were given, and how a refusal must be said to them because of it.
+//!
+//! containerd's parallel fetch stays with the host that answered the first chunk of a blob: an error status for a later chunk
+//! fails the pull, upstream alive or not. An orderly close instead makes it ask all hosts again from that offset, and then an
+//! error status sends it to the next. A second empty body at one offset is never given: three of them fail a pull as well.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::oci::Digest;
+
+/// How long it is remembered that a client was given a blob.
+const LIFETIME: Duration = Duration::from_secs(600);
+/// How long it is remembered that a client was refused, or cut off, at an offset.
+const CLOSED_LIFETIME: Duration = Duration::from_secs(60);
+/// How many clients' blobs are remembered.
+const CAPACITY: usize = 32 * 1024;
+/// How many offsets are remembered of each.
+const MAX_CLOSED: usize = 64;
+
+/// Who asks: the node that its header names, else its address.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Client {
+    /// The node's name.
+    Node(Arc<str>),
+    /// The address that the request came from.
+    Address(IpAddr),
+}
+
+impl std::fmt::Display for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Node(name) => f.write_str(name),
+            Self::Address(address) => address.fmt(f),
+        }
+    }
+}
+
+/// How to refuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// With an error status.
+    Status,
+    /// With a success status for content of this many bytes in all, and an orderly close before the first of them.
+    Cut {
+        /// The blob's length in bytes.
+        total: u64,
+    },
+}
+
+/// The memory of what clients were given. The clock is the caller's.
+#[derive(Debug, Default)]
+pub(super) struct Promises {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    given: HashMap<(Client, Digest), Given>,
+    /// In the order in which they were first given, to make room by.
+    order: VecDeque<(Client, Digest)>,
+}
+
+#[derive(Debug)]
+struct Given {
+    total: u64,
+    at: Instant,
+    closed: VecDeque<(u64, Instant)>,
+}
+
+impl Promises {
+    /// A success status was sent to `client` for a blob of `total` bytes.
+    pub(super) fn given(&self, client: &Client, digest: &Digest, total: u64, now: Instant) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (client.clone(), digest.clone());
+        if let Some(given) = state.given.get_mut(&key) {
+            given.total = total;
+            given.at = now;
+            return;
+        }
+        while state.given.len() >= CAPACITY {
+            let Some(oldest) = state.order.pop_front() else { break };
+            state.given.remove(&oldest);
+        }
+        state.order.push_back(key.clone());
+        state.given.insert(key, Given { total, at: now, closed: VecDeque::new() });
+    }
+
+    /// A body for `client` ended before its time, and the next byte would have been the one at `offset`.
+    pub(super) fn cut_at(&self, client: &Client, digest: &Digest, offset: u64, now: Instant) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(given) = state.given.get_mut(&(client.clone(), digest.clone())) {
+            given.close(offset, now);
+        }
+    }
+
+    /// How to tell `client` that it cannot have the blob from `offset` on.
+    pub(super) fn refuse(&self, client: &Client, digest: &Digest, offset: u64, now: Instant) -> Refusal {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(given) = state.given.get_mut(&(client.clone(), digest.clone())) else { return Refusal::Status };
+        let lapsed = now.duration_since(given.at) >= LIFETIME;
+        if lapsed || offset >= given.total || given.is_closed(offset, now) {
+            return Refusal::Status;
+        }
+        given.close(offset, now);
+        Refusal::Cut { total: given.total }
+    }
+}
+
+impl Given {
+    fn is_closed(&self, offset: u64, now: Instant) -> bool {
+        self.closed.iter().any(|(at, since)| *at == offset && now.duration_since(*since) < CLOSED_LIFETIME)
+    }
+
+    fn close(&mut self, offset: u64, now: Instant) {
+        if self.closed.len() >= MAX_CLOSED {
+            self.closed.pop_front();
+        }
+        self.closed.push_back((offset, now));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn node(name: &str) -> Client {
+        Client::Node(name.into())
+    }
+
+    fn digest(n: u8) -> Digest {
+        format!("sha256:{}", hex::encode([n; 32])).parse().unwrap()
+    }
+
+    #[test]
+    fn who_was_given_nothing_gets_a_status() {
+        let promises = Promises::default();
+        let now = Instant::now();
+        promises.given(&node("a"), &digest(1), 100, now);
+        assert_eq!(promises.refuse(&node("b"), &digest(1), 0, now), Refusal::Status);
+        assert_eq!(promises.refuse(&node("a"), &digest(2), 0, now), Refusal::Status);
+    }
+
+    #[test]
+    fn a_chunk_is_cut_once_and_then_refused() {
+        let promises = Promises::default();
+        let now = Instant::now();
+        promises.given(&node("a"), &digest(1), 100, now);
+        assert_eq!(promises.refuse(&node("a"), &digest(1), 50, now), Refusal::Cut { total: 100 });
+        assert_eq!(promises.refuse(&node("a"), &digest(1), 75, now), Refusal::Cut { total: 100 });
+        assert_eq!(promises.refuse(&node("a"), &digest(1), 50, now), Refusal::Status);
+        assert_eq!(promises.refuse(&node("a"), &digest(1), 75, now), Refusal::Status);
+    }
+
+    #[test]
+    fn a_body_that_broke_off_is_the_orderly_close() {
+        let promises = Promises::default();
+        let now = Instant::now();
+        promises.given(&node("a"), &digest(1), 100, now);
+        promises.cut_at(&node("a"), &digest(1), 30, now);
+        assert_eq!(promises.refuse(&node("a"), &digest(1), 30, now), Refusal::Status);
+    }
+
+    #[test]
+    fn memory_fades() {
+        let promises = Promises::default();
+        let start = Instant::now();
+        promises.given(&node("a"), &digest(1), 100, start);
+        assert_eq!(promises.refuse(&node("a"), &digest(1), 0, start), Refusal::Cut { total: 100 });
+        let later = start + CLOSED_LIFETIME;
+        assert_eq!(promises.refuse(&node("a"), &digest(1), 0, later), Refusal::Cut { total: 100 });
+        assert_eq!(promises.refuse(&node("a"), &digest(1), 1, start + LIFETIME), Refusal::Status);
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let promises = Promises::default();
+        let now = Instant::now();
+        for n in 0..CAPACITY + 10 {
+            promises.given(&node(&n.to_string()), &digest(1), 100, now);
+            promises.given(&node(&n.to_string()), &digest(1), 100, now);
+        }
+        for offset in 0..1000 {
+            promises.cut_at(&node(&CAPACITY.to_string()), &digest(1), offset, now);
+        }
+        let state = promises.state.lock().unwrap();
+        assert_eq!((state.given.len(), state.order.len()), (CAPACITY, CAPACITY));
+        assert_eq!(state.given[&(node(&CAPACITY.to_string()), digest(1))].closed.len(), MAX_CLOSED);
+    }
+}

@@ -1,0 +1,155 @@
+//! A network of peers inside one process, for the tests of the rooms above and for runs without a network.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{mpsc, watch};
+
+use super::{Peer, Readiness, Router};
+use crate::oci::Key;
+use crate::store::Change;
+
+/// A table of who offers what, shared by the [`MemoryRouter`]s that joined it.
+#[derive(Clone, Default)]
+pub struct MemoryNetwork {
+    table: Arc<Mutex<Table>>,
+}
+
+#[derive(Default)]
+struct Table {
+    nodes: BTreeMap<Arc<str>, Node>,
+    providers: HashMap<Key, BTreeSet<Arc<str>>>,
+}
+
+struct Node {
+    registry: SocketAddr,
+    readiness: watch::Sender<Readiness>,
+}
+
+/// One node of a [`MemoryNetwork`]. It leaves the network when it is dropped.
+pub struct MemoryRouter {
+    id: Arc<str>,
+    network: MemoryNetwork,
+    readiness: watch::Receiver<Readiness>,
+}
+
+// === impl MemoryNetwork ===
+
+impl MemoryNetwork {
+    /// A network without nodes.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a node whose registry listens on `registry`. A node of the same name is replaced, and what it offered is gone.
+    pub fn join(&self, id: &str, registry: SocketAddr) -> Arc<MemoryRouter> {
+        let id: Arc<str> = id.into();
+        let (sender, readiness) = watch::channel(Readiness::Alone);
+        let mut table = self.lock();
+        table.withdraw_all(&id);
+        table.nodes.insert(id.clone(), Node { registry, readiness: sender });
+        table.settle_readiness();
+        Arc::new(MemoryRouter { id, network: self.clone(), readiness })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for MemoryNetwork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryNetwork").field("nodes", &self.lock().nodes.len()).finish_non_exhaustive()
+    }
+}
+
+// === impl Table ===
+
+impl Table {
+    fn withdraw_all(&mut self, id: &str) {
+        self.providers.retain(|_, ids| {
+            ids.remove(id);
+            !ids.is_empty()
+        });
+    }
+
+    fn settle_readiness(&self) {
+        let readiness = if self.nodes.len() > 1 { Readiness::Connected } else { Readiness::Alone };
+        for node in self.nodes.values() {
+            node.readiness.send_if_modified(|current| std::mem::replace(current, readiness) != readiness);
+        }
+    }
+}
+
+// === impl MemoryRouter ===
+
+impl Router for MemoryRouter {
+    fn lookup(&self, key: &Key) -> mpsc::Receiver<Peer> {
+        let table = self.network.lock();
+        let peers: Vec<Peer> = table
+            .providers
+            .get(key)
+            .into_iter()
+            .flatten()
+            .filter(|id| **id != self.id)
+            .filter_map(|id| {
+                let node = table.nodes.get(id)?;
+                Some(Peer { id: id.clone(), addresses: vec![node.registry] })
+            })
+            .collect();
+        let (sender, receiver) = mpsc::channel(peers.len().max(1));
+        for peer in peers {
+            if sender.try_send(peer).is_err() {
+                break;
+            }
+        }
+        receiver
+    }
+
+    fn announce(&self, change: Change) {
+        let mut table = self.network.lock();
+        match change {
+            Change::Added(keys) => {
+                for key in keys {
+                    table.providers.entry(key).or_default().insert(self.id.clone());
+                }
+            }
+            Change::Removed(keys) => {
+                for key in &keys {
+                    if let Some(ids) = table.providers.get_mut(key) {
+                        ids.remove(&self.id);
+                        if ids.is_empty() {
+                            table.providers.remove(key);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.clone()
+    }
+}
+
+impl Drop for MemoryRouter {
+    fn drop(&mut self) {
+        let mut table = self.network.lock();
+        // A successor of the same name has its own watch, and keeps its place.
+        let ours =
+            table.nodes.get(&self.id).is_some_and(|node| node.readiness.subscribe().same_channel(&self.readiness));
+        if ours {
+            table.nodes.remove(&self.id);
+            table.withdraw_all(&self.id);
+            table.settle_readiness();
+        }
+    }
+}
+
+impl fmt::Debug for MemoryRouter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryRouter").field("id", &self.id).finish_non_exhaustive()
+    }
+}
