@@ -1,5 +1,13 @@
 //! What this node has: images and blobs, where their bytes are, and how that changes.
 
+mod blobs;
+mod changes;
+mod containerd;
+mod index;
+mod oci_layout;
+mod state;
+mod tree;
+
 use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
@@ -8,6 +16,10 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use crate::oci::{Digest, Key, Repository, TagName};
+
+pub use changes::{Changes, Feed};
+pub use containerd::{Containerd, ContainerdSettings};
+pub use oci_layout::OciLayout;
 
 /// A complete piece of content, open for reading. Immutable: a later delete or rename does not touch it.
 #[derive(Clone, Debug)]
@@ -25,18 +37,6 @@ pub enum Change {
     Added(Vec<Key>),
     /// These cannot be had here any more.
     Removed(Vec<Key>),
-}
-
-/// What a subscriber has not been told yet. Changes that undo each other before they are read cancel out, so that what is
-/// pending is bounded by the node's own content however slow the reader is.
-#[derive(Debug)]
-pub struct Changes;
-
-impl Changes {
-    /// The next change; `None` once the store is gone.
-    pub async fn next(&mut self) -> Option<Change> {
-        None
-    }
 }
 
 /// Whether a store can answer.
@@ -92,7 +92,7 @@ pub struct Offered {
     pub image_tags: usize,
     /// Manifests that images are named by (an image's top digest).
     pub image_digests: usize,
-    /// All digests beneath them, manifests, configs and layers.
+    /// All digests that they reach: their own, and the manifests, configs and layers beneath.
     pub content_digests: usize,
 }
 
@@ -115,7 +115,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// What is offered now, as one `Added`, and every change from then on, in order, with no gap between the two.
     fn subscribe(&self) -> Changes;
 
-    /// How much is offered, by registry.
+    /// How much is offered, by registry. What has no registry, as images without a qualified name, is under the empty one.
     fn offered(&self) -> std::collections::BTreeMap<String, Offered>;
 
     /// Whether it can answer, followed.

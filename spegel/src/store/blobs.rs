@@ -1,0 +1,81 @@
+//! A directory of blobs, `<dir>/blobs/<algorithm>/<hex>`: the form that OCI image layouts and containerd's content directory share.
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Blob, StoreError};
+use crate::oci::{Digest, MAX_MANIFEST_BYTES};
+
+/// A directory of blobs.
+#[derive(Clone, Debug)]
+pub(super) struct BlobDir {
+    root: PathBuf,
+}
+
+/// An error with the path that it is about.
+pub(super) fn io_error(path: &Path, source: std::io::Error) -> StoreError {
+    StoreError::Io { path: path.display().to_string(), source }
+}
+
+// === impl BlobDir ===
+
+impl BlobDir {
+    pub(super) fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(super) fn path(&self, digest: &Digest) -> PathBuf {
+        let mut path = self.root.join("blobs");
+        path.push(digest.algorithm().as_str());
+        path.push(digest.hex());
+        path
+    }
+
+    /// Opens a blob, or says that it is not there. Two system calls on a local file: no reason to leave the thread.
+    pub(super) fn open(&self, digest: &Digest) -> Result<Option<Blob>, StoreError> {
+        let path = self.path(digest);
+        // Were it a pipe, opening it would otherwise wait for a writer.
+        let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+        let file = match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
+            Ok(file) => file,
+            Err(error) if is_absence(&error) => return Ok(None),
+            Err(error) => return Err(io_error(&path, error)),
+        };
+        let metadata = file.metadata().map_err(|error| io_error(&path, error))?;
+        Ok(metadata.is_file().then(|| Blob { file: Arc::new(file), size: metadata.len() }))
+    }
+
+    /// A blob's length, if it is there.
+    pub(super) fn size(&self, digest: &Digest) -> std::io::Result<Option<u64>> {
+        match std::fs::metadata(self.path(digest)) {
+            Ok(metadata) => Ok(metadata.is_file().then_some(metadata.len())),
+            Err(error) if is_absence(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A manifest's bytes, unless it is absent, unreadable or too large.
+    pub(super) fn manifest(&self, digest: &Digest) -> Option<Vec<u8>> {
+        let blob = self.open(digest).ok()??;
+        read_bounded(&blob.file, MAX_MANIFEST_BYTES)
+    }
+}
+
+fn is_absence(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// Reads a whole file of at most `limit` bytes; nothing if it has more. The bound is on what is read, so that a file that
+/// grows meanwhile cannot exceed it.
+pub(super) fn read_bounded(file: &File, limit: usize) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(limit as u64 + 1).read_to_end(&mut bytes).ok()?;
+    (bytes.len() <= limit).then_some(bytes)
+}

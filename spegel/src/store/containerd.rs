@@ -1,0 +1,6 @@
+/// x
+#[derive(Debug)]
+pub struct Containerd;
+/// x
+#[derive(Debug)]
+pub struct ContainerdSettings;
