@@ -3,3 +3,4 @@
 
 mod conformance;
 mod memory;
+mod p2p;
