@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
@@ -34,14 +35,8 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
     let start = Instant::now();
     let mut lookup = Some(shared.router.lookup(&wanted.key));
     let until = start + shared.settings.resolve_timeout;
-    let mut race = Race {
-        shared,
-        wanted,
-        candidates: VecDeque::new(),
-        attempts: FuturesUnordered::new(),
-        found: 0,
-        tried: 0,
-    };
+    let mut race =
+        Race { shared, wanted, candidates: VecDeque::new(), attempts: FuturesUnordered::new(), found: 0, tried: 0 };
     let mut hedge_at = start;
     loop {
         if race.wants_next(hedge_at) {
@@ -265,17 +260,18 @@ fn told_range(head: &PeerHead) -> Option<ContentRange> {
     head.content_range.as_deref().and_then(|text| text.parse().ok())
 }
 
-/// Reads a small body to its end, giving up when nothing comes for `stall`.
-async fn read_whole(response: &mut PeerResponse, stall: std::time::Duration) -> Result<Bytes, PeerError> {
+/// Reads a small body to its end. `bound` is for all of it: it is small, and a peer that trickles is of no use.
+async fn read_whole(response: &mut PeerResponse, bound: Duration) -> Result<Bytes, PeerError> {
+    timeout(bound, read_to_length(response)).await.map_err(|_| PeerError::Late { what: "body", bound })?
+}
+
+async fn read_to_length(response: &mut PeerResponse) -> Result<Bytes, PeerError> {
     let length = usize::try_from(response.head.content_length).map_err(|_| PeerError::Malformed("too long"))?;
     let mut bytes = BytesMut::with_capacity(length);
     bytes.extend_from_slice(&response.leftover);
     while bytes.len() < length {
         let mut rest = (&mut response.stream).take((length - bytes.len()) as u64);
-        let read = timeout(stall, rest.read_buf(&mut bytes))
-            .await
-            .map_err(|_| PeerError::Late { what: "body", bound: stall })?
-            .map_err(PeerError::Lost)?;
+        let read = rest.read_buf(&mut bytes).await.map_err(PeerError::Lost)?;
         if read == 0 {
             return Err(PeerError::Lost(std::io::ErrorKind::UnexpectedEof.into()));
         }

@@ -50,7 +50,9 @@ async fn ranges_pass_through_a_relay() {
     let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
     let bytes = noise(3, 3 << 20);
     let target = format!("/v2/app/blobs/{}?ns=registry.test", a.offer(&bytes));
-    for (range, start, end) in [("bytes=0-", 0, 3 << 20), ("bytes=7-1000006", 7, 1_000_007), ("bytes=-5", (3 << 20) - 5, 3 << 20)] {
+    for (range, start, end) in
+        [("bytes=0-", 0, 3 << 20), ("bytes=7-1000006", 7, 1_000_007), ("bytes=-5", (3 << 20) - 5, 3 << 20)]
+    {
         let reply = b.ask("GET", &target, &[("Range", range)]).await;
         assert_eq!((reply.status, reply.body.len()), (206, end - start), "{range}");
         assert!(reply.body == bytes[start..end]);
@@ -97,7 +99,10 @@ async fn peers_that_misbehave_before_the_body_cost_a_retry_only() {
         ("429", b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n".to_vec()),
         ("redirect", b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /\r\nContent-Length: 0\r\n\r\n".to_vec()),
         ("no length", b"HTTP/1.1 200 OK\r\n\r\n".to_vec()),
-        ("another part", b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 5-6/4194304\r\nContent-Length: 2\r\n\r\nxx".to_vec()),
+        (
+            "another part",
+            b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 5-6/4194304\r\nContent-Length: 2\r\n\r\nxx".to_vec(),
+        ),
         ("not HTTP", noise(5, 3000)),
         ("endless head", [b"HTTP/1.1 200 OK\r\nX: ".to_vec(), vec![b'x'; 64 << 10]].concat()),
     ] {
