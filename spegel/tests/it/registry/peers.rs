@@ -146,3 +146,45 @@ async fn many_connections_that_want_the_same_are_all_served() {
         assert!(replies.iter().all(|reply| reply.status == 200 && reply.body == bytes));
     }
 }
+
+#[tokio::test]
+async fn a_body_that_breaks_off_goes_on_from_another_peer_at_the_same_byte() {
+    let network = MemoryNetwork::new();
+    let b = Node::join(&network, "b");
+    let bytes = noise(8, 4 << 20);
+    let digest = digest_of(&bytes);
+    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len());
+    let short = [head.as_bytes(), &bytes[..1_234_567]].concat();
+    let _broken = rogue(&network, "1-short", Key::Digest(digest.clone()), short).await;
+    let good = Node::join(&network, "2-good");
+    good.offer(&bytes);
+    let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let reply = b.get(&target).await;
+    assert!(reply.status == 200 && reply.orderly);
+    assert!(reply.body == bytes, "{} of {} bytes", reply.body.len(), bytes.len());
+    assert_eq!(reply.header("x-spegel-source"), first_found(&network, &digest).await);
+}
+
+/// The first peer that is found for a digest: the one that broke off.
+async fn first_found(network: &MemoryNetwork, digest: &spegel::oci::Digest) -> String {
+    let observer = network.join("observer", "127.0.0.1:1".parse().unwrap());
+    let mut found = spegel::router::Router::lookup(&*observer, &Key::Digest(digest.clone()));
+    found.recv().await.unwrap().addresses[0].to_string()
+}
+
+#[tokio::test]
+async fn a_part_that_breaks_off_goes_on_within_its_bounds() {
+    let network = MemoryNetwork::new();
+    let b = Node::join(&network, "b");
+    let bytes = noise(9, 4 << 20);
+    let digest = digest_of(&bytes);
+    let head =
+        "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 1000-3000999/4194304\r\nContent-Length: 3000000\r\n\r\n";
+    let short = [head.as_bytes(), &bytes[1000..500_000]].concat();
+    let _broken = rogue(&network, "1-short", Key::Digest(digest.clone()), short).await;
+    let good = Node::join(&network, "2-good");
+    good.offer(&bytes);
+    let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let reply = b.ask("GET", &target, &[("Range", "bytes=1000-3000999")]).await;
+    assert!(reply.status == 206 && reply.orderly && reply.body == bytes[1000..3_001_000], "{}", reply.body.len());
+}
