@@ -55,7 +55,13 @@ impl Collector for Process {
             let cpu = (stat.utime + stat.stime) as f64 / ticks as f64;
             let rss = stat.rss_bytes().get();
             let seconds = Unit::Seconds;
-            Self::metric(encoder, "process_cpu", "User and system time spent", Some(&seconds), &ConstCounter::new(cpu))?;
+            Self::metric(
+                encoder,
+                "process_cpu",
+                "User and system time spent",
+                Some(&seconds),
+                &ConstCounter::new(cpu),
+            )?;
             let resident = ConstGauge::new(i64::try_from(rss).unwrap_or(i64::MAX));
             Self::metric(encoder, "process_resident_memory", "Resident memory", Some(&Unit::Bytes), &resident)?;
             let virtual_ = ConstGauge::new(i64::try_from(stat.vsize).unwrap_or(i64::MAX));

@@ -34,14 +34,8 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
     let start = Instant::now();
     let mut lookup = Some(shared.router.lookup(&wanted.key));
     let until = start + shared.settings.resolve_timeout;
-    let mut race = Race {
-        shared,
-        wanted,
-        candidates: VecDeque::new(),
-        attempts: FuturesUnordered::new(),
-        found: 0,
-        tried: 0,
-    };
+    let mut race =
+        Race { shared, wanted, candidates: VecDeque::new(), attempts: FuturesUnordered::new(), found: 0, tried: 0 };
     let mut hedge_at = start;
     loop {
         if race.wants_next(hedge_at) {

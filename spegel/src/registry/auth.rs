@@ -53,7 +53,9 @@ mod tests {
         assert_eq!(auth.header(), "Basic dXNlcjpzZWNyZXQ=");
         assert!(auth.admits(Some(b"Basic dXNlcjpzZWNyZXQ=")));
         assert!(auth.admits(Some(b"basic dXNlcjpzZWNyZXQ=")));
-        for wrong in [&b""[..], b"Basic", b"Basic ", b"Basic dXNlcjpzZWNyZXQ", b"Bearer dXNlcjpzZWNyZXQ=", b"dXNlcjpzZWNyZXQ="] {
+        for wrong in
+            [&b""[..], b"Basic", b"Basic ", b"Basic dXNlcjpzZWNyZXQ", b"Bearer dXNlcjpzZWNyZXQ=", b"dXNlcjpzZWNyZXQ="]
+        {
             assert!(!auth.admits(Some(wrong)), "{}", String::from_utf8_lossy(wrong));
         }
         assert!(!auth.admits(None));

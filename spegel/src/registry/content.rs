@@ -103,14 +103,10 @@ impl Registry {
         if ask.mirrored || ask.excluded {
             return Err(unknown());
         }
-        let wanted = Wanted {
-            key,
-            target: ask.target.clone(),
-            kind: Kind::Manifest,
-            head_only: ask.head_only,
-            range: None,
-        };
-        let found = self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
+        let wanted =
+            Wanted { key, target: ask.target.clone(), kind: Kind::Manifest, head_only: ask.head_only, range: None };
+        let found =
+            self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
         let source = source_of(&found);
         let Content::Verified(Verified { digest, bytes, media_type }) = found.content else { return Err(unknown()) };
         let own_type = MediaType::detect(&bytes).ok().map(|own| own.as_str().to_owned());
@@ -168,14 +164,7 @@ impl Registry {
     }
 
     /// A blob whose bytes can be had at any offset.
-    fn give(
-        &self,
-        ask: &Ask,
-        digest: &Digest,
-        size: u64,
-        source: Source,
-        body: impl Fn(u64, u64) -> Body,
-    ) -> Answer {
+    fn give(&self, ask: &Ask, digest: &Digest, size: u64, source: Source, body: impl Fn(u64, u64) -> Body) -> Answer {
         if ask.head_only {
             return Answer::from(respond::blob_head(digest, size), source);
         }
@@ -259,9 +248,10 @@ impl Registry {
             let message = "referrers are the upstream registry's to list";
             return Err(OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, message));
         }
-        let mut referrers = self.settings.store.referrers(digest).await.map_err(|error| {
-            OciError::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::Unknown, error.to_string())
-        })?;
+        let mut referrers =
+            self.settings.store.referrers(digest).await.map_err(|error| {
+                OciError::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::Unknown, error.to_string())
+            })?;
         if let Some(wanted) = artifact_type {
             referrers.retain(|referrer| referrer.artifact_type.as_deref() == Some(wanted));
         }

@@ -89,7 +89,14 @@ impl RegistryMetrics {
     /// Counts a request from now until what is returned is finished or dropped.
     pub(super) fn begin(&self, handler: &'static str, method: &http::Method) -> Observed {
         self.inflight.get_or_create(&HandlerLabel { handler }).inc();
-        Observed { metrics: self.clone(), handler, method: method_label(method), code: 0, sent: 0, start: Instant::now() }
+        Observed {
+            metrics: self.clone(),
+            handler,
+            method: method_label(method),
+            code: 0,
+            sent: 0,
+            start: Instant::now(),
+        }
     }
 
     /// Counts a client's request for content of `registry`.

@@ -116,12 +116,7 @@ impl Io {
 }
 
 /// Moves up to `len` bytes of what the region stands for. The budget bounds it.
-fn push(
-    cx: &mut Context<'_>,
-    state: &mut State,
-    client: &Client<'_>,
-    len: usize,
-) -> io::Result<(Push, Option<Ended>)> {
+fn push(cx: &mut Context<'_>, state: &mut State, client: &Client<'_>, len: usize) -> io::Result<(Push, Option<Ended>)> {
     let max = len.min(state.budget);
     if len as u64 > state.promised {
         return Err(super::BodyError::OutOfStep.into());
