@@ -1,6 +1,0 @@
-/// x
-#[derive(Debug)]
-pub struct Containerd;
-/// x
-#[derive(Debug)]
-pub struct ContainerdSettings;

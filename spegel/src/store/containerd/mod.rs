@@ -1,0 +1,166 @@
+//! containerd as a store: its API says what there is, its content directory has the bytes.
+
+mod follow;
+mod ownership;
+mod rpc;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use self::ownership::Ownership;
+use self::rpc::Rpc;
+use super::blobs::BlobDir;
+use super::index::Verdict;
+use super::state::State;
+use super::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
+use crate::oci::{Digest, Filters, Repository, TagName};
+
+/// How long a request may wait for containerd to say whose content is. Past it the answer is that it is not here, which
+/// sends the asker elsewhere.
+const OWNERSHIP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How to reach containerd, and what of it to serve.
+#[derive(Clone, Debug)]
+pub struct ContainerdSettings {
+    /// Its gRPC socket.
+    pub socket: PathBuf,
+    /// The namespace whose images count; the kubelet's are in `k8s.io`.
+    pub namespace: String,
+    /// The content directory as this process sees it, `<root>/io.containerd.content.v1.content`; none asks containerd's
+    /// introspection, which tells the path as containerd sees it.
+    pub content_path: Option<PathBuf>,
+    /// What is neither offered nor served.
+    pub filters: Filters,
+}
+
+/// The store of a running containerd, versions 1.6 to 2.3.
+///
+/// Its events keep an index, so that a request costs no call to containerd. While containerd is away, what it had is
+/// served on: nothing can take content away meanwhile but a restart, after which everything is listed again.
+///
+/// The directory is shared by all namespaces of containerd. What an image of our namespace names is served if it was ours
+/// when the image was walked; for other content that is there, containerd is asked whether it is ours.
+#[derive(Debug)]
+pub struct Containerd {
+    inner: Arc<Inner>,
+    /// Ends the follower with the store.
+    _follower: DropGuard,
+}
+
+#[derive(Debug)]
+struct Inner {
+    settings: ContainerdSettings,
+    state: State,
+    ownership: Ownership,
+    link: RwLock<Link>,
+}
+
+/// What is known of the other side.
+#[derive(Clone, Debug, Default)]
+struct Link {
+    /// The connection, while there is one.
+    rpc: Option<Rpc>,
+    /// The content directory, once it is known.
+    contents: Option<BlobDir>,
+}
+
+// === impl Containerd ===
+
+impl Containerd {
+    /// Follows containerd on the current tokio runtime until the token fires or the store is dropped. containerd need not
+    /// be there yet.
+    ///
+    /// The handle ends with an error when another try cannot help: [`StoreError::Mismatch`] for a content directory that is
+    /// not this containerd's, [`StoreError::Io`] for one that cannot be read.
+    pub fn start(
+        settings: ContainerdSettings,
+        token: CancellationToken,
+    ) -> (Arc<Self>, JoinHandle<Result<(), StoreError>>) {
+        let waiting = Health::Waiting(format!("containerd at {} has not answered yet", settings.socket.display()));
+        let contents = settings.content_path.clone().map(BlobDir::new);
+        let inner = Arc::new(Inner {
+            state: State::new(settings.filters.clone(), waiting),
+            ownership: Ownership::default(),
+            link: RwLock::new(Link { rpc: None, contents }),
+            settings,
+        });
+        let token = token.child_token();
+        let follower = tokio::spawn(follow::run(inner.clone(), token.clone()));
+        (Arc::new(Self { inner, _follower: token.drop_guard() }), follower)
+    }
+}
+
+#[async_trait]
+impl Store for Containerd {
+    fn resolve(&self, tag: &TagName) -> Option<Digest> {
+        self.inner.state.read(|index| index.resolve(tag).cloned())
+    }
+
+    async fn open(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Blob>, StoreError> {
+        let verdict = self.inner.state.read(|index| index.verdict(digest, asked));
+        let Link { rpc, contents: Some(contents) } = self.inner.link() else { return Ok(None) };
+        if verdict == Verdict::Refuse {
+            return Ok(None);
+        }
+        let Some(blob) = contents.open(digest)? else {
+            if verdict == Verdict::Serve {
+                self.inner.state.change(|index| index.set_absent(digest));
+            }
+            return Ok(None);
+        };
+        let is_served = verdict == Verdict::Serve || self.inner.is_ours(digest, rpc).await;
+        Ok(is_served.then_some(blob))
+    }
+
+    async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {
+        Ok(self.inner.state.read(|index| index.referrers(subject)))
+    }
+
+    fn subscribe(&self) -> Changes {
+        self.inner.state.subscribe()
+    }
+
+    fn offered(&self) -> BTreeMap<String, Offered> {
+        self.inner.state.read(|index| index.offered())
+    }
+
+    fn health(&self) -> watch::Receiver<Health> {
+        self.inner.state.health()
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    fn link(&self) -> Link {
+        self.link.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_link(&self, change: impl FnOnce(&mut Link)) {
+        change(&mut self.link.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Whether content that no image is known to have belongs to our namespace.
+    async fn is_ours(&self, digest: &Digest, rpc: Option<Rpc>) -> bool {
+        let asked = digest.clone();
+        let ask = || async move {
+            let answer = tokio::time::timeout(OWNERSHIP_TIMEOUT, rpc?.has(&asked)).await;
+            match answer {
+                Ok(Ok(is_ours)) => Some(is_ours),
+                Ok(Err(error)) => {
+                    tracing::debug!(digest = %asked, %error, "not served: its owner is not known");
+                    None
+                }
+                Err(_) => None,
+            }
+        };
+        self.ownership.is_ours(digest, ask).await
+    }
+}
