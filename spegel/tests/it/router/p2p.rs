@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::conformance::{Network, Node, PATIENCE, all, key, reaches, suite, until};
 
-const ROUTER_PORT: u16 = 5001;
+pub(super) const ROUTER_PORT: u16 = 5001;
 const REGISTRY_PORT: u16 = 5000;
 
 /// Those who were started, as a headless service names them: the dead among them until somebody takes their place.
@@ -29,20 +29,20 @@ impl Bootstrap for Directory {
 }
 
 /// Nodes on addresses of one loopback network that no other test of this process uses.
-struct Loopback {
+pub(super) struct Loopback {
     directory: Directory,
     network: u8,
     joined: u8,
 }
 
 impl Loopback {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         static NETWORKS: AtomicU8 = AtomicU8::new(0);
         Self { directory: Directory::default(), network: NETWORKS.fetch_add(1, Ordering::Relaxed), joined: 0 }
     }
 
     /// The process's number keeps concurrent runs apart.
-    fn address(&self, node: u8) -> Ipv4Addr {
+    pub(super) fn address(&self, node: u8) -> Ipv4Addr {
         let process = u8::try_from(std::process::id() % 200).unwrap() + 20;
         Ipv4Addr::new(127, process, self.network, node)
     }
