@@ -95,10 +95,10 @@ impl Driver {
 
     fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         match event {
-            SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. })) => {
-                if info.protocols.contains(&PROTOCOL) {
-                    self.introduced(peer_id, &info.listen_addrs);
-                }
+            SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }))
+                if info.protocols.contains(&PROTOCOL) =>
+            {
+                self.introduced(peer_id, &info.listen_addrs);
             }
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad_event(event),
             SwarmEvent::ConnectionClosed { connection_id, peer_id, num_established, .. } => {
