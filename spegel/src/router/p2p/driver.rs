@@ -39,8 +39,8 @@ pub(super) struct Driver {
     pub(super) joining: Joining,
     pub(super) answers: mpsc::Receiver<Answer>,
     pub(super) readiness: watch::Sender<Readiness>,
-    /// Dials of bootstrap peers whose identity is not known.
-    pub(super) dialling: HashMap<ConnectionId, SocketAddr>,
+    /// Bootstrap peers of unknown identity that are being dialled or connected: they need no second call.
+    pub(super) called: HashMap<ConnectionId, SocketAddr>,
     pub(super) redialled: HashMap<PeerId, Instant>,
 }
 
@@ -95,18 +95,18 @@ impl Driver {
 
     fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         match event {
-            SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. })) => {
-                if info.protocols.contains(&PROTOCOL) {
-                    self.introduced(peer_id, &info.listen_addrs);
-                }
+            SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }))
+                if info.protocols.contains(&PROTOCOL) =>
+            {
+                self.introduced(peer_id, &info.listen_addrs);
             }
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad_event(event),
-            SwarmEvent::ConnectionEstablished { connection_id, .. } => {
-                self.dialling.remove(&connection_id);
+            SwarmEvent::ConnectionClosed { connection_id, peer_id, num_established, .. } => {
+                self.called.remove(&connection_id);
+                self.closed(peer_id, num_established);
             }
-            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } => self.lost(peer_id),
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
-                self.dialling.remove(&connection_id);
+                self.called.remove(&connection_id);
                 self.not_reached(peer_id, &error);
             }
             SwarmEvent::NewListenAddr { .. } | SwarmEvent::ExpiredListenAddr { .. } => self.refresh_addresses(),
@@ -181,8 +181,12 @@ impl Driver {
         Some(left)
     }
 
-    /// The last connection ended. Whether the peer did too is found out by dialling it.
-    fn lost(&mut self, peer: PeerId) {
+    /// A connection ended. If it was the last, whether the peer did too is found out by dialling it.
+    fn closed(&mut self, peer: PeerId, left: u32) {
+        if left > 0 {
+            // The others may be to a process that was started since and has heard nothing of what the one before was told.
+            return self.advertiser.newcomer(peer);
+        }
         let Some(contact) = self.leave_table(&peer) else { return };
         tracing::debug!(%peer, "connection ended");
         let now = Instant::now();
@@ -216,8 +220,7 @@ impl Driver {
     fn dial_named(&mut self) {
         let targets = self.joining.to_dial(&self.table.read());
         for target in targets {
-            let under_way =
-                target.addresses.iter().any(|address| self.dialling.values().any(|dialled| dialled == address));
+            let under_way = target.addresses.iter().any(|address| self.called.values().any(|called| called == address));
             if !under_way {
                 self.dial(target);
             }
@@ -241,7 +244,7 @@ impl Driver {
                     let opts = DialOpts::unknown_peer_id().address(multiaddr(address)).allocate_new_port().build();
                     let id = opts.connection_id();
                     if self.swarm.dial(opts).is_ok() {
-                        self.dialling.insert(id, address);
+                        self.called.insert(id, address);
                     }
                 }
             }
@@ -251,7 +254,8 @@ impl Driver {
     fn settle(&mut self) {
         let readiness = if !self.table.read().is_empty() {
             Readiness::Connected
-        } else if self.joining.is_alone() {
+        } else if self.joining.is_alone() || *self.readiness.borrow() == Readiness::Alone {
+            // Who was settled to be alone stays ready until somebody has come, named or not.
             Readiness::Alone
         } else {
             Readiness::Joining

@@ -135,7 +135,7 @@ impl P2pRouter {
         let (open, opens) = mpsc::channel(QUEUE);
         let client = Client::new(local, open);
 
-        let opener = Opener::new(behaviour::PROTOCOL, opens);
+        let opener = Opener::new(local, behaviour::PROTOCOL, opens);
         let mut swarm = behaviour::swarm(&settings.identity.0, records.clone(), opener)
             .map_err(|error| RouterError::Encryption(error.to_string()))?;
         let listen = listen(&mut swarm, &settings.listen)?;
@@ -166,7 +166,7 @@ impl P2pRouter {
             joining: Joining::new(local, scope, listen[0].port(), settings.bootstrap.len()),
             answers,
             readiness,
-            dialling: HashMap::new(),
+            called: HashMap::new(),
             redialled: HashMap::new(),
         };
         driver.refresh_addresses();

@@ -42,13 +42,22 @@ pub(super) struct Open {
 
 /// The behaviour.
 pub(super) struct Opener {
+    local: PeerId,
     protocol: StreamProtocol,
     requests: mpsc::Receiver<Open>,
-    connected: HashMap<PeerId, usize>,
+    connected: HashMap<PeerId, Connections>,
     waiting: HashMap<PeerId, Vec<oneshot::Sender<Stream>>>,
     pinned: HashSet<PeerId>,
     events: VecDeque<ToSwarm<Infallible, Command>>,
     waker: Option<Waker>,
+}
+
+/// The connections to one peer. Two nodes that dial each other at once have two, of which one is enough.
+#[derive(Debug, Default)]
+struct Connections {
+    /// With whether the smaller of both identities dialled it: both sides prefer such a one.
+    open: Vec<(ConnectionId, bool)>,
+    kept: Option<ConnectionId>,
 }
 
 /// What a connection is told.
@@ -68,8 +77,9 @@ pub(super) struct Handler {
 // === impl Opener ===
 
 impl Opener {
-    pub(super) fn new(protocol: StreamProtocol, requests: mpsc::Receiver<Open>) -> Self {
+    pub(super) fn new(local: PeerId, protocol: StreamProtocol, requests: mpsc::Receiver<Open>) -> Self {
         Self {
+            local,
             protocol,
             requests,
             connected: HashMap::new(),
@@ -80,24 +90,38 @@ impl Opener {
         }
     }
 
-    /// Keeps or releases the connections to a peer, those to come too.
+    /// Keeps or releases the connection to a peer, and those to come.
     pub(super) fn pin(&mut self, peer: PeerId, keep: bool) {
         let changed = if keep { self.pinned.insert(peer) } else { self.pinned.remove(&peer) };
-        if changed && self.connected.contains_key(&peer) {
-            self.tell(peer, NotifyHandler::Any, Command::Keep(keep));
+        if changed {
+            self.choose_kept(peer);
         }
     }
 
-    fn tell(&mut self, peer_id: PeerId, handler: NotifyHandler, event: Command) {
-        self.events.push_back(ToSwarm::NotifyHandler { peer_id, handler, event });
+    /// Of several connections one is kept, the others end when they have been idle for a while.
+    fn choose_kept(&mut self, peer: PeerId) {
+        let Some(connections) = self.connected.get_mut(&peer) else { return };
+        let wanted = if self.pinned.contains(&peer) { connections.preferred() } else { None };
+        let before = std::mem::replace(&mut connections.kept, wanted);
+        if before != wanted {
+            for (connection, keep) in [(before, false), (wanted, true)] {
+                if let Some(connection) = connection {
+                    self.tell(peer, connection, Command::Keep(keep));
+                }
+            }
+        }
+    }
+
+    fn tell(&mut self, peer_id: PeerId, connection: ConnectionId, event: Command) {
+        self.events.push_back(ToSwarm::NotifyHandler { peer_id, handler: NotifyHandler::One(connection), event });
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }
     }
 
     fn open(&mut self, Open { peer, addresses, reply }: Open) {
-        if self.connected.contains_key(&peer) {
-            return self.tell(peer, NotifyHandler::Any, Command::Open(reply));
+        if let Some(connection) = self.connected.get(&peer).and_then(Connections::preferred) {
+            return self.tell(peer, connection, Command::Open(reply));
         }
         let waiting = self.waiting.entry(peer).or_default();
         if waiting.len() < MAX_WAITING {
@@ -113,8 +137,17 @@ impl Opener {
         }
     }
 
-    fn handler(&self, peer: &PeerId) -> Handler {
-        Handler { protocol: self.protocol.clone(), wanted: VecDeque::new(), keep: self.pinned.contains(peer) }
+    fn handler(&self) -> Handler {
+        Handler { protocol: self.protocol.clone(), wanted: VecDeque::new(), keep: false }
+    }
+}
+
+// === impl Connections ===
+
+impl Connections {
+    fn preferred(&self) -> Option<ConnectionId> {
+        let chosen = self.open.iter().find(|(_, by_smaller)| *by_smaller).or(self.open.first());
+        chosen.map(|(connection, _)| *connection)
     }
 }
 
@@ -125,40 +158,40 @@ impl NetworkBehaviour for Opener {
     fn handle_established_inbound_connection(
         &mut self,
         _: ConnectionId,
-        peer: PeerId,
+        _: PeerId,
         _: &Multiaddr,
         _: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(self.handler(&peer))
+        Ok(self.handler())
     }
 
     fn handle_established_outbound_connection(
         &mut self,
         _: ConnectionId,
-        peer: PeerId,
+        _: PeerId,
         _: &Multiaddr,
         _: Endpoint,
         _: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(self.handler(&peer))
+        Ok(self.handler())
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match event {
-            FromSwarm::ConnectionEstablished(ConnectionEstablished { peer_id, connection_id, .. }) => {
-                *self.connected.entry(peer_id).or_default() += 1;
+            FromSwarm::ConnectionEstablished(ConnectionEstablished { peer_id, connection_id, endpoint, .. }) => {
+                let by_smaller = endpoint.is_dialer() == (self.local < peer_id);
+                self.connected.entry(peer_id).or_default().open.push((connection_id, by_smaller));
+                self.choose_kept(peer_id);
                 for reply in self.waiting.remove(&peer_id).unwrap_or_default() {
-                    self.tell(peer_id, NotifyHandler::One(connection_id), Command::Open(reply));
+                    self.tell(peer_id, connection_id, Command::Open(reply));
                 }
             }
-            FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, remaining_established, .. }) => {
+            FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, connection_id, remaining_established, .. }) => {
                 if remaining_established == 0 {
                     self.connected.remove(&peer_id);
-                } else {
-                    self.connected.insert(peer_id, remaining_established);
-                    if self.pinned.contains(&peer_id) {
-                        self.tell(peer_id, NotifyHandler::Any, Command::Keep(true));
-                    }
+                } else if let Some(connections) = self.connected.get_mut(&peer_id) {
+                    connections.open.retain(|(open, _)| *open != connection_id);
+                    self.choose_kept(peer_id);
                 }
             }
             // Someone else's dial may be under way when ours is refused for it, and its end serves us too.

@@ -4,3 +4,4 @@
 mod conformance;
 mod memory;
 mod p2p;
+mod stock;

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::conformance::{Network, Node, PATIENCE, all, key, reaches, suite, until};
 
-const ROUTER_PORT: u16 = 5001;
+pub(super) const ROUTER_PORT: u16 = 5001;
 const REGISTRY_PORT: u16 = 5000;
 
 /// Those who were started, as a headless service names them: the dead among them until somebody takes their place.
@@ -29,20 +29,20 @@ impl Bootstrap for Directory {
 }
 
 /// Nodes on addresses of one loopback network that no other test of this process uses.
-struct Loopback {
+pub(super) struct Loopback {
     directory: Directory,
     network: u8,
     joined: u8,
 }
 
 impl Loopback {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         static NETWORKS: AtomicU8 = AtomicU8::new(0);
         Self { directory: Directory::default(), network: NETWORKS.fetch_add(1, Ordering::Relaxed), joined: 0 }
     }
 
     /// The process's number keeps concurrent runs apart.
-    fn address(&self, node: u8) -> Ipv4Addr {
+    pub(super) fn address(&self, node: u8) -> Ipv4Addr {
         let process = u8::try_from(std::process::id() % 200).unwrap() + 20;
         Ipv4Addr::new(127, process, self.network, node)
     }
@@ -184,4 +184,43 @@ async fn thousands_of_keys_arrive_and_a_miss_is_quick() {
     times.sort();
     println!("miss with three nodes: p50 {:?}, p99 {:?}", times[100], times[198]);
     assert!(times[100] < Duration::from_millis(50), "p50 {:?}", times[100]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn node_whose_last_peer_left_settles_that_it_is_alone() {
+    let mut network = Loopback::new();
+    let (a, b) = (network.join().await, network.join().await);
+    reaches(&a, Readiness::Connected).await;
+    network.directory.0.lock().unwrap().retain(|peer| peer.addresses[0].ip == a.registry.ip());
+    drop(b);
+    reaches(&a, Readiness::Alone).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn node_that_restarts_with_its_identity_is_told_the_records_again() {
+    let mut network = Loopback::new();
+    let a = network.join().await;
+    let identity = Identity::fresh();
+    let settings = || P2pSettings { identity: identity.clone(), ..network.settings(network.address(9)) };
+    a.router.announce(Change::Added((0..500).map(key).collect()));
+    for _ in 0..3 {
+        let b = start_when_free(settings).await;
+        let deadline = Instant::now() + PATIENCE;
+        while b.foreign_records() < 500 {
+            assert!(Instant::now() < deadline, "only {} records came", b.foreign_records());
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+/// A router that was dropped holds its port until its task has seen that.
+async fn start_when_free(settings: impl Fn() -> P2pSettings) -> Arc<P2pRouter> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match P2pRouter::start(settings(), &CancellationToken::new()) {
+            Ok(router) => return router,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
 }
