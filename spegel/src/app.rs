@@ -17,7 +17,7 @@ use crate::mirror::{Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
-use crate::store::{OciLayout, Store};
+use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
 use crate::web::Web;
 use crate::{hosts, metrics};
 
@@ -97,6 +97,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         node_name: Some(settings.node_name.clone()),
         metrics: RegistryMetrics::register(&mut figures),
     }));
+    figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
     let options = Options { metrics: ServeMetrics::register(&mut figures), ..Options::default() };
     let server = Server::bind(&[settings.registry_addr], options, handler::over(registry))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
@@ -137,7 +138,24 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
             let store = OciLayout::open(dirs.clone(), settings.filters.clone())?;
             Ok((store, Box::pin(std::future::pending())))
         }
-        Content::Containerd { .. } => anyhow::bail!("later"),
+        Content::Containerd { socket, namespace, content_path } => {
+            let containerd = ContainerdSettings {
+                socket: socket.clone(),
+                namespace: namespace.clone(),
+                content_path: content_path.clone(),
+                filters: settings.filters.clone(),
+            };
+            let (store, task) = Containerd::start(containerd, stop.clone());
+            let ended = async move {
+                match task.await {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(error @ StoreError::Mismatch(_))) => Err(error.into()),
+                    Ok(Err(error)) => Err(anyhow::Error::from(error).context("the content store ended")),
+                    Err(error) => Err(anyhow::Error::from(error).context("the content store's task ended")),
+                }
+            };
+            Ok((store, Box::pin(ended)))
+        }
     }
 }
 

@@ -62,7 +62,7 @@ fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result
         }
         (args::Command::Registry(mut args), Some((_, matches))) => {
             args.split_lists(matches);
-            Command::Registry(Box::new(settings::registry(args)?))
+            Command::Registry(Box::new(settings::registry(*args)?))
         }
         (_, None) => return Err(args::Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "no command")),
     };

@@ -63,7 +63,7 @@ pub(super) enum Command {
     /// Write the mirror configuration (hosts.toml) that makes containerd ask this mirror first
     Configuration(ConfigurationArgs),
     /// Serve this node's images to its containerd and to peers
-    Registry(RegistryArgs),
+    Registry(Box<RegistryArgs>),
 }
 
 #[derive(Debug, Args)]
