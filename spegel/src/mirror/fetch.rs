@@ -68,47 +68,29 @@ pub(super) async fn race(
     wanted: &Wanted,
     excluded: &HashSet<SocketAddr>,
 ) -> Result<(Peer, Taken), Miss> {
-    let start = Instant::now();
-    let mut lookup = Some(shared.router.lookup(&wanted.key));
-    let until = start + shared.settings.resolve_timeout;
-    let mut race =
-        Race { shared, wanted, candidates: VecDeque::new(), attempts: FuturesUnordered::new(), found: 0, tried: 0 };
-    let mut hedge_at = start;
-    loop {
-        if race.wants_next(hedge_at) {
-            race.ask_next();
-            hedge_at = Instant::now() + shared.settings.hedge;
-        }
-        if race.is_lost(lookup.is_some()) {
-            if race.found == 0 {
-                shared.metrics.resolved(start.elapsed().as_secs_f64());
-            }
-            return Err(Miss { found: race.found, tried: race.tried });
-        }
-        tokio::select! {
-            biased;
-            Some((peer, result)) = race.attempts.next() => match result {
-                Ok(taken) => return Ok((peer, taken)),
-                Err(error) => {
-                    debug!(key = %wanted.key, peer = %peer.id, %error, "peer gave nothing");
-                    hedge_at = Instant::now();
-                }
-            },
-            peer = next_peer(&mut lookup) => match peer {
-                Some(peer) if peer.addresses.iter().all(|address| excluded.contains(address)) => {}
-                Some(peer) => {
-                    if race.found == 0 {
-                        shared.metrics.resolved(start.elapsed().as_secs_f64());
-                    }
-                    race.found += 1;
-                    race.candidates.push_back(peer);
-                }
-                None => lookup = None,
-            },
-            () = sleep_until(until), if lookup.is_some() => lookup = None,
-            () = sleep_until(hedge_at), if race.can_ask() => {}
-        }
+    let mut race = Race {
+        shared,
+        wanted,
+        candidates: shared.sources.of(&wanted.key, |address| excluded.contains(address), now()).into(),
+        attempts: FuturesUnordered::new(),
+        found: 0,
+        tried: 0,
+    };
+    race.found = race.candidates.len();
+    if race.found > 0
+        && let Some(taken) = race.run(None, excluded).await
+    {
+        return Ok(taken);
     }
+    // Those who were remembered do not count against those who are found now.
+    race.tried = 0;
+    let lookup = shared.router.lookup(&wanted.key);
+    let taken = race.run(Some(lookup), excluded).await;
+    taken.ok_or(Miss { found: race.found, tried: race.tried })
+}
+
+fn now() -> std::time::Instant {
+    std::time::Instant::now()
 }
 
 async fn next_peer(lookup: &mut Option<mpsc::Receiver<Peer>>) -> Option<Peer> {
@@ -119,6 +101,58 @@ async fn next_peer(lookup: &mut Option<mpsc::Receiver<Peer>>) -> Option<Peer> {
 }
 
 impl Race<'_> {
+    /// Asks the candidates, and those that `lookup` finds, until one gives a good answer or there is nobody left to ask.
+    async fn run(
+        &mut self,
+        mut lookup: Option<mpsc::Receiver<Peer>>,
+        excluded: &HashSet<SocketAddr>,
+    ) -> Option<(Peer, Taken)> {
+        let start = Instant::now();
+        let until = start + self.shared.settings.resolve_timeout;
+        let mut resolving = lookup.is_some();
+        let mut hedge_at = start;
+        loop {
+            if self.wants_next(hedge_at) {
+                self.ask_next();
+                hedge_at = Instant::now() + self.shared.settings.hedge;
+            }
+            if self.is_lost(lookup.is_some()) {
+                if resolving {
+                    self.shared.metrics.resolved(start.elapsed().as_secs_f64());
+                }
+                return None;
+            }
+            tokio::select! {
+                biased;
+                Some((peer, result)) = self.attempts.next() => match result {
+                    Ok(taken) => {
+                        self.shared.sources.found(&self.wanted.key, &peer, now());
+                        return Some((peer, taken));
+                    }
+                    Err(error) => {
+                        debug!(key = %self.wanted.key, peer = %peer.id, %error, "peer gave nothing");
+                        self.shared.sources.failed(&self.wanted.key, &peer);
+                        hedge_at = Instant::now();
+                    }
+                },
+                peer = next_peer(&mut lookup) => match peer {
+                    Some(peer) if peer.addresses.iter().all(|address| excluded.contains(address)) => {}
+                    Some(peer) => {
+                        if std::mem::take(&mut resolving) {
+                            self.shared.metrics.resolved(start.elapsed().as_secs_f64());
+                        }
+                        self.found += 1;
+                        self.shared.sources.found(&self.wanted.key, &peer, now());
+                        self.candidates.push_back(peer);
+                    }
+                    None => lookup = None,
+                },
+                () = sleep_until(until), if lookup.is_some() => lookup = None,
+                () = sleep_until(hedge_at), if self.can_ask() => {}
+            }
+        }
+    }
+
     fn can_ask(&self) -> bool {
         !self.candidates.is_empty() && self.tried < self.shared.settings.resolve_retries
     }
@@ -134,7 +168,7 @@ impl Race<'_> {
 
     fn ask_next(&mut self) {
         // In the order in which they were found, which the router shuffles; those that failed lately come last.
-        let now = std::time::Instant::now();
+        let now = now();
         let is_good =
             |peer: &Peer| peer.addresses.iter().any(|address| !self.shared.health.is_set_aside(*address, now));
         let next = self.candidates.iter().position(is_good).unwrap_or(0);
@@ -156,7 +190,7 @@ impl Shared {
         for &address in &peer.addresses {
             match result {
                 Ok(_) | Err(PeerError::Status(404)) => self.health.answered(address),
-                Err(_) => self.health.failed(address, std::time::Instant::now(), health::jitter()),
+                Err(_) => self.health.failed(address, now(), health::jitter()),
             }
         }
     }
@@ -193,7 +227,9 @@ async fn attempt(shared: &Shared, wanted: &Wanted, peer: &Peer) -> Result<Taken,
     match (wanted.kind, response.head.status) {
         (Kind::Manifest, 200) => {
             let verified = manifest(shared, wanted, response, address).await?;
-            shared.shelf.put(verified.clone(), std::time::Instant::now());
+            if wanted.head_only {
+                shared.shelf.put(verified.clone(), now());
+            }
             Ok(Taken::Content(Content::Verified(verified)))
         }
         (Kind::Blob, 200) if head_only => {

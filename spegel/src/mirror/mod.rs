@@ -7,6 +7,7 @@ mod metrics;
 mod pool;
 mod relay;
 mod shelf;
+mod sources;
 mod verify;
 
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use crate::oci::{Digest, Key};
+use crate::oci::Key;
 use crate::router::{Peer, Router};
 use crate::zerocopy::Body;
 
@@ -142,6 +143,7 @@ struct Shared {
     settings: Settings,
     pool: pool::Pool,
     health: health::Health,
+    sources: sources::Sources,
     shelf: shelf::Shelf,
     budget: Arc<Semaphore>,
     metrics: MirrorMetrics,
@@ -155,6 +157,7 @@ impl Mirror {
             settings,
             pool: pool::Pool::default(),
             health: health::Health::default(),
+            sources: sources::Sources::default(),
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
             metrics,
@@ -168,17 +171,11 @@ impl Mirror {
     /// [`Miss`] when no peer gave it, after [`Settings::resolve_timeout`] and one bounded attempt with each of
     /// [`Settings::resolve_retries`] peers at the most.
     pub async fn fetch(&self, wanted: &Wanted) -> Result<Found, Miss> {
-        if let Key::Digest(digest) = &wanted.key
-            && let Some(verified) = self.ready(digest)
-            && wanted.range.is_none()
+        if let (Key::Digest(digest), Kind::Manifest, false) = (&wanted.key, wanted.kind, wanted.head_only)
+            && let Some(verified) = self.shared.shelf.take(digest, Instant::now())
         {
             return Ok(Found { peer: None, content: Content::Verified(verified) });
         }
         fetch::fetch(&self.shared, wanted).await
-    }
-
-    /// Content that was fetched and verified a moment ago.
-    pub fn ready(&self, digest: &Digest) -> Option<Verified> {
-        self.shared.shelf.get(digest, Instant::now())
     }
 }

@@ -1,5 +1,5 @@
-//! Manifests and other small content that was fetched from a peer and verified, kept for a short while: a client that was
-//! told a tag's digest asks for its manifest next, and must then get it.
+//! Manifests whose heads were given to a client, kept for a short while: it asks for the rest by digest next, and must then
+//! get it.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -39,10 +39,11 @@ impl Shelf {
         Self { held: Mutex::default(), capacity, lifetime }
     }
 
-    pub(super) fn get(&self, digest: &Digest, now: Instant) -> Option<Verified> {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let (verified, since) = held.by_digest.get(digest)?;
-        (now.duration_since(*since) < self.lifetime).then(|| verified.clone())
+    /// Takes it: each promise is kept once, and what was withdrawn meanwhile is not served for ever.
+    pub(super) fn take(&self, digest: &Digest, now: Instant) -> Option<Verified> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let (verified, since) = held.remove(digest)?;
+        (now.duration_since(since) < self.lifetime).then_some(verified)
     }
 
     pub(super) fn put(&self, verified: Verified, now: Instant) {
@@ -68,10 +69,10 @@ impl Shelf {
 }
 
 impl Held {
-    fn remove(&mut self, digest: &Digest) {
-        if let Some((verified, _)) = self.by_digest.remove(digest) {
-            self.bytes -= verified.bytes.len();
-        }
+    fn remove(&mut self, digest: &Digest) -> Option<(Verified, Instant)> {
+        let removed = self.by_digest.remove(digest)?;
+        self.bytes -= removed.0.bytes.len();
+        Some(removed)
     }
 }
 
@@ -90,8 +91,11 @@ mod tests {
         let shelf = Shelf::new(100, Duration::from_secs(60));
         let start = Instant::now();
         shelf.put(verified(1, 10), start);
-        assert_eq!(shelf.get(&verified(1, 10).digest, start + Duration::from_secs(59)), Some(verified(1, 10)));
-        assert_eq!(shelf.get(&verified(1, 10).digest, start + Duration::from_secs(60)), None);
+        let digest = verified(1, 10).digest;
+        assert_eq!(shelf.take(&digest, start + Duration::from_secs(59)), Some(verified(1, 10)));
+        assert_eq!(shelf.take(&digest, start + Duration::from_secs(59)), None, "a promise is kept once");
+        shelf.put(verified(1, 10), start);
+        assert_eq!(shelf.take(&digest, start + Duration::from_secs(60)), None);
     }
 
     #[test]
@@ -102,10 +106,11 @@ mod tests {
             shelf.put(verified(n, 40), start + Duration::from_secs(u64::from(n)));
         }
         let now = start + Duration::from_secs(5);
-        let held: Vec<u8> = (0..5).filter(|n| shelf.get(&verified(*n, 40).digest, now).is_some()).collect();
-        assert_eq!(held, [3, 4]);
         assert_eq!(shelf.held.lock().unwrap().bytes, 80);
+        let held: Vec<u8> = (0..5).filter(|n| shelf.take(&verified(*n, 40).digest, now).is_some()).collect();
+        assert_eq!(held, [3, 4]);
+        assert_eq!(shelf.held.lock().unwrap().bytes, 0);
         shelf.put(verified(9, 101), now);
-        assert_eq!(shelf.get(&verified(9, 101).digest, now), None);
+        assert_eq!(shelf.take(&verified(9, 101).digest, now), None);
     }
 }

@@ -185,6 +185,12 @@ impl Node {
         digest
     }
 
+    /// Has it no more, and says so.
+    fn withdraw(&self, digest: &Digest) {
+        self.shelf.blobs.lock().unwrap().remove(digest);
+        self.router.announce(Change::Removed(vec![Key::Digest(digest.clone())]));
+    }
+
     fn announce(&self, key: Key) {
         self.router.announce(Change::Added(vec![key]));
     }

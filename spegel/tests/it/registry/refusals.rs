@@ -2,7 +2,6 @@
 
 use spegel::oci::Key;
 use spegel::router::MemoryNetwork;
-use spegel::store::Change;
 
 use super::{Node, digest_of, noise, rogue};
 
@@ -23,7 +22,7 @@ async fn a_chunk_after_the_first_is_refused_by_an_orderly_close_and_then_by_a_st
         async move { b.ask("GET", target, &[("Range", range), ("X-Spegel-Node", "b")]).await }
     };
     assert_eq!(chunk("bytes=0-").await.status, 206);
-    spegel::router::Router::announce(&*a.router, Change::Removed(vec![Key::Digest(digest)]));
+    a.withdraw(&digest);
 
     let reply = chunk("bytes=1048576-").await;
     assert_eq!((reply.status, reply.body.len(), reply.orderly), (206, 0, true));
