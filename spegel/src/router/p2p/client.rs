@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::AsyncWriteExt;
+use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::PeerId;
 use libp2p::swarm::Stream;
 use tokio::sync::{mpsc, oneshot};
@@ -85,7 +85,12 @@ impl Client {
             }
         }
         stream.write_all(&buffer).await?;
-        stream.close().await
+        stream.close().await?;
+        // The peer ends its side when it has read ours to the end: the only sign that it heard everything.
+        match stream.read(&mut [0]).await? {
+            0 => Ok(()),
+            _ => Err(io::Error::new(ErrorKind::InvalidData, "the peer answered what was no question")),
+        }
     }
 
     async fn open_stream(&self, to: &Contact) -> io::Result<Stream> {

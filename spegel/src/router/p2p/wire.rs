@@ -9,19 +9,18 @@ use prost::Message as _;
 /// Larger messages are refused, here and in the Go implementation.
 pub(super) const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 
-/// `Message.MessageType`, without the kinds that are not used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
-#[repr(i32)]
+/// `Message.MessageType`, without the kinds that are not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     AddProvider = 2,
     GetProviders = 3,
-    FindNode = 4,
 }
 
 /// `Message`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Message {
-    #[prost(enumeration = "Kind", tag = "1")]
+    /// A [`Kind`] as a number: of an enumeration without a zero the derived code would leave the first kind out.
+    #[prost(int32, tag = "1")]
     pub(super) kind: i32,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) key: Vec<u8>,
@@ -44,7 +43,7 @@ pub(super) struct WirePeer {
 
 impl Message {
     pub(super) fn request(kind: Kind, key: &[u8]) -> Self {
-        Self { kind: kind.into(), key: key.to_vec(), ..Self::default() }
+        Self { kind: kind as i32, key: key.to_vec(), ..Self::default() }
     }
 
     /// Appends the framed message.
@@ -135,12 +134,17 @@ mod tests {
         }
     }
 
-    /// Bytes as the protobuf definition gives them for GET_PROVIDERS (3) of the key 01 02.
+    /// Bytes as the protobuf definition gives them, ADD_PROVIDER being 2 and GET_PROVIDERS 3.
     #[test]
-    fn a_request_has_the_published_form() {
+    fn messages_have_the_published_form() {
         let mut bytes = Vec::new();
         Message::request(Kind::GetProviders, &[1, 2]).frame(&mut bytes);
         assert_eq!(bytes, [6, 0x08, 3, 0x12, 2, 1, 2]);
+        let mut message = Message::request(Kind::AddProvider, &[1, 2]);
+        message.provider_peers = vec![WirePeer { id: vec![7], addrs: vec![vec![8]] }];
+        bytes.clear();
+        message.frame(&mut bytes);
+        assert_eq!(bytes, [14, 0x08, 2, 0x12, 2, 1, 2, 0x4a, 6, 0x0a, 1, 7, 0x12, 1, 8]);
     }
 
     #[test]

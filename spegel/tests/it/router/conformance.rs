@@ -96,6 +96,14 @@ pub(super) async fn offered_key_is_found_at_the_registry(network: &mut impl Netw
     }
 }
 
+pub(super) async fn tag_is_found_by_its_full_name(network: &mut impl Network) {
+    let [a, b] = connected(network).await;
+    let tag = |name: &str| Key::Tag(name.parse().unwrap());
+    a.router.announce(added([tag("registry.test:5000/team/app:v1")]));
+    until(&b, &tag("registry.test:5000/team/app:v1"), "the tag arrives", |peers| offers(peers, &a)).await;
+    assert_eq!(all(&b, &tag("registry.test:5000/team/app:v2")).await, []);
+}
+
 pub(super) async fn own_offer_is_never_in_the_answer(network: &mut impl Network) {
     let [a, b] = connected(network).await;
     a.router.announce(added([key(3)]));
@@ -216,6 +224,7 @@ macro_rules! suite {
     ($network:expr) => {
         $crate::router::conformance::suite!($network, [
             offered_key_is_found_at_the_registry,
+            tag_is_found_by_its_full_name,
             own_offer_is_never_in_the_answer,
             unknown_key_ends_quickly,
             withdrawn_key_is_not_offered_to_newcomers,

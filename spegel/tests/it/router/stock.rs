@@ -1,9 +1,10 @@
 //! Our router beside an unchanged Kademlia node of rust-libp2p: the wire is the published protocol's.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use futures::StreamExt;
-use libp2p::kad::store::MemoryStore;
+use libp2p::kad::store::{MemoryStore, RecordStore};
 use libp2p::kad::{self, GetProvidersOk, QueryResult, Quorum, Record, RecordKey};
 use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, identify, noise, tcp, yamux};
@@ -11,7 +12,7 @@ use sha2::{Digest, Sha256};
 use spegel::oci::Key;
 use spegel::router::Readiness;
 use spegel::store::Change;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::conformance::{Network, Node, PATIENCE, all, key, reaches, until};
 use super::p2p::{Loopback, ROUTER_PORT};
@@ -109,6 +110,28 @@ async fn what_we_provide_is_found_by_a_stock_node_with_our_address() {
     })
     .await;
     assert!(found.contains(&ours), "{found:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_we_provide_is_told_to_a_stock_node_that_keeps_it() {
+    let (_network, node, mut swarm, _) = beside_ours().await;
+    reaches(&node, Readiness::Connected).await;
+    node.router.announce(Change::Added((10..60).map(key).collect()));
+    let ours: PeerId = node.id.parse().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    for n in 10..60 {
+        let kept = loop {
+            let mut kept = swarm.behaviour_mut().kad.store_mut().providers(&record_key(&key(n)));
+            if let Some(record) = kept.pop() {
+                break record;
+            }
+            assert!(Instant::now() < deadline, "key {n} was not told");
+            let _ = timeout(Duration::from_millis(10), swarm.select_next_some()).await;
+        };
+        // kad adds the identity to what it was told.
+        let address = format!("/ip4/{}/tcp/{ROUTER_PORT}/p2p/{ours}", node.registry.ip()).parse().unwrap();
+        assert_eq!((kept.provider, kept.addresses), (ours, vec![address]));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
