@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn nodes_reach_each_other_and_are_removed() {
         if let Err(reason) = Lab::available() {
-            eprintln!("skipped: {reason}");
+            println!("skipped: {reason}");
             return;
         }
         let mut lab = Lab::new().unwrap();

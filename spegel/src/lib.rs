@@ -12,7 +12,9 @@
 //!
 //! `cargo xtask tidy` fails on an import that climbs.
 
+pub mod app;
 pub mod bootstrap;
+pub mod cli;
 pub mod hosts;
 pub mod metrics;
 pub mod mirror;

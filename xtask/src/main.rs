@@ -1,2 +1,70 @@
-//! x
-fn main() {}
+//! spegel's own commands: `cargo xtask build`, `test`, `tidy`, `demo`.
+
+mod build;
+mod demo;
+mod protoc;
+mod suites;
+mod test;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Build, test and show spegel.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build spegel and say where it lies
+    Build(build::Build),
+    /// Install what tests need, then check format, lints and the repository's rules, and run every test
+    Test(test::Test),
+    /// Check the repository's own rules: who imports whom, file sizes, unsafe code, unfinished code
+    Tidy,
+    /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
+    Demo(demo::Demo),
+}
+
+fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    match protoc::hand_over().and_then(|()| run(command)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a command; false if what it checked is not in order, which it has said then.
+fn run(command: Command) -> Result<bool> {
+    match command {
+        Command::Build(build) => build.run(),
+        Command::Test(test) => test.run(),
+        Command::Tidy => tidy::run(),
+        Command::Demo(demo) => demo.run(),
+    }
+}
+
+/// The repository's top folder.
+fn root() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here)
+}
+
+/// Writes figures for `--json`.
+fn write_json(file: Option<&PathBuf>, value: &serde_json::Value) -> Result<()> {
+    if let Some(file) = file {
+        std::fs::write(file, serde_json::to_vec_pretty(value)?)?;
+    }
+    Ok(())
+}

@@ -81,3 +81,82 @@ fn names_nobody(error: &NetError) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use hickory_resolver::config::{ConnectionConfig, NameServerConfig};
+    use hickory_resolver::proto::op::{Message, ResponseCode};
+    use hickory_resolver::proto::rr::rdata::{A, AAAA};
+    use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
+    use tokio::net::UdpSocket;
+
+    use super::*;
+
+    /// A name server that knows `peers.test.`, two addresses of each family behind it, and `empty.test.` without any.
+    async fn serve(socket: UdpSocket) {
+        let mut buffer = [0; 1500];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+            let request = Message::from_vec(&buffer[..length]).unwrap();
+            let query = request.queries[0].clone();
+            let mut response = Message::response(request.metadata.id, request.metadata.op_code);
+            let name = query.name().to_ascii();
+            let data = match (name.as_str(), query.query_type()) {
+                ("peers.test.", RecordType::A) => vec![RData::A(A::new(10, 0, 0, 1)), RData::A(A::new(10, 0, 0, 2))],
+                ("peers.test.", RecordType::AAAA) => vec![RData::AAAA(AAAA::new(0xfd00, 0, 0, 0, 0, 0, 0, 1))],
+                _ => vec![],
+            };
+            response.metadata.response_code = match name.as_str() {
+                "peers.test." | "empty.test." => ResponseCode::NoError,
+                "broken.test." => ResponseCode::ServFail,
+                _ => ResponseCode::NXDomain,
+            };
+            response.add_answers(data.into_iter().map(|data| Record::from_rdata(query.name().clone(), 5, data)));
+            response.add_query(query);
+            socket.send_to(&response.to_vec().unwrap(), from).await.unwrap();
+        }
+    }
+
+    async fn ask(domain: &str) -> Result<Vec<BootstrapPeer>, BootstrapError> {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let mut connection = ConnectionConfig::udp();
+        connection.port = address.port();
+        let server = NameServerConfig::new(address.ip(), true, vec![connection]);
+        let search = vec![Name::from_ascii("test.").unwrap()];
+        let config = ResolverConfig::from_parts(None, search, vec![server]);
+        let mut options = ResolverOpts::default();
+        options.attempts = 1;
+        let source = DnsBootstrap::with_config(domain, config, options).unwrap();
+        let server = tokio::spawn(serve(socket));
+        let answer = source.peers().await;
+        server.abort();
+        answer
+    }
+
+    #[tokio::test]
+    async fn every_address_is_a_peer_with_our_port() {
+        let ips = ["10.0.0.1", "10.0.0.2", "fd00::1"];
+        let expected = ips.map(|ip| BootstrapPeer {
+            id: None,
+            addresses: vec![BootstrapAddress { ip: ip.parse().unwrap(), port: None }],
+        });
+        for domain in ["peers.test.", "peers.test", "peers"] {
+            assert_eq!(ask(domain).await.unwrap(), expected, "{domain}");
+        }
+    }
+
+    #[tokio::test]
+    async fn name_that_is_not_there_or_empty_names_nobody() {
+        assert_eq!(ask("nobody.test.").await.unwrap(), []);
+        assert_eq!(ask("empty.test.").await.unwrap(), []);
+    }
+
+    #[tokio::test]
+    async fn failing_server_is_no_answer() {
+        let error = ask("broken.test.").await.unwrap_err();
+        assert!(matches!(error, BootstrapError::Resolve { .. }));
+        assert!(error.to_string().contains("broken.test."), "{error}");
+    }
+}

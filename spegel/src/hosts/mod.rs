@@ -18,6 +18,9 @@ use std::str::FromStr;
 use crate::oci::{MirroredRegistry, is_registry};
 use disk::{Disk, Hook};
 
+/// The header by which a node's containerd tells the mirror whose it is. containerd sends it with each request to the mirror.
+pub const NODE_HEADER: &str = "X-Spegel-Node";
+
 /// The directory of what was there before, beside the registries' directories.
 const BACKUP: &str = "_backup";
 /// The file that containerd reads in a registry's directory.

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest as _, Sha256};
 use toml_edit::{DocumentMut, Item, TableLike};
 
-use super::Configuration;
+use super::{Configuration, NODE_HEADER};
 use crate::oci::MirroredRegistry;
 
 /// How our files begin. The sum of what follows the line tells whether somebody changed it.
@@ -105,7 +105,7 @@ fn mirrors(configuration: &Configuration) -> String {
         let _ = write!(
             text,
             "[host.'{target}']\ncapabilities = {capabilities}\ndial_timeout = '{DIAL_TIMEOUT}'\n\n\
-             [host.'{target}'.header]\nX-Spegel-Node = '{}'\n",
+             [host.'{target}'.header]\n{NODE_HEADER} = '{}'\n",
             configuration.node_name
         );
         if let Some((user, password)) = &configuration.basic_auth {

@@ -1,7 +1,10 @@
-//! One request to the network of peers: look up, ask the first, ask the next as well when it is late, take the first good answer.
+//! One request to the network of peers: look up, ask the first, ask the next as well when it is late, take the first good
+//! answer.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
@@ -12,13 +15,30 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
 use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse};
-use super::metrics::{End, Outcome};
-use super::{Content, Found, Kind, MIRRORED_HEADER, Miss, Shared, VERIFIED_BODY, Verified, Wanted, verify};
+use super::metrics::Outcome;
+use super::{
+    Content, Found, Kind, MIRRORED_HEADER, Miss, Shared, VERIFIED_BODY, Verified, Wanted, health, relay, verify,
+};
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
 use crate::router::Peer;
-use crate::zerocopy::{Body, Relay, RelayEnd};
 
-type Attempt = BoxFuture<'static, (Peer, Result<Content, PeerError>)>;
+type Attempt = BoxFuture<'static, (Peer, Result<Taken, PeerError>)>;
+
+/// A good answer.
+pub(super) enum Taken {
+    /// It is at hand.
+    Content(Content),
+    /// Its body is still to come.
+    Streamed(Streamed),
+}
+
+/// A response to be relayed.
+pub(super) struct Streamed {
+    pub(super) address: SocketAddr,
+    pub(super) response: PeerResponse,
+    /// Where it begins in the blob, and the blob's length, for a part.
+    pub(super) part: Option<(u64, u64)>,
+}
 
 /// The state of one request.
 struct Race<'a> {
@@ -31,6 +51,23 @@ struct Race<'a> {
 }
 
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
+    let (peer, taken) = race(shared, wanted, &HashSet::new()).await?;
+    let content = match taken {
+        Taken::Content(content) => content,
+        Taken::Streamed(streamed) => {
+            let part = streamed.part;
+            Content::Relay { body: relay::body(shared, wanted, streamed), part }
+        }
+    };
+    Ok(Found { peer: Some(peer), content })
+}
+
+/// The first good answer of a peer that is not among `excluded`.
+pub(super) async fn race(
+    shared: &Arc<Shared>,
+    wanted: &Wanted,
+    excluded: &HashSet<SocketAddr>,
+) -> Result<(Peer, Taken), Miss> {
     let start = Instant::now();
     let mut lookup = Some(shared.router.lookup(&wanted.key));
     let until = start + shared.settings.resolve_timeout;
@@ -51,13 +88,14 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
         tokio::select! {
             biased;
             Some((peer, result)) = race.attempts.next() => match result {
-                Ok(content) => return Ok(Found { peer: Some(peer), content }),
+                Ok(taken) => return Ok((peer, taken)),
                 Err(error) => {
                     debug!(key = %wanted.key, peer = %peer.id, %error, "peer gave nothing");
                     hedge_at = Instant::now();
                 }
             },
             peer = next_peer(&mut lookup) => match peer {
+                Some(peer) if peer.addresses.iter().all(|address| excluded.contains(address)) => {}
                 Some(peer) => {
                     if race.found == 0 {
                         shared.metrics.resolved(start.elapsed().as_secs_f64());
@@ -95,18 +133,36 @@ impl Race<'_> {
     }
 
     fn ask_next(&mut self) {
-        let Some(peer) = self.candidates.pop_front() else { return };
+        // In the order in which they were found, which the router shuffles; those that failed lately come last.
+        let now = std::time::Instant::now();
+        let is_good =
+            |peer: &Peer| peer.addresses.iter().any(|address| !self.shared.health.is_set_aside(*address, now));
+        let next = self.candidates.iter().position(is_good).unwrap_or(0);
+        let Some(peer) = self.candidates.remove(next) else { return };
         self.tried += 1;
         let (shared, wanted) = (Arc::clone(self.shared), self.wanted.clone());
         self.attempts.push(Box::pin(async move {
             let result = attempt(&shared, &wanted, &peer).await;
             shared.metrics.attempted(outcome(&result));
+            shared.judge(&peer, &result);
             (peer, result)
         }));
     }
 }
 
-fn outcome(result: &Result<Content, PeerError>) -> Outcome {
+impl Shared {
+    /// Remembers who failed. A peer that refuses works: it has not got what it was said to have.
+    fn judge(&self, peer: &Peer, result: &Result<Taken, PeerError>) {
+        for &address in &peer.addresses {
+            match result {
+                Ok(_) | Err(PeerError::Status(404)) => self.health.answered(address),
+                Err(_) => self.health.failed(address, std::time::Instant::now(), health::jitter()),
+            }
+        }
+    }
+}
+
+fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
     match result {
         Ok(_) => Outcome::Answered,
         Err(PeerError::Connect(_)) => Outcome::Unreachable,
@@ -119,7 +175,7 @@ fn outcome(result: &Result<Content, PeerError>) -> Outcome {
 }
 
 /// Asks one peer. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by the stall bound.
-async fn attempt(shared: &Arc<Shared>, wanted: &Wanted, peer: &Peer) -> Result<Content, PeerError> {
+async fn attempt(shared: &Shared, wanted: &Wanted, peer: &Peer) -> Result<Taken, PeerError> {
     // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
     let mut extra = format!("{MIRRORED_HEADER}: true\r\nUser-Agent: spegel/{}\r\n", env!("CARGO_PKG_VERSION"));
@@ -134,34 +190,28 @@ async fn attempt(shared: &Arc<Shared>, wanted: &Wanted, peer: &Peer) -> Result<C
     };
     let (address, response) =
         client::request(&shared.pool, &peer.addresses, &request, shared.settings.timeouts).await?;
-    let done = Done { shared: Arc::clone(shared), address };
     match (wanted.kind, response.head.status) {
         (Kind::Manifest, 200) => {
-            let verified = manifest(shared, wanted, response, &done).await?;
+            let verified = manifest(shared, wanted, response, address).await?;
             shared.shelf.put(verified.clone(), std::time::Instant::now());
-            Ok(Content::Verified(verified))
+            Ok(Taken::Content(Content::Verified(verified)))
         }
         (Kind::Blob, 200) if head_only => {
             let length = response.head.content_length;
-            done.keep(response.head.keep_alive, response.stream);
-            Ok(Content::Head { length })
+            shared.keep(address, response);
+            Ok(Taken::Content(Content::Head { length }))
         }
-        (Kind::Blob, 200 | 206) => blob(shared, wanted, response, done).await,
-        (Kind::Blob, 416) if request.range.is_some() => unsatisfiable(&response.head),
+        (Kind::Blob, 200 | 206) => blob(shared, wanted, response, address).await,
+        (Kind::Blob, 416) if request.range.is_some() => unsatisfiable(&response.head).map(Taken::Content),
         (_, status) => Err(PeerError::Status(status)),
     }
 }
 
-/// Gives a connection back when its response has been read to its end.
-struct Done {
-    shared: Arc<Shared>,
-    address: std::net::SocketAddr,
-}
-
-impl Done {
-    fn keep(&self, keep_alive: bool, stream: tokio::net::TcpStream) {
-        if keep_alive {
-            self.shared.pool.put(self.address, stream);
+impl Shared {
+    /// Keeps a connection whose response has been read to its end.
+    fn keep(&self, address: SocketAddr, response: PeerResponse) {
+        if response.head.keep_alive {
+            self.pool.put(address, response.stream);
         }
     }
 }
@@ -170,7 +220,7 @@ async fn manifest(
     shared: &Shared,
     wanted: &Wanted,
     mut response: PeerResponse,
-    done: &Done,
+    address: SocketAddr,
 ) -> Result<Verified, PeerError> {
     let told = response.head.digest.as_deref().map(str::parse::<Digest>);
     let digest = match (&wanted.key, told) {
@@ -186,19 +236,21 @@ async fn manifest(
     if !verify::matches(&digest, &bytes) {
         return Err(PeerError::WrongBytes);
     }
-    done.keep(response.head.keep_alive, response.stream);
-    Ok(Verified { digest, bytes, media_type: response.head.content_type })
+    let media_type = response.head.content_type.take();
+    shared.keep(address, response);
+    Ok(Verified { digest, bytes, media_type })
 }
 
 async fn blob(
-    shared: &Arc<Shared>,
+    shared: &Shared,
     wanted: &Wanted,
     mut response: PeerResponse,
-    done: Done,
-) -> Result<Content, PeerError> {
+    address: SocketAddr,
+) -> Result<Taken, PeerError> {
     let length = response.head.content_length;
     let part = match (&wanted.range, response.head.status) {
         (Some(range), 206) => Some(checked_part(range, &response.head)?),
+        (Some(_), _) => return Err(PeerError::Malformed("the whole where a part was asked for")),
         (None, 206) => return Err(PeerError::Malformed("a part where the whole was asked for")),
         _ => None,
     };
@@ -211,26 +263,11 @@ async fn blob(
         if !verify::matches(digest, &bytes) {
             return Err(PeerError::WrongBytes);
         }
-        done.keep(response.head.keep_alive, response.stream);
-        return Ok(Content::Verified(Verified { digest: digest.clone(), bytes, media_type: None }));
+        shared.keep(address, response);
+        let verified = Verified { digest: digest.clone(), bytes, media_type: None };
+        return Ok(Taken::Content(Content::Verified(verified)));
     }
-    let keep_alive = response.head.keep_alive;
-    let on_end = Box::new(move |end: RelayEnd| {
-        let end = match end {
-            RelayEnd::Complete(stream) => {
-                done.keep(keep_alive, stream);
-                End::Complete
-            }
-            RelayEnd::Broken { sent, error } => {
-                debug!(peer = %done.address, sent, %error, "peer broke off");
-                End::PeerBroke
-            }
-            RelayEnd::Dropped { .. } => End::ClientLeft,
-        };
-        done.shared.metrics.relayed(end);
-    });
-    let relay = Relay::new(response.stream, response.leftover, length, on_end).stall_timeout(shared.settings.stall);
-    Ok(Content::Relay { body: Body::relay(relay), part })
+    Ok(Taken::Streamed(Streamed { address, response, part }))
 }
 
 /// Where a 206 begins and the blob's length: it must be the part that was asked for.
@@ -258,17 +295,18 @@ fn told_range(head: &PeerHead) -> Option<ContentRange> {
     head.content_range.as_deref().and_then(|text| text.parse().ok())
 }
 
-/// Reads a small body to its end, giving up when nothing comes for `stall`.
-async fn read_whole(response: &mut PeerResponse, stall: std::time::Duration) -> Result<Bytes, PeerError> {
+/// Reads a small body to its end. `bound` is for all of it: it is small, and a peer that trickles is of no use.
+async fn read_whole(response: &mut PeerResponse, bound: Duration) -> Result<Bytes, PeerError> {
+    timeout(bound, read_to_length(response)).await.map_err(|_| PeerError::Late { what: "body", bound })?
+}
+
+async fn read_to_length(response: &mut PeerResponse) -> Result<Bytes, PeerError> {
     let length = usize::try_from(response.head.content_length).map_err(|_| PeerError::Malformed("too long"))?;
     let mut bytes = BytesMut::with_capacity(length);
     bytes.extend_from_slice(&response.leftover);
     while bytes.len() < length {
         let mut rest = (&mut response.stream).take((length - bytes.len()) as u64);
-        let read = timeout(stall, rest.read_buf(&mut bytes))
-            .await
-            .map_err(|_| PeerError::Late { what: "body", bound: stall })?
-            .map_err(PeerError::Lost)?;
+        let read = rest.read_buf(&mut bytes).await.map_err(PeerError::Lost)?;
         if read == 0 {
             return Err(PeerError::Lost(std::io::ErrorKind::UnexpectedEof.into()));
         }

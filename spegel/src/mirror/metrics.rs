@@ -14,6 +14,7 @@ pub struct MirrorMetrics {
     resolve: Family<RouterLabel, Histogram>,
     attempts: Family<AttemptLabel, Counter>,
     relays: Family<RelayLabel, Counter>,
+    resumes: Counter,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -82,6 +83,7 @@ impl MirrorMetrics {
             resolve: Family::new_with_constructor(|| Histogram::new(RESOLVE_SECONDS)),
             attempts: Family::default(),
             relays: Family::default(),
+            resumes: Counter::default(),
         };
         registry.register_with_unit(
             "spegel_resolve_duration",
@@ -91,6 +93,8 @@ impl MirrorMetrics {
         );
         registry.register("spegel_peer_requests", "Requests to peers by outcome", metrics.attempts.clone());
         registry.register("spegel_relays", "Bodies relayed from peers, by how they ended", metrics.relays.clone());
+        let help = "Bodies that another peer went on with at the byte where the first broke off";
+        registry.register("spegel_relay_resumes", help, metrics.resumes.clone());
         metrics
     }
 
@@ -100,6 +104,10 @@ impl MirrorMetrics {
 
     pub(super) fn attempted(&self, outcome: Outcome) {
         self.attempts.get_or_create(&AttemptLabel { outcome: outcome.as_str() }).inc();
+    }
+
+    pub(super) fn resumed(&self) {
+        self.resumes.inc();
     }
 
     pub(super) fn relayed(&self, end: End) {

@@ -2,8 +2,10 @@
 
 mod client;
 mod fetch;
+mod health;
 mod metrics;
 mod pool;
+mod relay;
 mod shelf;
 mod verify;
 
@@ -138,7 +140,8 @@ pub struct Mirror {
 struct Shared {
     router: Arc<dyn Router>,
     settings: Settings,
-    pool: Arc<pool::Pool>,
+    pool: pool::Pool,
+    health: health::Health,
     shelf: shelf::Shelf,
     budget: Arc<Semaphore>,
     metrics: MirrorMetrics,
@@ -150,7 +153,8 @@ impl Mirror {
         let shared = Shared {
             router,
             settings,
-            pool: Arc::default(),
+            pool: pool::Pool::default(),
+            health: health::Health::default(),
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
             metrics,

@@ -17,6 +17,7 @@ use http::{Response, StatusCode, header};
 use tokio::sync::watch;
 use tracing::{debug, info};
 
+use crate::hosts::NODE_HEADER;
 use crate::mirror::{MIRRORED_HEADER, Mirror};
 use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
@@ -31,8 +32,6 @@ use content::{Answer, Ask, Source};
 use metrics::Observed;
 use promises::Promises;
 
-/// The header by which a node's containerd tells whose it is; `spegel configuration` writes it into hosts.toml.
-pub const NODE_HEADER: &str = "X-Spegel-Node";
 /// The response header that tells where content is from: `local`, `ready` (fetched and verified a moment ago), or the
 /// address of a peer.
 pub const SOURCE_HEADER: &str = "X-Spegel-Source";

@@ -1,6 +1,7 @@
 //! Who else has it: finding peers that offer a key, and telling them what this node offers.
 
 mod memory;
+mod p2p;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -12,6 +13,7 @@ use crate::oci::Key;
 use crate::store::Change;
 
 pub use memory::{MemoryNetwork, MemoryRouter};
+pub use p2p::{Identity, IdentityError, P2pRouter, P2pSettings, RouterError};
 
 /// A node that offers content, and where its registry listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -4,6 +4,7 @@ mod blobs;
 mod changes;
 mod containerd;
 mod index;
+mod metrics;
 mod oci_layout;
 mod state;
 mod tree;
@@ -19,6 +20,7 @@ use crate::oci::{Digest, Key, Repository, TagName};
 
 pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings};
+pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
 
 /// A complete piece of content, open for reading. Immutable: a later delete or rename does not touch it.

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::blobs::{BlobDir, io_error, read_bounded};
-use super::index::Verdict;
+use super::index::{Index, Verdict};
 use super::state::State;
 use super::tree::{Contents, Tree};
 use super::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
@@ -131,7 +131,7 @@ impl Store for OciLayout {
     }
 
     fn offered(&self) -> BTreeMap<String, Offered> {
-        self.inner.state.read(|index| index.offered())
+        self.inner.state.read(Index::offered)
     }
 
     fn health(&self) -> watch::Receiver<Health> {

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::super::blobs::{BlobDir, io_error};
+use super::super::index::Index;
 use super::super::tree::{Contents, Tree};
 use super::super::{Health, StoreError};
 use super::Inner;
@@ -201,7 +202,7 @@ impl Session {
         }
         let (added, removed) = self.inner.state.change(|index| index.put(&image.name, tree));
         tracing::debug!(image = image.name, added, removed, "an image changed");
-        let outdated = self.inner.state.read(|index| index.outdated_images());
+        let outdated = self.inner.state.read(Index::outdated_images);
         self.walk_again(outdated).await
     }
 

@@ -17,7 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use self::ownership::Ownership;
 use self::rpc::Rpc;
 use super::blobs::BlobDir;
-use super::index::Verdict;
+use super::index::{Index, Verdict};
 use super::state::State;
 use super::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
 use crate::oci::{Digest, Filters, Repository, TagName};
@@ -128,7 +128,7 @@ impl Store for Containerd {
     }
 
     fn offered(&self) -> BTreeMap<String, Offered> {
-        self.inner.state.read(|index| index.offered())
+        self.inner.state.read(Index::offered)
     }
 
     fn health(&self) -> watch::Receiver<Health> {

@@ -12,7 +12,7 @@ use spegel::store::Change;
 use tokio::time::{Instant, sleep, timeout};
 
 /// Longer than anything here takes on a busy machine; only failures wait so long.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One node of a network under test. It leaves when it is dropped.
 pub(super) struct Node {
@@ -45,12 +45,12 @@ fn removed(keys: impl IntoIterator<Item = Key>) -> Change {
     Change::Removed(keys.into_iter().collect())
 }
 
-async fn reaches(node: &Node, wanted: Readiness) {
+pub(super) async fn reaches(node: &Node, wanted: Readiness) {
     let mut readiness = node.router.readiness();
     timeout(PATIENCE, readiness.wait_for(|now| *now == wanted)).await.expect("readiness in time").unwrap();
 }
 
-async fn all(node: &Node, key: &Key) -> Vec<Peer> {
+pub(super) async fn all(node: &Node, key: &Key) -> Vec<Peer> {
     let mut receiver = node.router.lookup(key);
     let mut peers = Vec::new();
     while let Some(peer) = timeout(PATIENCE, receiver.recv()).await.expect("a lookup that ends") {
@@ -60,7 +60,7 @@ async fn all(node: &Node, key: &Key) -> Vec<Peer> {
 }
 
 /// Repeats a lookup until its whole answer satisfies `good`.
-async fn until(node: &Node, key: &Key, what: &str, good: impl Fn(&[Peer]) -> bool) -> Vec<Peer> {
+pub(super) async fn until(node: &Node, key: &Key, what: &str, good: impl Fn(&[Peer]) -> bool) -> Vec<Peer> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let peers = all(node, key).await;

@@ -3,3 +3,5 @@
 
 mod conformance;
 mod memory;
+mod p2p;
+mod stock;

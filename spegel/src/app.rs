@@ -1,0 +1,228 @@
+//! The only composer: builds the rooms, connects them, runs them, and takes them down.
+
+mod handler;
+mod trace;
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::bootstrap::{Bootstrap, DnsBootstrap};
+use crate::cli::{self, Command, Content, RegistrySettings, VersionFormat};
+use crate::mirror::{Mirror, MirrorMetrics};
+use crate::registry::{Registry, RegistryMetrics};
+use crate::router::{Identity, P2pRouter, P2pSettings, Router};
+use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
+use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
+use crate::web::Web;
+use crate::{hosts, metrics};
+
+pub use trace::trace;
+
+/// Threads of the control runtime: the swarm, containerd's events, the side port.
+const CONTROL_THREADS: usize = 2;
+
+/// Does what the command line asks for.
+///
+/// # Errors
+/// What kept it from being done, with the chain of causes.
+pub fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Version(format) => {
+            version(format);
+            Ok(())
+        }
+        Command::Configuration(configuration) => {
+            tell(&hosts::write(&configuration)?);
+            Ok(())
+        }
+        Command::Registry(settings) => {
+            let mut runtime = tokio::runtime::Builder::new_multi_thread();
+            let runtime = runtime.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build()?;
+            let result = runtime.block_on(registry(*settings));
+            // A task that hangs must not keep the process.
+            runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+            result
+        }
+    }
+}
+
+fn version(format: VersionFormat) {
+    let version = env!("CARGO_PKG_VERSION");
+    let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
+    match format {
+        VersionFormat::Text => println!("spegel {version} {os}/{arch}"),
+        VersionFormat::Json => println!("{}", serde_json::json!({ "version": version, "os": os, "arch": arch })),
+    }
+}
+
+/// A line for each file that a person may look for.
+fn tell(report: &hosts::Report) {
+    let told = [
+        ("wrote", &report.written),
+        ("already as it should be", &report.unchanged),
+        ("took back", &report.removed),
+        ("restored", &report.restored),
+        ("set aside what somebody else had changed", &report.set_aside),
+        ("could not restore, something else is in its place", &report.left_in_backup),
+        ("not mirrored, it has a configuration of its own", &report.not_mirrored),
+    ];
+    for (what, paths) in told {
+        for path in paths {
+            info!(path = %path.display(), "{what}");
+        }
+    }
+}
+
+async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    let _stop_all = stop.clone().drop_guard();
+    let mut stop_signal = StopSignal::listen()?;
+    raise_open_files();
+    let mut figures = metrics::registry();
+
+    let (store, mut store_task) = open_store(&settings, &stop)?;
+    let router = start_router(&settings, &stop)?;
+    let mirror = Mirror::new(router.clone(), settings.mirror.clone(), MirrorMetrics::register(&mut figures));
+    let registry = Arc::new(Registry::new(crate::registry::Settings {
+        store: store.clone(),
+        mirror,
+        readiness: router.readiness(),
+        filters: settings.filters.clone(),
+        basic_auth: settings.basic_auth.clone(),
+        node_name: Some(settings.node_name.clone()),
+        metrics: RegistryMetrics::register(&mut figures),
+    }));
+    figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
+    let options = Options { metrics: ServeMetrics::register(&mut figures), ..Options::default() };
+    let server = Server::bind(&[settings.registry_addr], options, handler::over(registry))?;
+    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
+    tokio::spawn(web.serve(stop.clone()));
+    tokio::spawn(announce(store, router.clone()));
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        registry = ?server.addrs(),
+        router = %router.peer_id(),
+        node = settings.node_name,
+        "spegel is up"
+    );
+
+    let ended = tokio::select! {
+        name = stop_signal.next() => {
+            info!(signal = name, "stopping: responses under way may finish");
+            Ok(())
+        }
+        failed = &mut store_task => failed,
+    };
+    let cut = tokio::select! {
+        cut = server.shutdown(settings.drain) => cut,
+        _ = stop_signal.next() => {
+            warn!("a second signal: stopping at once");
+            return ended;
+        }
+    };
+    info!(cut, "stopped");
+    ended
+}
+
+type StoreTask = futures::future::BoxFuture<'static, anyhow::Result<()>>;
+
+/// The store, and what ends only if it can never serve.
+fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::Result<(Arc<dyn Store>, StoreTask)> {
+    match &settings.content {
+        Content::OciLayouts(dirs) => {
+            let store = OciLayout::open(dirs.clone(), settings.filters.clone())?;
+            Ok((store, Box::pin(std::future::pending())))
+        }
+        Content::Containerd { socket, namespace, content_path } => {
+            let containerd = ContainerdSettings {
+                socket: socket.clone(),
+                namespace: namespace.clone(),
+                content_path: content_path.clone(),
+                filters: settings.filters.clone(),
+            };
+            let (store, task) = Containerd::start(containerd, stop.clone());
+            let ended = async move {
+                match task.await {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(error @ StoreError::Mismatch(_))) => Err(error.into()),
+                    Ok(Err(error)) => Err(anyhow::Error::from(error).context("the content store ended")),
+                    Err(error) => Err(anyhow::Error::from(error).context("the content store's task ended")),
+                }
+            };
+            Ok((store, Box::pin(ended)))
+        }
+    }
+}
+
+fn start_router(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::Result<Arc<P2pRouter>> {
+    let sources = settings.bootstrap.iter().map(|kind| -> anyhow::Result<Arc<dyn Bootstrap>> {
+        Ok(match kind {
+            cli::Bootstrap::Dns(name) => Arc::new(DnsBootstrap::new(name).context("the name servers of this host")?),
+            cli::Bootstrap::Static(list) => Arc::new(list.clone()),
+        })
+    });
+    let identity = match &settings.data_dir {
+        Some(dir) => Identity::load_or_create(dir)?,
+        None => Identity::fresh(),
+    };
+    let p2p = P2pSettings {
+        listen: router_addresses(settings.router_addr),
+        registry_port: settings.registry_addr.port(),
+        identity,
+        bootstrap: sources.collect::<anyhow::Result<_>>()?,
+        advertise_ttl: P2pSettings::ADVERTISE_TTL,
+        max_records: P2pSettings::MAX_RECORDS,
+    };
+    Ok(P2pRouter::start(p2p, stop)?)
+}
+
+/// The router listens on each family by itself.
+fn router_addresses(addr: ListenAddr) -> Vec<SocketAddr> {
+    match addr {
+        ListenAddr::One(addr) => vec![addr],
+        ListenAddr::Any(port) => vec![(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()],
+    }
+}
+
+/// Tells the network what the store has, as that changes.
+async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>) {
+    let mut changes = store.subscribe();
+    drop(store);
+    while let Some(change) = changes.next().await {
+        router.announce(change);
+    }
+}
+
+/// Each connection may need two descriptors and a pipe: take what the administrator allows.
+fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        warn!(%error, "cannot raise the bound of open files");
+    }
+}
+
+/// The signals that ask a daemon to end.
+struct StopSignal {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl StopSignal {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! The registry as the handler of served connections.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use http::{Request, Response};
+use hyper::body::Incoming;
+
+use crate::registry::Registry;
+use crate::serve::{Handler, RemoteAddr};
+use crate::zerocopy::Body;
+
+struct Served(Arc<Registry>);
+
+impl Handler for Served {
+    fn handle(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
+        let registry = Arc::clone(&self.0);
+        Box::pin(async move {
+            let (parts, _body) = request.into_parts();
+            let remote =
+                parts.extensions.get::<RemoteAddr>().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |addr| addr.0.ip());
+            registry.handle(&parts, remote).await
+        })
+    }
+}
+
+pub(super) fn over(registry: Arc<Registry>) -> Arc<dyn Handler> {
+    Arc::new(Served(registry))
+}

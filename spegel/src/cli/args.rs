@@ -1,0 +1,236 @@
+//! The flags as they are typed. Each has an environment variable: upper case, `-` as `_`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::parser::ValueSource;
+use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum};
+
+/// A stateless, cluster-local OCI image mirror: containerd pulls from peers before it asks the registry.
+#[derive(Debug, Parser)]
+#[command(name = "spegel", version, disable_help_subcommand = true, max_term_width = 110)]
+pub(super) struct Cli {
+    /// The least level that is logged
+    #[arg(long, env, global = true, default_value = "INFO", ignore_case = true)]
+    pub(super) log_level: LogLevel,
+    /// The form of log lines [default: text on a terminal, else json]
+    #[arg(long, env, global = true)]
+    pub(super) log_format: Option<LogFormat>,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// The least level that is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "UPPER")]
+pub enum LogLevel {
+    /// Each decision.
+    Debug,
+    /// The story of each pull in one line, starts and stops.
+    Info,
+    /// What an operator should look at.
+    Warn,
+    /// What does not work.
+    Error,
+}
+
+/// The form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// An object a line.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// How `version` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum VersionFormat {
+    /// For people.
+    Text,
+    /// An object.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Print the version
+    Version {
+        /// The form of what is printed
+        #[arg(long, env, default_value = "text")]
+        format: VersionFormat,
+    },
+    /// Write the mirror configuration (hosts.toml) that makes containerd ask this mirror first
+    Configuration(ConfigurationArgs),
+    /// Serve this node's images to its containerd and to peers
+    Registry(Box<RegistryArgs>),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ConfigurationArgs {
+    /// The directory that containerd's registry configuration names as config_path
+    #[arg(long, env, default_value = "/etc/containerd/certs.d")]
+    pub(super) containerd_registry_config_path: PathBuf,
+    /// Registries to mirror, scheme://host[:port]; none, `*` or `_default`: all
+    #[arg(long, env, num_args = 1.., value_name = "URL")]
+    pub(super) mirrored_registries: Vec<String>,
+    /// Where containerd reaches the mirror, scheme://host:port; asked in this order
+    #[arg(long, env, num_args = 1.., value_name = "URL", required = true)]
+    pub(super) mirror_targets: Vec<String>,
+    /// Let the mirror resolve tags too, not digests only
+    #[arg(long, env, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(super) resolve_tags: bool,
+    /// Keep the hosts that are configured already, after the mirror
+    #[arg(long, env, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(super) prepend_existing: bool,
+    #[command(flatten)]
+    pub(super) node: NodeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct NodeArgs {
+    /// This node's name, by which its own containerd is told from others' [default: the host name]
+    #[arg(long, env)]
+    pub(super) node_name: Option<String>,
+    /// The directory with the files `username` and `password`; without them there is no basic authentication
+    #[arg(long, env, default_value = "/etc/secrets/basic-auth", value_name = "DIR")]
+    pub(super) basic_auth_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RegistryArgs {
+    /// How to find the first peers; several may be given
+    #[arg(long, env, num_args = 1.., value_name = "KIND", required = true)]
+    pub(super) bootstrap_kind: Vec<String>,
+    /// A name that resolves to the addresses of all nodes, for the kind dns
+    #[arg(long, env, value_name = "NAME")]
+    pub(super) dns_bootstrap_domain: Option<String>,
+    /// Peers, for the kind static: multiaddresses, or host[:port]
+    #[arg(long, env, num_args = 1.., value_name = "PEER")]
+    pub(super) static_bootstrap_peers: Vec<String>,
+    /// Where metrics are served
+    #[arg(long, env, default_value = ":9090", value_name = "ADDRESS")]
+    pub(super) metrics_addr: String,
+    /// containerd's socket
+    #[arg(long, env, default_value = "/run/containerd/containerd.sock", value_name = "PATH")]
+    pub(super) containerd_sock: PathBuf,
+    /// The containerd namespace whose images are served
+    #[arg(long, env, default_value = "k8s.io", value_name = "NAME")]
+    pub(super) containerd_namespace: String,
+    /// containerd's content directory; empty: ask containerd
+    #[arg(
+        long,
+        env,
+        default_value = "/var/lib/containerd/io.containerd.content.v1.content",
+        value_name = "PATH",
+        value_parser = clap::builder::OsStringValueParser::new()
+    )]
+    pub(super) containerd_content_path: std::ffi::OsString,
+    /// Serve this OCI image layout instead of containerd's content; may be given several times
+    #[arg(long, env, num_args = 1.., value_name = "DIR")]
+    pub(super) oci_layout: Vec<PathBuf>,
+    /// Where this node's identity is kept; without it each start makes a new one
+    #[arg(long, env, value_name = "DIR")]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Where peers find this node
+    #[arg(long, env, default_value = ":5001", value_name = "ADDRESS")]
+    pub(super) router_addr: String,
+    /// Where containerd and peers fetch content; the port must be the same on all nodes
+    #[arg(long, env, default_value = ":5000", value_name = "ADDRESS")]
+    pub(super) registry_addr: String,
+    /// Registries to mirror, scheme://host[:port]; none, `*` or `_default`: all
+    #[arg(long, env, num_args = 1.., value_name = "URL")]
+    pub(super) mirrored_registries: Vec<String>,
+    /// Regular expressions on registry/repository[:tag]; a match is neither mirrored nor advertised
+    #[arg(long, env, num_args = 1.., value_name = "REGEX")]
+    pub(super) registry_filters: Vec<String>,
+    /// How long one request looks for peers
+    #[arg(long, env, default_value = "20ms", value_parser = duration, value_name = "DURATION")]
+    pub(super) mirror_resolve_timeout: Duration,
+    /// How many peers one request tries
+    #[arg(long, env, default_value_t = 3, value_name = "NUMBER")]
+    pub(super) mirror_resolve_retries: usize,
+    /// How long a peer may send nothing before it is given up
+    #[arg(long, env, default_value = "5s", value_parser = duration, value_name = "DURATION")]
+    pub(super) mirror_stall_timeout: Duration,
+    /// How long responses under way may go on after SIGTERM
+    #[arg(long, env, default_value = "20s", value_parser = duration, value_name = "DURATION")]
+    pub(super) drain_timeout: Duration,
+    #[command(flatten)]
+    pub(super) node: NodeArgs,
+}
+
+impl ConfigurationArgs {
+    pub(super) fn split_lists(&mut self, matches: &ArgMatches) {
+        split(matches, "mirrored_registries", &mut self.mirrored_registries);
+        split(matches, "mirror_targets", &mut self.mirror_targets);
+    }
+}
+
+impl RegistryArgs {
+    pub(super) fn split_lists(&mut self, matches: &ArgMatches) {
+        split(matches, "bootstrap_kind", &mut self.bootstrap_kind);
+        split(matches, "static_bootstrap_peers", &mut self.static_bootstrap_peers);
+        split(matches, "mirrored_registries", &mut self.mirrored_registries);
+        split(matches, "registry_filters", &mut self.registry_filters);
+        let mut layouts = self.oci_layout.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+        split(matches, "oci_layout", &mut layouts);
+        self.oci_layout = layouts.into_iter().map(PathBuf::from).collect();
+    }
+}
+
+/// A list from the environment is one text, with commas or spaces between its values; on the command line each value is
+/// its own argument, so that a regular expression may hold a comma. Empty values are left out in both. The kinds of
+/// bootstrap hold neither, and are split in both.
+fn split(matches: &ArgMatches, id: &str, values: &mut Vec<String>) {
+    if matches.value_source(id) == Some(ValueSource::EnvVariable) || id == "bootstrap_kind" {
+        let separator = |c: char| c == ',' || c.is_whitespace();
+        *values = values.iter().flat_map(|text| text.split(separator)).map(str::to_owned).collect();
+    }
+    values.retain(|value| !value.is_empty());
+}
+
+/// A duration as Go writes it: `20ms`, `2s`, `1m30s`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let parsed: jiff::SignedDuration = text.parse().map_err(|_| "write it like 20ms, 2s or 1m30s".to_owned())?;
+    match Duration::try_from(parsed) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err("it must be longer than nothing".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_flags_are_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_are_written_as_in_go() {
+        let ms = |text: &str| duration(text).unwrap().as_millis();
+        assert_eq!(
+            (ms("20ms"), ms("2s"), ms("1m30s"), ms("1.5h"), ms("1h0m0s")),
+            (20, 2000, 90_000, 5_400_000, 3_600_000)
+        );
+        for wrong in ["", "20", "-1s", "0s", "soon", "1 fortnight"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_flag_has_the_environment_variable_of_its_name() {
+        let cli = Cli::command();
+        for command in std::iter::once(&cli).chain(cli.get_subcommands()) {
+            for arg in command.get_arguments().filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version")) {
+                let long = arg.get_long().unwrap();
+                let expected = long.to_uppercase().replace('-', "_");
+                assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()), "--{long}");
+            }
+        }
+    }
+}

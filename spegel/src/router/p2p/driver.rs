@@ -1,0 +1,268 @@
+//! The task that owns the swarm: who enters and leaves the table, which records are kept, and how this node stands.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use libp2p::kad::{self, InboundRequest, RoutingUpdate};
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
+use libp2p::{Multiaddr, PeerId, Swarm, identify};
+use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::addresses::{Scope, multiaddr, socket_address};
+use super::advertise::Advertiser;
+use super::behaviour::{Behaviour, BehaviourEvent, PROTOCOL};
+use super::joining::{Answer, Joining, Target};
+use super::keys::ContentId;
+use super::records::SharedRecords;
+use super::table::{Contact, SharedTable};
+use crate::router::Readiness;
+
+/// How often expired records are dropped.
+const SWEEP: Duration = Duration::from_secs(10);
+
+/// A peer that left is dialled once, unless it was already so recently: then it does not want us.
+const REDIAL_PAUSE: Duration = Duration::from_secs(10);
+
+/// The swarm and what it keeps up to date.
+pub(super) struct Driver {
+    pub(super) swarm: Swarm<Behaviour>,
+    pub(super) listen: Vec<SocketAddr>,
+    pub(super) scope: Scope,
+    pub(super) records: SharedRecords,
+    pub(super) table: SharedTable,
+    pub(super) advertiser: Advertiser,
+    pub(super) joining: Joining,
+    pub(super) answers: mpsc::Receiver<Answer>,
+    pub(super) readiness: watch::Sender<Readiness>,
+    /// Bootstrap peers of unknown identity that are being dialled or connected: they need no second call.
+    pub(super) called: HashMap<ConnectionId, SocketAddr>,
+    pub(super) redialled: HashMap<PeerId, Instant>,
+}
+
+// === impl Driver ===
+
+impl Driver {
+    pub(super) async fn run(mut self, cancelled: CancellationToken) {
+        let mut sweep = tokio::time::interval(SWEEP);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.settle();
+        loop {
+            tokio::select! {
+                () = cancelled.cancelled() => return,
+                event = self.swarm.select_next_some() => self.on_event(event),
+                Some(answer) = self.answers.recv() => {
+                    self.joining.answered(answer);
+                    self.dial_named();
+                }
+                _ = sweep.tick() => {
+                    let now = Instant::now();
+                    self.records.lock().sweep(now);
+                    self.redialled.retain(|_, at| now.duration_since(*at) < REDIAL_PAUSE);
+                }
+            }
+            self.settle();
+        }
+    }
+
+    /// Offers the addresses that the interfaces have now.
+    pub(super) fn refresh_addresses(&mut self) {
+        let own = match self.scope.reachable(&self.listen) {
+            Ok(own) => own,
+            Err(error) => {
+                return tracing::warn!(%error, "cannot read the node's addresses; peers keep those told before");
+            }
+        };
+        let before = self.records.lock().own_addresses().to_vec();
+        if own == before {
+            return;
+        }
+        tracing::info!(addresses = ?own, "peers reach this node's router at");
+        for gone in before.iter().filter(|address| !own.contains(address)) {
+            self.swarm.remove_external_address(&multiaddr(*gone));
+        }
+        for address in &own {
+            self.swarm.add_external_address(multiaddr(*address));
+            self.joining.is_us(*address);
+        }
+        self.records.lock().set_own_addresses(own);
+        self.advertiser.tell_all();
+    }
+
+    fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        match event {
+            SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }))
+                if info.protocols.contains(&PROTOCOL) =>
+            {
+                self.introduced(peer_id, &info.listen_addrs);
+            }
+            SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad_event(event),
+            SwarmEvent::ConnectionClosed { connection_id, peer_id, num_established, .. } => {
+                self.called.remove(&connection_id);
+                self.closed(peer_id, num_established);
+            }
+            SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
+                self.called.remove(&connection_id);
+                self.not_reached(peer_id, &error);
+            }
+            SwarmEvent::NewListenAddr { .. } | SwarmEvent::ExpiredListenAddr { .. } => self.refresh_addresses(),
+            SwarmEvent::ListenerClosed { addresses, reason, .. } => {
+                tracing::error!(?addresses, ?reason, "the router's listener ended");
+            }
+            _ => {}
+        }
+    }
+
+    fn on_kad_event(&mut self, event: kad::Event) {
+        match event {
+            kad::Event::InboundRequest { request: InboundRequest::AddProvider { record: Some(record) } } => {
+                // kad has checked that the sender names itself.
+                let addresses = self.scope.filter(&record.addresses);
+                if let Some(id) = ContentId::from_multihash(record.key.as_ref()) {
+                    self.records.lock().add(Instant::now(), id, record.provider, &addresses);
+                }
+            }
+            kad::Event::RoutingUpdated { peer, is_new_peer, addresses, old_peer, .. } => {
+                if let Some(old) = old_peer {
+                    self.leave_table(&old);
+                }
+                // One that waited for a place in its bucket; who gets one at once has been entered already.
+                if is_new_peer && self.swarm.is_connected(&peer) {
+                    let addresses = self.scope.filter(addresses.iter());
+                    self.enter_table(peer, addresses);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A peer that speaks our protocol said where it listens.
+    fn introduced(&mut self, peer: PeerId, listens: &[Multiaddr]) {
+        let addresses = self.scope.filter(listens);
+        if addresses.is_empty() {
+            return tracing::debug!(%peer, ?listens, "names no address where we could reach it");
+        }
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        let results: Vec<_> = addresses.iter().map(|address| kad.add_address(&peer, multiaddr(*address))).collect();
+        let stale = kad.kbucket(peer).and_then(|bucket| {
+            let entry = bucket.iter().find(|entry| *entry.node.key.preimage() == peer)?;
+            let stale = |old: &&Multiaddr| socket_address(old).is_none_or(|old| !addresses.contains(&old));
+            Some(entry.node.value.iter().filter(stale).cloned().collect::<Vec<_>>())
+        });
+        for address in stale.unwrap_or_default() {
+            kad.remove_address(&peer, &address);
+        }
+        if results.contains(&RoutingUpdate::Success) {
+            self.enter_table(peer, addresses);
+        }
+    }
+
+    fn enter_table(&mut self, peer: PeerId, addresses: Vec<SocketAddr>) {
+        if addresses.is_empty() {
+            return;
+        }
+        if self.table.write().insert(Contact { peer, addresses: addresses.into() }) {
+            tracing::debug!(%peer, "joined");
+            self.swarm.behaviour_mut().opener.pin(peer, true);
+            self.advertiser.newcomer(peer);
+        }
+    }
+
+    fn leave_table(&mut self, peer: &PeerId) -> Option<Contact> {
+        let left = self.table.write().remove(peer)?;
+        self.swarm.behaviour_mut().opener.pin(*peer, false);
+        if self.table.read().is_empty() {
+            self.joining.start_over();
+        }
+        Some(left)
+    }
+
+    /// A connection ended. If it was the last, whether the peer did too is found out by dialling it.
+    fn closed(&mut self, peer: PeerId, left: u32) {
+        if left > 0 {
+            // The others may be to a process that was started since and has heard nothing of what the one before was told.
+            return self.advertiser.newcomer(peer);
+        }
+        let Some(contact) = self.leave_table(&peer) else { return };
+        tracing::debug!(%peer, "connection ended");
+        let now = Instant::now();
+        let recently = self.redialled.get(&peer).is_some_and(|at| now.duration_since(*at) < REDIAL_PAUSE);
+        if recently {
+            self.swarm.behaviour_mut().kad.remove_peer(&peer);
+            return;
+        }
+        self.redialled.insert(peer, now);
+        self.dial(Target { peer: Some(peer), addresses: contact.addresses.to_vec() });
+    }
+
+    fn not_reached(&mut self, peer: Option<PeerId>, error: &DialError) {
+        match error {
+            DialError::LocalPeerId { address } => {
+                if let Some(address) = socket_address(address) {
+                    self.joining.is_us(address);
+                }
+            }
+            DialError::Transport(_) | DialError::WrongPeerId { .. } | DialError::NoAddresses => {
+                let Some(peer) = peer.filter(|peer| !self.swarm.is_connected(peer)) else { return };
+                tracing::debug!(%peer, %error, "not reachable, and so not told to others");
+                self.leave_table(&peer);
+                self.swarm.behaviour_mut().kad.remove_peer(&peer);
+                self.records.lock().forget(&peer);
+            }
+            DialError::DialPeerConditionFalse(_) | DialError::Aborted | DialError::Denied { .. } => {}
+        }
+    }
+
+    fn dial_named(&mut self) {
+        let targets = self.joining.to_dial(&self.table.read());
+        for target in targets {
+            let under_way = target.addresses.iter().any(|address| self.called.values().any(|called| called == address));
+            if !under_way {
+                self.dial(target);
+            }
+        }
+    }
+
+    /// From a port of its own: from the listening port, two nodes that dial each other at once would meet in one connection
+    /// in which both are the dialler.
+    fn dial(&mut self, Target { peer, addresses }: Target) {
+        match peer {
+            Some(peer) => {
+                let opts = DialOpts::peer_id(peer)
+                    .condition(PeerCondition::DisconnectedAndNotDialing)
+                    .addresses(addresses.into_iter().map(multiaddr).collect())
+                    .allocate_new_port();
+                // The only errors at this point: connected or being dialled already, or too many connections.
+                let _ = self.swarm.dial(opts.build());
+            }
+            None => {
+                for address in addresses {
+                    let opts = DialOpts::unknown_peer_id().address(multiaddr(address)).allocate_new_port().build();
+                    let id = opts.connection_id();
+                    if self.swarm.dial(opts).is_ok() {
+                        self.called.insert(id, address);
+                    }
+                }
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        let readiness = if !self.table.read().is_empty() {
+            Readiness::Connected
+        } else if self.joining.is_alone() || *self.readiness.borrow() == Readiness::Alone {
+            // Who was settled to be alone stays ready until somebody has come, named or not.
+            Readiness::Alone
+        } else {
+            Readiness::Joining
+        };
+        let changed = |current: &mut Readiness| std::mem::replace(current, readiness) != readiness;
+        if self.readiness.send_if_modified(changed) {
+            tracing::info!(?readiness, "the router");
+        }
+    }
+}

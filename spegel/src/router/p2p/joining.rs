@@ -1,0 +1,234 @@
+//! Finding the first peers: asks the bootstrap sources until there is somebody, or it is settled that there is nobody.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use libp2p::PeerId;
+use rand::seq::IteratorRandom;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::addresses::Scope;
+use super::table::Table;
+use crate::bootstrap::{Bootstrap, BootstrapPeer};
+use crate::router::Readiness;
+
+/// The pause after the first question while nobody is found, and the longest. It grows by half each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// The pause while connected: two halves of a network that lost each other find together again by this.
+const CONNECTED_PAUSE: Duration = Duration::from_secs(300);
+
+/// What a source may take, should it not bound itself.
+const SOURCE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How many peers are dialled from one answer; they know the others.
+const MAX_DIALS: usize = 16;
+
+/// An answer of a source: its index, and the peers unless it failed.
+pub(super) type Answer = (usize, Option<Vec<BootstrapPeer>>);
+
+/// A peer to dial.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) peer: Option<PeerId>,
+    pub(super) addresses: Vec<SocketAddr>,
+}
+
+/// What the sources said.
+#[derive(Debug)]
+pub(super) struct Joining {
+    local: PeerId,
+    scope: Scope,
+    port: u16,
+    /// Addresses at which we are ourselves.
+    own: HashSet<SocketAddr>,
+    answers: Vec<Option<Vec<Target>>>,
+}
+
+// === impl Joining ===
+
+impl Joining {
+    /// Nothing said yet by `sources` sources. Peers without a port have `port`.
+    pub(super) fn new(local: PeerId, scope: Scope, port: u16, sources: usize) -> Self {
+        Self { local, scope, port, own: HashSet::new(), answers: vec![None; sources] }
+    }
+
+    /// We can be reached there: whoever names the address names us.
+    pub(super) fn is_us(&mut self, address: SocketAddr) {
+        self.own.insert(address);
+    }
+
+    /// Every source has to answer again.
+    pub(super) fn start_over(&mut self) {
+        self.answers.fill(None);
+    }
+
+    pub(super) fn answered(&mut self, (source, peers): Answer) {
+        let targets = peers.map(|peers| peers.into_iter().filter_map(|peer| self.target(peer)).collect());
+        if let Some(answer) = self.answers.get_mut(source) {
+            *answer = targets;
+        }
+    }
+
+    /// Whether all sources answered and named nobody but us.
+    pub(super) fn is_alone(&self) -> bool {
+        self.answers
+            .iter()
+            .all(|answer| answer.as_ref().is_some_and(|named| named.iter().all(|one| self.names_us(one))))
+    }
+
+    /// Some of those who were named and are neither us nor connected.
+    pub(super) fn to_dial(&self, table: &Table) -> Vec<Target> {
+        let known = |target: &Target| match target.peer {
+            Some(peer) => table.contains(&peer),
+            None => target.addresses.iter().any(|address| table.has_address(address)),
+        };
+        let named = self.answers.iter().flatten().flatten();
+        let wanted = named.filter(|target| !self.names_us(target) && !known(target));
+        wanted.cloned().choose_multiple(&mut rand::rng(), MAX_DIALS)
+    }
+
+    fn names_us(&self, target: &Target) -> bool {
+        target.peer == Some(self.local) || target.addresses.iter().any(|address| self.own.contains(address))
+    }
+
+    fn target(&self, peer: BootstrapPeer) -> Option<Target> {
+        let id = peer.id.and_then(|text| match text.parse() {
+            Ok(id) => Some(id),
+            Err(_) => {
+                tracing::warn!(id = %text, "a bootstrap source gives a peer an identity that is none; it is dialled without");
+                None
+            }
+        });
+        let address = |ip, port: Option<u16>| SocketAddr::new(ip, port.unwrap_or(self.port));
+        let mut addresses: Vec<_> = peer.addresses.iter().map(|at| address(at.ip, at.port)).collect();
+        addresses.retain(|address| self.scope.accepts(*address) || self.own.contains(address));
+        (!addresses.is_empty()).then_some(Target { peer: id, addresses })
+    }
+}
+
+/// Asks one source again and again: often while there is nobody, seldom while connected.
+pub(super) async fn follow(
+    index: usize,
+    source: Arc<dyn Bootstrap>,
+    mut readiness: watch::Receiver<Readiness>,
+    answers: mpsc::Sender<Answer>,
+    cancelled: CancellationToken,
+) {
+    let mut pause = FIRST_PAUSE;
+    let mut failing = false;
+    loop {
+        let answer = tokio::select! {
+            () = cancelled.cancelled() => return,
+            answer = tokio::time::timeout(SOURCE_TIMEOUT, source.peers()) => answer,
+        };
+        let peers = match answer {
+            Ok(Ok(peers)) => Some(peers),
+            Ok(Err(error)) => failed(&mut failing, &source, &error),
+            Err(elapsed) => failed(&mut failing, &source, &elapsed),
+        };
+        failing &= peers.is_none();
+        if answers.send((index, peers)).await.is_err() {
+            return;
+        }
+        let connected = *readiness.borrow_and_update() == Readiness::Connected;
+        let wait = if connected { CONNECTED_PAUSE } else { pause };
+        pause = if connected { FIRST_PAUSE } else { (pause * 3 / 2).min(LONGEST_PAUSE) };
+        tokio::select! {
+            () = cancelled.cancelled() => return,
+            () = tokio::time::sleep(wait.mul_f64(rand::random_range(0.75..1.25))) => {}
+            _ = readiness.wait_for(|now| connected && *now != Readiness::Connected) => {}
+        }
+    }
+}
+
+/// Said once, until it answers again.
+fn failed(
+    failing: &mut bool,
+    source: &dyn std::fmt::Debug,
+    error: &dyn std::fmt::Display,
+) -> Option<Vec<BootstrapPeer>> {
+    if *failing {
+        tracing::debug!(?source, %error, "bootstrap source still does not answer");
+    } else {
+        *failing = true;
+        tracing::info!(?source, %error, "bootstrap source does not answer; asking again");
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::super::table::Contact;
+    use super::*;
+    use crate::bootstrap::BootstrapAddress;
+
+    fn joining(sources: usize) -> Joining {
+        let scope = Scope::of_listeners(&["0.0.0.0:5001".parse().unwrap()]);
+        let mut joining = Joining::new(PeerId::random(), scope, 5001, sources);
+        joining.is_us("10.0.0.1:5001".parse().unwrap());
+        joining
+    }
+
+    fn named(id: Option<String>, ip: &str, port: Option<u16>) -> BootstrapPeer {
+        BootstrapPeer { id, addresses: vec![BootstrapAddress { ip: ip.parse().unwrap(), port }] }
+    }
+
+    #[test]
+    fn alone_is_settled_when_every_source_named_only_us() {
+        let mut joining = joining(2);
+        assert!(!joining.is_alone());
+        joining.answered((0, Some(vec![named(None, "10.0.0.1", None)])));
+        assert!(!joining.is_alone(), "the other has not answered");
+        joining.answered((1, None));
+        assert!(!joining.is_alone(), "the other failed");
+        joining.answered((1, Some(vec![])));
+        assert!(joining.is_alone());
+        joining.start_over();
+        assert!(!joining.is_alone());
+    }
+
+    #[test]
+    fn somebody_else_is_dialled_until_connected_or_found_to_be_us() {
+        let mut joining = joining(1);
+        let id = PeerId::random();
+        joining
+            .answered((0, Some(vec![named(None, "10.0.0.2", None), named(Some(id.to_base58()), "10.0.0.3", Some(7))])));
+        assert!(!joining.is_alone());
+        let mut table = Table::default();
+        let second = Target { peer: None, addresses: vec!["10.0.0.2:5001".parse().unwrap()] };
+        let third = Target { peer: Some(id), addresses: vec!["10.0.0.3:7".parse().unwrap()] };
+        let dials = joining.to_dial(&table);
+        assert!(dials.len() == 2 && dials.contains(&second) && dials.contains(&third), "{dials:?}");
+        table.insert(Contact { peer: id, addresses: Arc::default() });
+        assert_eq!(joining.to_dial(&table), [second]);
+        joining.is_us("10.0.0.2:5001".parse().unwrap());
+        assert_eq!(joining.to_dial(&table), []);
+    }
+
+    #[test]
+    fn our_own_identity_is_us_wherever_it_is() {
+        let mut joining = joining(1);
+        let id = joining.local.to_base58();
+        joining.answered((0, Some(vec![named(Some(id), "10.0.0.77", None)])));
+        assert!(joining.is_alone());
+    }
+
+    #[test]
+    fn dials_are_bounded() {
+        let mut joining = joining(1);
+        joining.answered((0, Some((2..200).map(|n| named(None, &format!("10.0.0.{n}"), None)).collect())));
+        assert_eq!(joining.to_dial(&Table::default()).len(), MAX_DIALS);
+    }
+
+    #[test]
+    fn no_sources_is_alone() {
+        assert!(joining(0).is_alone());
+    }
+}

@@ -1,0 +1,103 @@
+//! Keys as the network knows them, and where they and the peers lie in its key space.
+
+use libp2p::PeerId;
+use sha2::{Digest as _, Sha256};
+
+use crate::oci::Key;
+
+/// What stands before the hash in a sha2-256 multihash: its code and its length.
+const MULTIHASH_PREFIX: [u8; 2] = [0x12, 0x20];
+
+/// The SHA-256 of a key's text. Its multihash is what CIDv1(raw, sha2-256) of that text holds, and so the key of the
+/// provider records that the Go program writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct ContentId([u8; 32]);
+
+/// A place in the key space, in which distance is the exclusive or.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Position([u8; 32]);
+
+/// How far two positions are from each other; the smaller the nearer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Distance([u8; 32]);
+
+// === impl ContentId ===
+
+impl ContentId {
+    pub(super) fn of(key: &Key) -> Self {
+        Self(Sha256::digest(key.to_string()).into())
+    }
+
+    /// The id in a record's key; other kinds of keys are not of this network.
+    pub(super) fn from_multihash(bytes: &[u8]) -> Option<Self> {
+        bytes.strip_prefix(&MULTIHASH_PREFIX)?.try_into().ok().map(Self)
+    }
+
+    pub(super) fn multihash(&self) -> [u8; 34] {
+        let mut bytes = [0; 34];
+        bytes[..2].copy_from_slice(&MULTIHASH_PREFIX);
+        bytes[2..].copy_from_slice(&self.0);
+        bytes
+    }
+
+    pub(super) fn position(&self) -> Position {
+        Position(Sha256::digest(self.multihash()).into())
+    }
+}
+
+// === impl Position ===
+
+impl Position {
+    pub(super) fn of_peer(peer: &PeerId) -> Self {
+        Self(Sha256::digest(peer.to_bytes()).into())
+    }
+
+    pub(super) fn distance(&self, other: &Self) -> Distance {
+        let mut distance = [0; 32];
+        for (to, (a, b)) in distance.iter_mut().zip(self.0.iter().zip(&other.0)) {
+            *to = a ^ b;
+        }
+        Distance(distance)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use libp2p::kad::{KBucketKey, RecordKey};
+
+    use super::*;
+
+    fn id() -> ContentId {
+        ContentId::of(&"sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a".parse().unwrap())
+    }
+
+    /// The expected hash is `printf %s sha256:4413… | sha256sum`.
+    #[test]
+    fn record_key_is_the_multihash_of_the_text() {
+        let bytes = id().multihash();
+        let text = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
+        assert_eq!(bytes[..2], [0x12, 0x20]);
+        assert_eq!(bytes[2..], Sha256::digest(text)[..]);
+        assert_eq!(ContentId::from_multihash(&bytes), Some(id()));
+    }
+
+    #[test]
+    fn other_keys_are_not_ours() {
+        let bytes = id().multihash();
+        assert_eq!(ContentId::from_multihash(&bytes[1..]), None);
+        assert_eq!(ContentId::from_multihash(&bytes[..33]), None);
+        assert_eq!(ContentId::from_multihash(&[&bytes[..], &[0]].concat()), None);
+        assert_eq!(ContentId::from_multihash(b""), None);
+    }
+
+    #[test]
+    fn distances_order_as_the_routing_table_orders() {
+        let target = KBucketKey::new(RecordKey::new(&id().multihash()));
+        let mut peers: Vec<PeerId> = (0..50).map(|_| PeerId::random()).collect();
+        peers.sort_by_key(|peer| Position::of_peer(peer).distance(&id().position()));
+        let theirs: Vec<_> = peers.iter().map(|peer| KBucketKey::from(*peer).distance(&target)).collect();
+        assert!(theirs.is_sorted());
+    }
+}

@@ -1,0 +1,279 @@
+//! The network of peers over libp2p: a Kademlia table of who offers what, spread over all nodes.
+//!
+//! kad's behaviour keeps the routing table and answers other nodes. Searching and advertising are ours, on the same wire
+//! messages: kad drops the addresses that answers carry, and walks the network once for every key.
+
+mod addresses;
+mod advertise;
+mod behaviour;
+mod client;
+mod driver;
+mod identity;
+mod joining;
+mod keys;
+mod lookup;
+mod opener;
+mod records;
+mod search;
+mod table;
+mod wire;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libp2p::Swarm;
+use libp2p::core::transport::TransportError;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{Peer, Readiness, Router};
+use crate::bootstrap::Bootstrap;
+use crate::oci::Key;
+use crate::store::Change;
+
+use addresses::{Scope, is_ipv6_wildcard, multiaddr};
+use advertise::Advertiser;
+use client::Client;
+use driver::Driver;
+pub use identity::{Identity, IdentityError};
+use joining::Joining;
+use keys::ContentId;
+use opener::Opener;
+use records::{RecordLimits, Records, SharedRecords};
+use search::{Context, Searches};
+use table::SharedTable;
+
+/// How long records of others outlive the time within which they are told again.
+const GRACE: Duration = Duration::from_secs(4 * 60);
+
+/// How many streams may wait to be opened, and how many answers of bootstrap sources to be read.
+const QUEUE: usize = 256;
+
+/// What a [`P2pRouter`] needs to know.
+#[derive(Debug)]
+pub struct P2pSettings {
+    /// Where to listen for peers. `0.0.0.0` and `[::]` stand for every interface of their family; on a machine without IPv6
+    /// the latter is skipped if there is another. If all are loopback addresses, only loopback peers are accepted.
+    pub listen: Vec<SocketAddr>,
+    /// The port of every node's registry, this one's included.
+    pub registry_port: u16,
+    /// Who this node is.
+    pub identity: Identity,
+    /// Where the first peers come from. Without any, this node is alone until somebody calls it.
+    pub bootstrap: Vec<Arc<dyn Bootstrap>>,
+    /// Within what time each key is told again. Other nodes keep it four minutes longer.
+    pub advertise_ttl: Duration,
+    /// How many records of other nodes are kept, at about 100 bytes each. When there are more the oldest go first.
+    pub max_records: usize,
+}
+
+/// Why the router did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// Nobody can be listened to there.
+    #[error("the router cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No address to listen on.
+    #[error("the router has no address to listen on")]
+    NoAddress,
+    /// The identity cannot be used for encrypted connections.
+    #[error("the router's encryption cannot be set up: {0}")]
+    Encryption(String),
+}
+
+/// The router of a node in a libp2p network. It leaves the network when it is dropped.
+pub struct P2pRouter {
+    id: Arc<str>,
+    listen: Vec<SocketAddr>,
+    records: SharedRecords,
+    table: SharedTable,
+    searches: Searches,
+    advertiser: Advertiser,
+    readiness: watch::Receiver<Readiness>,
+    _stop: DropGuard,
+}
+
+// === impl P2pSettings ===
+
+impl P2pSettings {
+    /// The time to live that all existing nodes use.
+    pub const ADVERTISE_TTL: Duration = Duration::from_secs(15 * 60);
+
+    /// Enough for 20,000 records a node, as 1,000 keys a node make, and ten times that.
+    pub const MAX_RECORDS: usize = 300_000;
+}
+
+// === impl P2pRouter ===
+
+impl P2pRouter {
+    /// Listens, and joins the network in the background, on the current runtime, until cancelled or dropped.
+    ///
+    /// # Errors
+    ///
+    /// An address that cannot be listened on, at once and by name.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub fn start(settings: P2pSettings, cancelled: &CancellationToken) -> Result<Arc<Self>, RouterError> {
+        let cancelled = cancelled.child_token();
+        let local = settings.identity.0.public().to_peer_id();
+        let limits = RecordLimits { foreign: settings.max_records, validity: settings.advertise_ttl + GRACE };
+        let records = SharedRecords::new(Records::new(local, limits, Instant::now()));
+        let table = SharedTable::default();
+        let (open, opens) = mpsc::channel(QUEUE);
+        let client = Client::new(local, open);
+
+        let opener = Opener::new(local, behaviour::PROTOCOL, opens);
+        let mut swarm = behaviour::swarm(&settings.identity.0, records.clone(), opener)
+            .map_err(|error| RouterError::Encryption(error.to_string()))?;
+        let listen = listen(&mut swarm, &settings.listen)?;
+        let scope = Scope::of_listeners(&listen);
+
+        let context = Context {
+            local,
+            scope,
+            registry_port: settings.registry_port,
+            records: records.clone(),
+            table: table.clone(),
+        };
+        let searches = Searches::new(context, client.clone(), Handle::current());
+        let advertiser = Advertiser::new(records.clone(), table.clone(), client);
+        let (readiness, readiness_seen) = watch::channel(Readiness::Joining);
+        let (answer, answers) = mpsc::channel(settings.bootstrap.len().max(1));
+        for (index, source) in settings.bootstrap.iter().cloned().enumerate() {
+            let seen = readiness_seen.clone();
+            tokio::spawn(joining::follow(index, source, seen, answer.clone(), cancelled.clone()));
+        }
+        let mut driver = Driver {
+            swarm,
+            listen: listen.clone(),
+            scope,
+            records: records.clone(),
+            table: table.clone(),
+            advertiser: advertiser.clone(),
+            joining: Joining::new(local, scope, listen[0].port(), settings.bootstrap.len()),
+            answers,
+            readiness,
+            called: HashMap::new(),
+            redialled: HashMap::new(),
+        };
+        driver.refresh_addresses();
+        tokio::spawn(driver.run(cancelled.clone()));
+        tokio::spawn(advertiser.clone().run(settings.advertise_ttl, cancelled.clone()));
+        Ok(Arc::new(Self {
+            id: local.to_base58().into(),
+            listen,
+            records,
+            table,
+            searches,
+            advertiser,
+            readiness: readiness_seen,
+            _stop: cancelled.drop_guard(),
+        }))
+    }
+
+    /// This node's identity in the network.
+    pub fn peer_id(&self) -> &Arc<str> {
+        &self.id
+    }
+
+    /// Where it listens, with the ports that were chosen for port 0.
+    pub fn listen_addresses(&self) -> &[SocketAddr] {
+        &self.listen
+    }
+
+    /// Where peers reach its router.
+    pub fn reachable_addresses(&self) -> Vec<SocketAddr> {
+        self.records.lock().own_addresses().to_vec()
+    }
+
+    /// The peers that are connected now, with the addresses of their routers.
+    pub fn peers(&self) -> Vec<Peer> {
+        let table = self.table.read();
+        let peer = |contact: &table::Contact| Peer {
+            id: contact.peer.to_base58().into(),
+            addresses: contact.addresses.to_vec(),
+        };
+        table.contacts().map(peer).collect()
+    }
+
+    /// How many records of other nodes are held.
+    pub fn foreign_records(&self) -> usize {
+        self.records.lock().foreign_count()
+    }
+}
+
+impl Router for P2pRouter {
+    fn lookup(&self, key: &Key) -> mpsc::Receiver<Peer> {
+        self.searches.start(ContentId::of(key))
+    }
+
+    fn announce(&self, change: Change) {
+        self.advertiser.change(&change);
+    }
+
+    fn readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.clone()
+    }
+}
+
+impl fmt::Debug for P2pRouter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("P2pRouter").field("id", &self.id).field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+/// Listens on each address, and says which with their ports.
+fn listen(swarm: &mut Swarm<behaviour::Behaviour>, addresses: &[SocketAddr]) -> Result<Vec<SocketAddr>, RouterError> {
+    let mut listening = Vec::with_capacity(addresses.len());
+    for address in addresses {
+        match listen_on(swarm, *address) {
+            Ok(address) => listening.push(address),
+            Err(error) if is_ipv6_wildcard(address) && addresses.len() > 1 && lacks_ipv6(&error) => {
+                tracing::info!("no IPv6 here: the router listens on IPv4 only");
+            }
+            Err(source) => return Err(RouterError::Listen { address: *address, source }),
+        }
+    }
+    if listening.is_empty() { Err(RouterError::NoAddress) } else { Ok(listening) }
+}
+
+fn lacks_ipv6(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let code = error.raw_os_error();
+    [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL].iter().any(|errno| code == Some(errno.raw_os_error()))
+}
+
+fn listen_on(swarm: &mut Swarm<behaviour::Behaviour>, address: SocketAddr) -> io::Result<SocketAddr> {
+    let address = claim(address)?.local_addr()?;
+    swarm.listen_on(multiaddr(address)).map_err(|error| match error {
+        TransportError::Other(error) => error,
+        TransportError::MultiaddrNotSupported(address) => io::Error::other(format!("{address} is not supported")),
+    })?;
+    Ok(address)
+}
+
+/// libp2p's listener shares its port with any other process that does the same, and two routers on one port would each get
+/// some of the connections. A socket that does not share finds out whether the port is taken, and which one 0 stands for.
+fn claim(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(1)?;
+    Ok(socket.into())
+}

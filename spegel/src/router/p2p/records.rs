@@ -1,0 +1,317 @@
+//! Provider records: what this node offers, and what others told it, as one of the nodes nearest to a key.
+
+use std::borrow::Cow;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use libp2p::PeerId;
+use libp2p::kad::store::{Error as StoreError, RecordStore};
+use libp2p::kad::{ProviderRecord, Record, RecordKey};
+use rand::seq::IteratorRandom;
+
+use super::addresses::multiaddr;
+use super::keys::ContentId;
+
+/// How many providers of one key are told to one who asks: enough to choose from, in a message of a few kilobytes.
+const MAX_TOLD: usize = 32;
+
+/// Settings of a [`Records`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RecordLimits {
+    /// How many records of others are kept. One costs about 100 bytes.
+    pub(super) foreign: usize,
+    /// How long a record is valid from when it was told.
+    pub(super) validity: Duration,
+}
+
+/// The records. Those of others are bounded in number and time: the oldest go first. Our own are neither.
+pub(super) struct Records {
+    local: PeerId,
+    limits: RecordLimits,
+    epoch: Instant,
+    own: HashSet<ContentId>,
+    own_addresses: Vec<SocketAddr>,
+    foreign: HashMap<ContentId, Vec<Holding>>,
+    /// How many holdings `foreign` has.
+    count: usize,
+    providers: Vec<Provider>,
+    free: Vec<u32>,
+    by_peer: HashMap<PeerId, u32>,
+    /// Holdings in the order in which they were told. Those told again since are also further on.
+    order: VecDeque<Told>,
+}
+
+struct Provider {
+    peer: PeerId,
+    addresses: Arc<[SocketAddr]>,
+    records: usize,
+    /// Known to be dead: its records are not told, until it tells one again or they expire.
+    gone: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Holding {
+    provider: u32,
+    /// In seconds since the epoch of the store.
+    told: u32,
+}
+
+struct Told {
+    id: ContentId,
+    holding: Holding,
+}
+
+// === impl Records ===
+
+impl Records {
+    pub(super) fn new(local: PeerId, limits: RecordLimits, now: Instant) -> Self {
+        Self {
+            local,
+            limits,
+            epoch: now,
+            own: HashSet::new(),
+            own_addresses: Vec::new(),
+            foreign: HashMap::new(),
+            count: 0,
+            providers: Vec::new(),
+            free: Vec::new(),
+            by_peer: HashMap::new(),
+            order: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn set_own_addresses(&mut self, addresses: Vec<SocketAddr>) {
+        self.own_addresses = addresses;
+    }
+
+    pub(super) fn own_addresses(&self) -> &[SocketAddr] {
+        &self.own_addresses
+    }
+
+    pub(super) fn offer(&mut self, id: ContentId) {
+        self.own.insert(id);
+    }
+
+    pub(super) fn withdraw(&mut self, id: &ContentId) {
+        self.own.remove(id);
+    }
+
+    /// How many records of others are held.
+    pub(super) fn foreign_count(&self) -> usize {
+        self.count
+    }
+
+    /// Keeps what `peer` told about itself. One peer may fill half of the store at most; beyond that it is not heard.
+    pub(super) fn add(&mut self, now: Instant, id: ContentId, peer: PeerId, addresses: &[SocketAddr]) -> bool {
+        if peer == self.local || addresses.is_empty() || self.limits.foreign == 0 {
+            return false;
+        }
+        let told = self.seconds(now);
+        let index = self.intern(peer, addresses);
+        let provider = &mut self.providers[index as usize];
+        provider.gone = false;
+        let holding = Holding { provider: index, told };
+        let holdings = self.foreign.entry(id).or_default();
+        match holdings.iter_mut().find(|held| held.provider == index) {
+            Some(held) if held.told == told => return true,
+            Some(held) => *held = holding,
+            None if provider.records >= self.limits.foreign.div_ceil(2) => {
+                if holdings.is_empty() {
+                    self.foreign.remove(&id);
+                }
+                return false;
+            }
+            None => {
+                holdings.push(holding);
+                provider.records += 1;
+                self.count += 1;
+            }
+        }
+        self.order.push_back(Told { id, holding });
+        while self.count > self.limits.foreign && self.pop_oldest() {}
+        self.compact();
+        true
+    }
+
+    /// Others that offer `id`, in random order, not more than are told to one who asks.
+    pub(super) fn others(&self, now: Instant, id: &ContentId) -> Vec<(PeerId, Arc<[SocketAddr]>)> {
+        let oldest = self.oldest_valid(now);
+        let Some(holdings) = self.foreign.get(id) else { return Vec::new() };
+        let valid = holdings.iter().filter(|held| oldest.is_none_or(|oldest| held.told >= oldest));
+        let alive = valid.map(|held| &self.providers[held.provider as usize]).filter(|provider| !provider.gone);
+        let mut chosen = alive.choose_multiple(&mut rand::rng(), MAX_TOLD);
+        rand::seq::SliceRandom::shuffle(chosen.as_mut_slice(), &mut rand::rng());
+        chosen.into_iter().map(|provider| (provider.peer, provider.addresses.clone())).collect()
+    }
+
+    pub(super) fn offers(&self, id: &ContentId) -> bool {
+        self.own.contains(id)
+    }
+
+    /// Drops what has expired.
+    pub(super) fn sweep(&mut self, now: Instant) {
+        let Some(oldest) = self.oldest_valid(now) else { return };
+        while self.order.front().is_some_and(|first| first.holding.told < oldest) {
+            self.pop_oldest();
+        }
+        if self.foreign.len() < self.foreign.capacity() / 4 {
+            self.foreign.shrink_to_fit();
+            self.order.shrink_to_fit();
+        }
+    }
+
+    /// Stops telling about a peer that is dead.
+    pub(super) fn forget(&mut self, peer: &PeerId) {
+        if let Some(index) = self.by_peer.get(peer) {
+            self.providers[*index as usize].gone = true;
+        }
+    }
+
+    fn seconds(&self, now: Instant) -> u32 {
+        u32::try_from(now.saturating_duration_since(self.epoch).as_secs()).unwrap_or(u32::MAX)
+    }
+
+    /// What was told before this has expired; `None` while the store is younger than a record's life.
+    fn oldest_valid(&self, now: Instant) -> Option<u32> {
+        let validity = u32::try_from(self.limits.validity.as_secs()).unwrap_or(u32::MAX);
+        self.seconds(now).checked_sub(validity)
+    }
+
+    fn intern(&mut self, peer: PeerId, addresses: &[SocketAddr]) -> u32 {
+        match self.by_peer.entry(peer) {
+            Entry::Occupied(entry) => {
+                let provider = &mut self.providers[*entry.get() as usize];
+                if *provider.addresses != *addresses {
+                    provider.addresses = addresses.into();
+                }
+                *entry.get()
+            }
+            Entry::Vacant(entry) => {
+                let provider = Provider { peer, addresses: addresses.into(), records: 0, gone: false };
+                let index = match self.free.pop() {
+                    Some(index) => {
+                        self.providers[index as usize] = provider;
+                        index
+                    }
+                    None => {
+                        self.providers.push(provider);
+                        // The number of providers is bounded by that of the records.
+                        u32::try_from(self.providers.len() - 1).unwrap_or(u32::MAX)
+                    }
+                };
+                *entry.insert(index)
+            }
+        }
+    }
+
+    fn is_current(&self, told: &Told) -> bool {
+        let same = |held: &Holding| held.provider == told.holding.provider && held.told == told.holding.told;
+        self.foreign.get(&told.id).is_some_and(|holdings| holdings.iter().any(same))
+    }
+
+    /// Takes the oldest out of the order, and the record with it unless it was told again. False if there is none.
+    fn pop_oldest(&mut self) -> bool {
+        let Some(told) = self.order.pop_front() else { return false };
+        if self.is_current(&told) {
+            self.remove(&told.id, told.holding.provider);
+        }
+        true
+    }
+
+    fn remove(&mut self, id: &ContentId, index: u32) {
+        let Entry::Occupied(mut entry) = self.foreign.entry(*id) else { return };
+        let before = entry.get().len();
+        entry.get_mut().retain(|held| held.provider != index);
+        let removed = before - entry.get().len();
+        if entry.get().is_empty() {
+            entry.remove();
+        }
+        self.count -= removed;
+        let provider = &mut self.providers[index as usize];
+        provider.records -= removed;
+        if removed > 0 && provider.records == 0 {
+            self.by_peer.remove(&provider.peer);
+            provider.addresses = Arc::default();
+            self.free.push(index);
+        }
+    }
+
+    /// Bounds the order by the records: what was told again leaves its earlier place behind.
+    fn compact(&mut self) {
+        if self.order.len() > 2 * self.count + 1024 {
+            let order = std::mem::take(&mut self.order);
+            self.order = order.into_iter().filter(|told| self.is_current(told)).collect();
+        }
+    }
+}
+
+/// The records as kad's behaviour uses them: it answers with them, and what it is told passes through our checks first.
+#[derive(Clone)]
+pub(super) struct SharedRecords(Arc<Mutex<Records>>);
+
+// === impl SharedRecords ===
+
+impl SharedRecords {
+    pub(super) fn new(records: Records) -> Self {
+        Self(Arc::new(Mutex::new(records)))
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Records> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl RecordStore for SharedRecords {
+    type RecordsIter<'a> = std::iter::Empty<Cow<'a, Record>>;
+    type ProvidedIter<'a> = std::iter::Empty<Cow<'a, ProviderRecord>>;
+
+    /// No value records exist in this network.
+    fn get(&self, _: &RecordKey) -> Option<Cow<'_, Record>> {
+        None
+    }
+
+    fn put(&mut self, _: Record) -> Result<(), StoreError> {
+        Err(StoreError::ValueTooLarge)
+    }
+
+    fn remove(&mut self, _: &RecordKey) {}
+
+    fn records(&self) -> Self::RecordsIter<'_> {
+        std::iter::empty()
+    }
+
+    /// Never used: inserts are filtered, and the driver adds what passes.
+    fn add_provider(&mut self, _: ProviderRecord) -> Result<(), StoreError> {
+        Err(StoreError::MaxProvidedKeys)
+    }
+
+    fn providers(&self, key: &RecordKey) -> Vec<ProviderRecord> {
+        let Some(id) = ContentId::from_multihash(key.as_ref()) else { return Vec::new() };
+        let records = self.lock();
+        let record = |peer, addresses: &[SocketAddr]| {
+            ProviderRecord::new(key.clone(), peer, addresses.iter().copied().map(multiaddr).collect())
+        };
+        let others = records.others(Instant::now(), &id);
+        let mut told: Vec<_> = others.iter().map(|(peer, addresses)| record(*peer, addresses)).collect();
+        // Without addresses kad would fill in every listener's, loopback included.
+        if records.offers(&id) && !records.own_addresses.is_empty() {
+            let place = rand::random_range(0..=told.len());
+            told.insert(place, record(records.local, &records.own_addresses));
+        }
+        told
+    }
+
+    /// Our own are advertised by the `advertise` module, not by kad.
+    fn provided(&self) -> Self::ProvidedIter<'_> {
+        std::iter::empty()
+    }
+
+    fn remove_provider(&mut self, _: &RecordKey, _: &PeerId) {}
+}
+
+#[cfg(test)]
+#[path = "records_tests.rs"]
+mod tests;

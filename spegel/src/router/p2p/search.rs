@@ -1,0 +1,211 @@
+//! Searches: the walks of this node, shared by all who look for the same key.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use libp2p::{Multiaddr, PeerId};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use super::addresses::Scope;
+use super::client::Client;
+use super::keys::ContentId;
+use super::lookup::Walk;
+use super::records::SharedRecords;
+use super::table::{Contact, SharedTable};
+use super::wire::{Kind, Message, WirePeer};
+use crate::router::Peer;
+
+/// How long one search may take. Whoever asked has mostly stopped listening by then.
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How many providers one search yields.
+const MAX_FOUND: usize = 64;
+
+/// How many peers are believed from one answer, as providers and as nearer peers.
+const MAX_NAMED: usize = 64;
+
+/// How many searches may be under way. More are answered from what this node knows itself.
+const MAX_SEARCHES: usize = 1024;
+
+/// Starts searches. Cheap to clone, and usable from any thread.
+#[derive(Clone)]
+pub(super) struct Searches(Arc<Inner>);
+
+struct Inner {
+    context: Context,
+    client: Client,
+    runtime: Handle,
+    running: Mutex<HashMap<ContentId, Arc<Mutex<Search>>>>,
+}
+
+/// What a search reads.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub(super) local: PeerId,
+    pub(super) scope: Scope,
+    pub(super) registry_port: u16,
+    pub(super) records: SharedRecords,
+    pub(super) table: SharedTable,
+}
+
+/// What was found so far, and who wants to know.
+#[derive(Default)]
+struct Search {
+    found: Vec<Peer>,
+    listeners: Vec<mpsc::Sender<Peer>>,
+}
+
+// === impl Searches ===
+
+impl Searches {
+    /// Searches that run on the given runtime.
+    pub(super) fn new(context: Context, client: Client, runtime: Handle) -> Self {
+        Self(Arc::new(Inner { context, client, runtime, running: Mutex::default() }))
+    }
+
+    /// Starts a search or joins the one that is under way. What this node knows itself is there at once.
+    pub(super) fn start(&self, id: ContentId) -> mpsc::Receiver<Peer> {
+        let (listener, receiver) = mpsc::channel(MAX_FOUND);
+        let mut running = self.running();
+        if let Some(search) = running.get(&id) {
+            lock(search).join(listener);
+            return receiver;
+        }
+        let mut search = Search::default();
+        search.join(listener);
+        let context = &self.0.context;
+        for (peer, addresses) in context.records.lock().others(Instant::now(), &id) {
+            search.deliver(context.peer(peer, &addresses));
+        }
+        let known = context.table.read().closest(&id.position());
+        if !known.is_empty() && running.len() < MAX_SEARCHES {
+            let search = Arc::new(Mutex::new(search));
+            running.insert(id, search.clone());
+            self.0.runtime.spawn(self.clone().run(id, known, search));
+        }
+        receiver
+    }
+
+    async fn run(self, id: ContentId, known: Vec<Contact>, search: Arc<Mutex<Search>>) {
+        let start = Instant::now();
+        let Context { local, scope, .. } = self.0.context;
+        let mut walk = Walk::new(local, id.position(), known);
+        let mut asking = FuturesUnordered::new();
+        loop {
+            let now = Instant::now();
+            while let Some(contact) = walk.next(now) {
+                asking.push(self.ask(contact, id));
+            }
+            let Some(left) = SEARCH_TIMEOUT.checked_sub(start.elapsed()) else { break };
+            if walk.is_over() || self.end_if_abandoned(&id, &search) {
+                break;
+            }
+            let wait = walk.patience(now).map_or(left, |patience| patience.min(left));
+            tokio::select! {
+                Some((contact, answer)) = asking.next() => match answer {
+                    Ok(answer) => {
+                        for Contact { peer, addresses } in contacts(scope, &answer.provider_peers) {
+                            lock(&search).deliver(self.0.context.peer(peer, &addresses));
+                        }
+                        walk.answered(&contact.peer, contacts(scope, &answer.closer_peers));
+                    }
+                    Err(error) => {
+                        tracing::debug!(peer = %contact.peer, %error, "did not answer");
+                        walk.failed(&contact.peer);
+                    }
+                },
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+        self.running().remove(&id);
+    }
+
+    async fn ask(&self, contact: Contact, id: ContentId) -> (Contact, io::Result<Message>) {
+        let request = Message::request(Kind::GetProviders, &id.multihash());
+        let answer = self.0.client.request(&contact, request).await;
+        (contact, answer)
+    }
+
+    /// Under the lock that joining takes, so that nobody joins a search that is ending.
+    fn end_if_abandoned(&self, id: &ContentId, search: &Mutex<Search>) -> bool {
+        let mut running = self.running();
+        let abandoned = lock(search).is_abandoned();
+        if abandoned {
+            running.remove(id);
+        }
+        abandoned
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashMap<ContentId, Arc<Mutex<Search>>>> {
+        self.0.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn lock(search: &Mutex<Search>) -> MutexGuard<'_, Search> {
+    search.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The usable ones of the peers in an answer.
+fn contacts(scope: Scope, named: &[WirePeer]) -> Vec<Contact> {
+    let contact = |named: &WirePeer| {
+        let peer = PeerId::from_bytes(&named.id).ok()?;
+        let addresses: Vec<Multiaddr> =
+            named.addrs.iter().filter_map(|bytes| Multiaddr::try_from(bytes.clone()).ok()).collect();
+        let addresses = scope.filter(&addresses);
+        (!addresses.is_empty()).then(|| Contact { peer, addresses: addresses.into() })
+    };
+    named.iter().take(MAX_NAMED).filter_map(contact).collect()
+}
+
+// === impl Context ===
+
+impl Context {
+    /// A provider as the rooms above know it, unless it is this node. Every node's registry has the same port.
+    fn peer(&self, peer: PeerId, router: &[SocketAddr]) -> Option<Peer> {
+        if peer == self.local {
+            return None;
+        }
+        let mut addresses: Vec<SocketAddr> = Vec::with_capacity(router.len());
+        for address in router {
+            let registry = SocketAddr::new(address.ip(), self.registry_port);
+            if !addresses.contains(&registry) {
+                addresses.push(registry);
+            }
+        }
+        (!addresses.is_empty()).then(|| Peer { id: peer.to_base58().into(), addresses })
+    }
+}
+
+// === impl Search ===
+
+impl Search {
+    fn join(&mut self, listener: mpsc::Sender<Peer>) {
+        self.listeners.retain(|listener| !listener.is_closed());
+        for peer in &self.found {
+            // As many fit as are ever found.
+            let _ = listener.try_send(peer.clone());
+        }
+        self.listeners.push(listener);
+    }
+
+    /// A second identity at the same place is the one before its restart, or the other way round: one is enough.
+    fn deliver(&mut self, peer: Option<Peer>) {
+        let Some(peer) = peer else { return };
+        let known = |found: &Peer| found.id == peer.id || found.addresses == peer.addresses;
+        if self.found.len() >= MAX_FOUND || self.found.iter().any(known) {
+            return;
+        }
+        self.listeners.retain(|listener| listener.try_send(peer.clone()).is_ok());
+        self.found.push(peer);
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.listeners.iter().all(mpsc::Sender::is_closed)
+    }
+}

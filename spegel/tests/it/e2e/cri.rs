@@ -1,0 +1,48 @@
+//! The kubelet's way to pull: `ImageService.PullImage` over containerd's socket.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hyper_util::rt::TokioIo;
+use k8s_cri::v1::image_service_client::ImageServiceClient;
+use k8s_cri::v1::{ImageSpec, PullImageRequest};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+/// Longer than any pull of a test takes.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// How long a containerd that answers `ctr` may take to open its CRI.
+const OPENING: Duration = Duration::from_secs(20);
+
+/// Pulls for this machine's platform.
+pub(super) fn pull(socket: &Path, reference: &str) -> Result<(), String> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+    runtime.block_on(async {
+        let image = ImageSpec { image: reference.to_owned(), ..ImageSpec::default() };
+        let request = PullImageRequest { image: Some(image), ..PullImageRequest::default() };
+        let mut client = connect(socket).await?;
+        let opened_by = Instant::now() + OPENING;
+        loop {
+            match tokio::time::timeout(LIMIT, client.pull_image(request.clone())).await {
+                Err(_) => return Err(format!("no answer to PullImage of {reference} within {LIMIT:?}")),
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(status)) if status.message().contains("not initialized") && Instant::now() < opened_by => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Ok(Err(status)) => return Err(format!("PullImage of {reference}: {status}")),
+            }
+        }
+    })
+}
+
+async fn connect(socket: &Path) -> Result<ImageServiceClient<Channel>, String> {
+    let socket = PathBuf::from(socket);
+    let connector = tower::service_fn(move |_: Uri| {
+        let socket = socket.clone();
+        async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
+    });
+    let channel = Endpoint::from_static("http://containerd").connect_with_connector(connector).await;
+    channel.map(ImageServiceClient::new).map_err(|error| format!("containerd's socket: {error}"))
+}

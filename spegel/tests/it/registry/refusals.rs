@@ -1,0 +1,69 @@
+//! How a node refuses a client that it has given something: what fails a pull of containerd is never said.
+
+use spegel::oci::Key;
+use spegel::router::MemoryNetwork;
+use spegel::store::Change;
+
+use super::{Node, digest_of, noise, rogue};
+
+/// Fewer bytes than announced, then an orderly end.
+fn short(total: usize, bytes: &[u8]) -> Vec<u8> {
+    [format!("HTTP/1.1 200 OK\r\nContent-Length: {total}\r\n\r\n").as_bytes(), bytes].concat()
+}
+
+#[tokio::test]
+async fn a_chunk_after_the_first_is_refused_by_an_orderly_close_and_then_by_a_status() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
+    let bytes = noise(1, 2 << 20);
+    let digest = a.offer(&bytes);
+    let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let chunk = |range: &'static str| {
+        let (b, target) = (&b, &target);
+        async move { b.ask("GET", target, &[("Range", range), ("X-Spegel-Node", "b")]).await }
+    };
+    assert_eq!(chunk("bytes=0-").await.status, 206);
+    spegel::router::Router::announce(&*a.router, Change::Removed(vec![Key::Digest(digest)]));
+
+    let reply = chunk("bytes=1048576-").await;
+    assert_eq!((reply.status, reply.body.len(), reply.orderly), (206, 0, true));
+    assert_eq!(reply.header("content-range"), "bytes 1048576-2097151/2097152");
+    assert_eq!(reply.header("content-length"), "1048576");
+    let reply = chunk("bytes=1048576-").await;
+    assert_eq!((reply.status, reply.error_code().as_str()), (404, "BLOB_UNKNOWN"));
+
+    let reply = b.ask("GET", &target, &[("X-Spegel-Node", "b")]).await;
+    assert_eq!((reply.status, reply.body.len(), reply.orderly), (200, 0, true), "the whole, to the same client");
+    let reply = b.ask("GET", &target, &[("X-Spegel-Node", "c")]).await;
+    assert_eq!(reply.status, 404, "another client was given nothing");
+    let reply = b.ask("HEAD", &target, &[("X-Spegel-Node", "b")]).await;
+    assert_eq!(reply.status, 404, "only the parts of a blob are fetched in parallel");
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_ends_orderly_and_its_rest_is_refused_by_a_status() {
+    let network = MemoryNetwork::new();
+    let b = Node::join(&network, "b");
+    let bytes = noise(2, 2 << 20);
+    let digest = digest_of(&bytes);
+    let _short = rogue(&network, "short", Key::Digest(digest.clone()), short(bytes.len(), &bytes[..1_500_000])).await;
+    let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let reply = b.get(&target).await;
+    assert_eq!((reply.status, reply.body.len(), reply.orderly), (200, 1_500_000, true));
+    assert!(reply.body == bytes[..1_500_000]);
+    let reply = b.ask("GET", &target, &[("Range", "bytes=1500000-")]).await;
+    assert_eq!(reply.status, 404, "the peer's answer is no part, and the client looks elsewhere already");
+}
+
+#[tokio::test]
+async fn a_local_file_that_shrinks_ends_orderly() {
+    let node = Node::join(&MemoryNetwork::new(), "a");
+    let bytes = noise(3, 1 << 20);
+    let digest = node.shelf.put(&bytes);
+    let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let (file, whole) = (node.shelf.file(&digest), node.get(&target).await);
+    assert!(whole.body == bytes);
+    file.set_len(1000).unwrap();
+    let reply = node.ask("GET", &target, &[("Range", "bytes=2000-")]).await;
+    assert_eq!(reply.status, 416);
+}

@@ -1,0 +1,114 @@
+//! `cargo xtask test`.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::Args;
+use spegel_benches::containerd::{self, Version};
+use spegel_benches::daemon::{find_program, output};
+
+use crate::suites::{Counts, End, Outcome, Suite, report};
+
+/// The Debian packages of the end-to-end tests.
+const PACKAGES: [&str; 6] = ["containerd", "runc", "docker-registry", "iproute2", "util-linux", "procps"];
+
+#[derive(Debug, Args)]
+pub(crate) struct Test {
+    /// Leave out the end-to-end tests, and install nothing
+    #[arg(long)]
+    quick: bool,
+    /// Write the table of suites there
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+impl Test {
+    pub(crate) fn run(&self) -> Result<bool> {
+        let mut outcomes = Vec::new();
+        if !self.quick {
+            install();
+        }
+        for suite in suites(self.quick) {
+            outcomes.push(suite.run()?);
+            if suite.name == "lints" {
+                outcomes.push(tidy()?);
+            }
+        }
+        let (text, value, good) = report(&outcomes);
+        crate::write_json(self.json.as_ref(), &value)?;
+        println!("{text}");
+        Ok(good)
+    }
+}
+
+fn suites(quick: bool) -> Vec<Suite> {
+    let minutes = |n: u64| Duration::from_secs(60 * n);
+    let cargo = |name, limit, arguments: &str| Suite {
+        name,
+        limit,
+        command: std::iter::once(env!("CARGO")).chain(arguments.split(' ')).map(str::to_owned).collect(),
+        environment: Vec::new(),
+    };
+    let mut suites = vec![
+        cargo("format", minutes(1), "fmt --all --check"),
+        cargo("lints", minutes(10), "clippy --workspace --all-targets -- -D warnings"),
+        // --show-output: the reasons of tests that could not run.
+        cargo("tests", minutes(12), "test --workspace -- --skip e2e:: --show-output"),
+    ];
+    if !quick {
+        suites.push(cargo("end to end", minutes(10), "test -p spegel --test it -- e2e:: --test-threads=1 --nocapture"));
+    }
+    let mut documentation = cargo("docs", minutes(4), "doc --workspace --no-deps");
+    documentation.environment.push(("RUSTDOCFLAGS", "-D warnings"));
+    suites.push(documentation);
+    suites
+}
+
+fn tidy() -> Result<Outcome> {
+    println!("\n=== tidy");
+    let start = Instant::now();
+    let end = if crate::tidy::run()? { End::Passed } else { End::Failed };
+    Ok(Outcome { name: "tidy", end, time: start.elapsed(), counts: Counts::default() })
+}
+
+/// Installs what is missing; what cannot be installed is said, and the tests that need it say so again when they are skipped.
+fn install() {
+    let missing: Vec<&str> = PACKAGES.into_iter().filter(|package| !installed(package)).collect();
+    if !missing.is_empty() {
+        let said = match install_packages(&missing) {
+            Ok(()) => format!("installed: {}", missing.join(" ")),
+            Err(reason) => format!("not installed: {} ({reason:#})", missing.join(" ")),
+        };
+        println!("{said}");
+    }
+    if Version::V2_2.find().is_err() {
+        println!("building containerd 2.2 with Go, once");
+        match containerd::build() {
+            Ok(_) => println!("built containerd 2.2"),
+            Err(reason) => println!("containerd 2.2 is not built: {reason:#}"),
+        }
+    }
+}
+
+fn installed(package: &str) -> bool {
+    output(Command::new("dpkg-query").args(["--show", "--showformat=${db:Status-Status}", package]))
+        .is_ok_and(|status| status == "installed")
+}
+
+fn install_packages(packages: &[&str]) -> Result<()> {
+    anyhow::ensure!(find_program("apt-get").is_some(), "this machine has no apt-get");
+    let identity = output(Command::new("id").arg("-u"))?;
+    anyhow::ensure!(identity.trim() == "0", "that needs root");
+    // The lock is waited for: another installation may be running.
+    let apt = || {
+        let mut command = Command::new("timeout");
+        command
+            .args(["300", "apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"])
+            .env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    };
+    output(apt().arg("update"))?;
+    output(apt().args(["install", "--yes", "--no-install-recommends"]).args(packages)).map(|_| ())
+}
