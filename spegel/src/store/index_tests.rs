@@ -12,8 +12,9 @@ use crate::store::tree::Contents;
 struct Blobs(HashMap<Digest, Vec<u8>>);
 
 impl Contents for Blobs {
-    fn size(&self, digest: &Digest) -> Option<u64> {
-        self.0.get(digest).map(|bytes| bytes.len() as u64)
+    fn size(&self, digest: &Digest, expected: Option<u64>) -> Option<u64> {
+        let size = self.0.get(digest)?.len() as u64;
+        expected.is_none_or(|expected| expected == size).then_some(size)
     }
 
     fn manifest(&self, digest: &Digest) -> Option<Vec<u8>> {

@@ -205,8 +205,10 @@ fn malformed(path: &Path, reason: &dyn std::fmt::Display) -> StoreError {
 // === impl Inner ===
 
 impl Contents for Inner {
-    fn size(&self, digest: &Digest) -> Option<u64> {
-        self.layouts.iter().find_map(|layout| layout.blobs.size(digest).ok().flatten())
+    /// Layouts are also copied file by file, and half a file has the name of the whole.
+    fn size(&self, digest: &Digest, expected: Option<u64>) -> Option<u64> {
+        let mut sizes = self.layouts.iter().filter_map(|layout| layout.blobs.size(digest).ok().flatten());
+        sizes.find(|&size| expected.is_none_or(|expected| expected == size))
     }
 
     fn manifest(&self, digest: &Digest) -> Option<Vec<u8>> {

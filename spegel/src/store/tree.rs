@@ -16,8 +16,9 @@ const ATTESTATION_LAYER: &str = "application/vnd.in-toto+json";
 
 /// Content that may be here.
 pub(super) trait Contents {
-    /// Its length in bytes, if it is here and ours.
-    fn size(&self, digest: &Digest) -> Option<u64>;
+    /// Its length in bytes, if it is here, ours and whole. `expected` is what an image says of its length, which is the
+    /// image's claim only: where content is known to be what its digest says, it does not count.
+    fn size(&self, digest: &Digest, expected: Option<u64>) -> Option<u64>;
 
     /// A manifest's bytes, if it is here, ours, and no larger than [`crate::oci::MAX_MANIFEST_BYTES`].
     fn manifest(&self, digest: &Digest) -> Option<Vec<u8>>;
@@ -27,8 +28,7 @@ pub(super) trait Contents {
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) digest: Digest,
-    /// Its length in bytes as found by the walk; nothing if it was absent, or is not as long as it has to be: layouts are
-    /// also copied file by file, and half a file has the name of the whole.
+    /// Its length in bytes as found by the walk; nothing if it was absent.
     pub(super) size: Option<u64>,
     /// How long it has to be, where something says so.
     pub(super) expected_size: Option<u64>,
@@ -133,7 +133,7 @@ impl Tree {
 impl<C: Contents> Walk<'_, C> {
     fn add(&mut self, digest: &Digest, expected_size: Option<u64>, kind: Kind) -> u32 {
         let at = self.nodes.len() as u32;
-        let size = self.contents.size(digest).filter(|&size| expected_size.is_none_or(|expected| expected == size));
+        let size = self.contents.size(digest, expected_size);
         let children = Vec::new();
         self.seen.insert(digest.clone(), at);
         self.nodes.push(Node { digest: digest.clone(), size, expected_size, children, kind, referrer: None });

@@ -283,7 +283,9 @@ impl Ours {
 }
 
 impl Contents for Ours {
-    fn size(&self, digest: &Digest) -> Option<u64> {
+    /// containerd verified what it committed. Were the image's claim believed, an index that gives a wrong length for
+    /// another image's content would hide that content.
+    fn size(&self, digest: &Digest, _expected: Option<u64>) -> Option<u64> {
         let size = self.dir.size(digest).ok()??;
         self.is_ours(digest).then_some(size)
     }
