@@ -11,6 +11,7 @@ mod respond;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::request::Parts;
 use http::{Response, StatusCode, header};
@@ -60,12 +61,14 @@ pub struct Settings {
 pub struct Registry {
     settings: Settings,
     promises: Arc<Promises>,
+    /// The router was ready once.
+    joined: AtomicBool,
 }
 
 impl Registry {
     /// A registry over its parts.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, promises: Arc::default() }
+        Self { settings, promises: Arc::default(), joined: AtomicBool::new(false) }
     }
 
     /// Answers one request, that came from `remote`. A request body is not looked at.
@@ -89,7 +92,11 @@ impl Registry {
         if let Health::Waiting(what) = &*self.settings.store.health().borrow() {
             return Err(what.clone());
         }
-        if self.settings.readiness.borrow().is_ready() { Ok(()) } else { Err("no peer has answered yet".to_owned()) }
+        // Once joined stays joined: a node that has lost its peers still serves its own content.
+        if self.settings.readiness.borrow().is_ready() {
+            self.joined.store(true, Ordering::Relaxed);
+        }
+        if self.joined.load(Ordering::Relaxed) { Ok(()) } else { Err("no peer has answered yet".to_owned()) }
     }
 
     fn health(&self, request: &Parts, handler: &'static str, state: Result<(), String>) -> Response<Body> {
