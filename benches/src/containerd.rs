@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
@@ -200,12 +200,29 @@ impl Containerd {
         self.ctr(&["images", "import", "--no-unpack", "--all-platforms", &archive.display().to_string()]).map(|_| ())
     }
 
-    /// Removes an image and waits until its content is collected.
+    /// Removes an image by every name that it has, and waits until its content is collected.
+    ///
+    /// The CRI notices what others pull and names it twice more, by `repository@digest` and by the digest of its configuration, a moment
+    /// later: one name alone would keep the content.
     ///
     /// # Errors
-    /// What `ctr` says.
+    /// What `ctr` says, or a name that comes back for ten seconds.
     pub fn remove(&self, reference: &str) -> Result<()> {
-        self.ctr(&["images", "remove", "--sync", reference]).map(|_| ())
+        let digest = self.image_digest(reference)?.with_context(|| format!("the store has no image {reference}"))?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let images = self.images()?;
+            let names = images.iter().filter(|(_, target)| *target == digest).map(|(name, _)| name.as_str());
+            let mut command = vec!["images", "remove", "--sync"];
+            command.extend(names);
+            if command.len() == 3 {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("the images {:?} come back when they are removed", &command[3..]);
+            }
+            self.ctr(&command)?;
+        }
     }
 
     /// The digest that the store has for a name, if it has one.
@@ -213,9 +230,19 @@ impl Containerd {
     /// # Errors
     /// What `ctr` says.
     pub fn image_digest(&self, reference: &str) -> Result<Option<String>> {
+        Ok(self.images()?.into_iter().find(|(name, _)| name == reference).map(|(_, digest)| digest))
+    }
+
+    /// Every name with the digest that it stands for.
+    fn images(&self) -> Result<Vec<(String, String)>> {
         let list = self.ctr(&["images", "ls"])?;
-        let line = list.lines().find(|line| line.split_whitespace().next() == Some(reference));
-        Ok(line.and_then(|line| line.split_whitespace().find(|word| word.starts_with("sha256:"))).map(str::to_owned))
+        // Name, media type, digest; the first line says so.
+        let images = list.lines().skip(1).filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let name = words.next()?;
+            Some((name.to_owned(), words.find(|word| word.starts_with("sha256:"))?.to_owned()))
+        });
+        Ok(images.collect())
     }
 
     /// The digests of all complete blobs of the namespace.
@@ -394,6 +421,7 @@ mod tests {
             check_content(&containerd, image.contents_for(platform).map(|content| content.digest.as_str())).unwrap();
             containerd.remove(image.reference()).unwrap();
             assert_eq!(containerd.image_digest(image.reference()).unwrap(), None);
+            assert_eq!(containerd.content().unwrap(), [""; 0], "garbage is collected");
 
             let archive = dir.path().join("image.tar");
             image.write_archive(&archive).unwrap();

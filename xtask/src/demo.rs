@@ -79,6 +79,12 @@ impl Demo {
     }
 }
 
+/// There is no upstream to fall back to, so a lookup may take longer than the 20 ms of the default: on a busy machine a pull would fail here
+/// that goes on at the registry elsewhere.
+fn patience() -> Vec<String> {
+    ["--mirror-resolve-timeout", "1s"].map(str::to_owned).to_vec()
+}
+
 /// Prints a round's table.
 fn print_round(title: &str, pulled: &[Pulled]) {
     println!("\n{title}\n{}", table::text(pulled));

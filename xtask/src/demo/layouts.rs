@@ -14,7 +14,7 @@ use spegel_benches::spegel::{Ports, Settings, Source, Spegel};
 
 use super::pull::Puller;
 use super::table::{Pulled, Round};
-use super::{Demo, keep_running, print_round};
+use super::{Demo, keep_running, patience, print_round};
 
 /// 127.0.0.1 to 127.0.0.3, which Linux answers for without being told.
 const NODES: u8 = 3;
@@ -70,7 +70,7 @@ fn start(program: &Path, folder: &Path, layouts: &[PathBuf], ports: Ports) -> Re
             ports,
             source: Source::Layout(layout.clone()),
             peers: others,
-            arguments: Vec::new(),
+            arguments: patience(),
             log: folder.join(format!("node{number}.log")),
         };
         nodes.push(settings.spawn()?);

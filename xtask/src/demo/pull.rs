@@ -110,6 +110,8 @@ impl Puller<'_> {
         state.bytes += bytes;
         let source = match source {
             Some("local") => "itself",
+            // What it fetched from a peer for the request before, and verified.
+            Some("ready") => "its memory",
             Some(source) => source,
             None => "unknown",
         };

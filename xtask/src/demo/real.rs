@@ -14,7 +14,7 @@ use spegel_benches::netns::Lab;
 use spegel_benches::spegel::{Settings, Spegel, configure};
 
 use super::table::{Pulled, Round};
-use super::{Demo, keep_running, print_round};
+use super::{Demo, keep_running, patience, print_round};
 
 const NODES: usize = 3;
 
@@ -65,7 +65,9 @@ fn start(program: &Path, folder: &Path, containerds: &[Containerd]) -> Result<Ve
     let mut nodes = Vec::new();
     for (number, containerd) in containerds.iter().enumerate() {
         let log = folder.join(format!("node{}.log", number + 1));
-        let node = Settings::on_node(program, containerd, &addresses, &log).spawn()?;
+        let mut settings = Settings::on_node(program, containerd, &addresses, &log);
+        settings.arguments = patience();
+        let node = settings.spawn()?;
         configure(program, &containerd.certs_dir(), &node.url(), &[], &node.settings().address.to_string())?;
         nodes.push(node);
     }

@@ -23,8 +23,7 @@ pub(super) type Round = (&'static str, Vec<Pulled>);
 pub(super) fn text(pulled: &[Pulled]) -> String {
     let mut text = format!("{:<12} {:>10} {:>8} {:>11}   served by", "node", "pulled", "time", "speed");
     for one in pulled {
-        let served: Vec<String> =
-            one.sources.iter().map(|(who, bytes)| format!("{who} {:.1} MiB", mib(*bytes))).collect();
+        let served: Vec<String> = one.sources.iter().map(|(who, bytes)| format!("{who} {}", amount(*bytes))).collect();
         let seconds = one.time.as_secs_f64();
         let _ = write!(
             text,
@@ -51,6 +50,10 @@ pub(super) fn to_json(image: &Image, rounds: &[Round]) -> Value {
 
 fn node_json(one: &Pulled) -> Value {
     json!({ "node": one.node, "bytes": one.bytes, "seconds": one.time.as_secs_f64(), "bytes_by_source": one.sources })
+}
+
+fn amount(bytes: u64) -> String {
+    if bytes < 1 << 20 { format!("{:.1} KiB", bytes as f64 / 1024.0) } else { format!("{:.1} MiB", mib(bytes)) }
 }
 
 pub(super) fn mib(bytes: u64) -> f64 {

@@ -25,7 +25,8 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 struct Alone {
     spegel: Spegel,
     image: Image,
-    folder: TempDir,
+    /// Held for its end.
+    _folder: TempDir,
 }
 
 impl Alone {
@@ -38,7 +39,7 @@ impl Alone {
             .unwrap();
         image.write_layout(&layout).unwrap();
         let spegel = settings(&folder, Source::Layout(layout)).start().unwrap();
-        let alone = Self { spegel, image, folder };
+        let alone = Self { spegel, image, _folder: folder };
         wait_until(Duration::from_secs(20), "the image", || alone.serves()).unwrap();
         alone
     }
@@ -188,8 +189,13 @@ fn a_content_path_of_another_containerd(version: Version) {
     let Some(cluster) = Cluster::start(version, 2, &Options::default()) else { return };
     let image = cluster.push("app:1", |image| image.layers(1, 100_000, Compression::Gzip, 1));
     cluster.nodes[0].pull(&image, image.reference());
-    let mut settings = cluster.settings(0);
-    settings.ports = Ports { registry: 6000, router: 6001, metrics: 6090 };
+    let second = || {
+        let mut settings = cluster.settings(0);
+        settings.ports = Ports { registry: 6000, router: 6001, metrics: 6090 };
+        settings.peers = vec![settings.address];
+        settings
+    };
+    let mut settings = second();
     settings.log = cluster.folder.path().join("refused.log");
     let wrong = cluster.nodes[1].containerd.content_path();
     fs::create_dir_all(wrong.join("blobs/sha256")).unwrap();
@@ -201,8 +207,7 @@ fn a_content_path_of_another_containerd(version: Version) {
     assert!(log.contains(&wrong.display().to_string()), "{log}");
 
     // Left empty, containerd is asked, and the right one is found.
-    let mut settings = cluster.settings(0);
-    settings.ports = Ports { registry: 6000, router: 6001, metrics: 6090 };
+    let mut settings = second();
     settings.source = Source::Containerd { socket: cluster.nodes[0].containerd.socket(), content: None };
     let spegel = settings.start().unwrap();
     let url = format!("{}/v2/app/blobs/{}", spegel.url(), image.contents()[0].digest);

@@ -18,12 +18,17 @@ pub(super) const PROGRAM: &str = env!("CARGO_BIN_EXE_spegel");
 /// How long an image may take from a store to a peer's answer; far above what it takes.
 pub(super) const NOTICED: Duration = Duration::from_secs(20);
 
+/// The default of 20 ms is for release builds on machines with a core to spare. Where nobody has anything the answer comes as soon as the
+/// router knows that, whatever this is.
+const RESOLVE_TIMEOUT: &str = "1s";
+
 /// Everything; what is declared first ends first.
 pub(super) struct Cluster {
     pub(super) nodes: Vec<Member>,
     pub(super) upstream: Registry,
     pub(super) folder: TempDir,
-    lab: Lab,
+    /// Held for its end.
+    _lab: Lab,
 }
 
 /// One node.
@@ -52,7 +57,7 @@ impl Cluster {
         let members = nodes
             .iter()
             .map(|node| Member { spegel: None, containerd: Containerd::start(&binaries, node, options).unwrap() });
-        let mut cluster = Self { nodes: members.collect(), upstream, folder: tempfile::tempdir().unwrap(), lab };
+        let mut cluster = Self { nodes: members.collect(), upstream, folder: tempfile::tempdir().unwrap(), _lab: lab };
         cluster.start_mirrors();
         Some(cluster)
     }
@@ -73,7 +78,9 @@ impl Cluster {
     pub(super) fn settings(&self, n: usize) -> Settings {
         let peers: Vec<_> = self.nodes.iter().map(|member| member.containerd.node().address().into()).collect();
         let log = self.folder.path().join(format!("spegel-{n}.log"));
-        Settings::on_node(Path::new(PROGRAM), &self.nodes[n].containerd, &peers, &log)
+        let mut settings = Settings::on_node(Path::new(PROGRAM), &self.nodes[n].containerd, &peers, &log);
+        settings.arguments = vec!["--mirror-resolve-timeout".into(), RESOLVE_TIMEOUT.into()];
+        settings
     }
 
     /// Makes an image that is named after the upstream registry, and pushes it there.
@@ -87,11 +94,6 @@ impl Cluster {
     pub(super) fn make(&self, name: &str, describe: impl FnOnce(ImageBuilder) -> ImageBuilder) -> Image {
         let builder = describe(ImageBuilder::new(format!("{}/{name}", self.upstream.host())));
         builder.build(&self.folder.path().join("images")).unwrap()
-    }
-
-    /// Adds a node without containerd, for what else listens in the lab.
-    pub(super) fn add_node(&mut self) -> Node {
-        self.lab.add_node().unwrap()
     }
 
     /// Waits until node `n`'s mirror can resolve the tag, from itself or by way of a peer.
