@@ -1,6 +1,6 @@
 //! `cargo xtask demo`.
 
-mod layouts;
+pub(crate) mod layouts;
 mod pull;
 mod real;
 mod table;

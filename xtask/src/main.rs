@@ -1,5 +1,6 @@
-//! spegel's own commands: `cargo xtask build`, `test`, `tidy`, `demo`.
+//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `tidy`.
 
+mod bench;
 mod build;
 mod demo;
 mod protoc;
@@ -27,6 +28,8 @@ enum Command {
     Build(build::Build),
     /// Install what tests need, then check format, lints and the repository's rules, and run every test
     Test(test::Test),
+    /// Measure the whole process
+    Bench(bench::Bench),
     /// Check the repository's own rules: who imports whom, file sizes, unsafe code, unfinished code
     Tidy,
     /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
@@ -50,6 +53,7 @@ fn run(command: Command) -> Result<bool> {
     match command {
         Command::Build(build) => build.run(),
         Command::Test(test) => test.run(),
+        Command::Bench(bench) => bench.run(),
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
     }

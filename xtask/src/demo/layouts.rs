@@ -17,7 +17,7 @@ use super::table::{Pulled, Round};
 use super::{Demo, keep_running, patience, print_round};
 
 /// 127.0.0.1 to 127.0.0.3, which Linux answers for without being told.
-const NODES: u8 = 3;
+pub(crate) const NODES: u8 = 3;
 
 /// How long a change of a layout may take until it is served.
 const NOTICED: Duration = Duration::from_secs(20);
@@ -56,6 +56,21 @@ pub(super) fn run(program: &Path, folder: &Path, image: &Image, demo: &Demo) -> 
 
 /// All processes at once, then waits until they found each other.
 fn start(program: &Path, folder: &Path, layouts: &[PathBuf], ports: Ports) -> Result<Vec<Spegel>> {
+    let mut nodes = spawn(program, folder, layouts, ports, &patience())?;
+    for node in &mut nodes {
+        node.wait_ready(Duration::from_secs(30))?;
+    }
+    Ok(nodes)
+}
+
+/// A process on each of the demo's addresses, with an empty layout each and the others as peers.
+pub(crate) fn spawn(
+    program: &Path,
+    folder: &Path,
+    layouts: &[PathBuf],
+    ports: Ports,
+    arguments: &[String],
+) -> Result<Vec<Spegel>> {
     let mut nodes = Vec::new();
     for (number, layout) in (1..=NODES).zip(layouts) {
         // An empty layout, so that a process has something to watch.
@@ -70,13 +85,10 @@ fn start(program: &Path, folder: &Path, layouts: &[PathBuf], ports: Ports) -> Re
             ports,
             source: Source::Layout(layout.clone()),
             peers: others,
-            arguments: patience(),
+            arguments: arguments.to_vec(),
             log: folder.join(format!("node{number}.log")),
         };
         nodes.push(settings.spawn()?);
-    }
-    for node in &mut nodes {
-        node.wait_ready(Duration::from_secs(30))?;
     }
     Ok(nodes)
 }
@@ -130,7 +142,7 @@ fn address(number: u8) -> IpAddr {
 }
 
 /// Three ports that are free on every address of the demo: 15000, 15001 and 19090, or some hundreds more.
-fn free_ports() -> Result<Ports> {
+pub(crate) fn free_ports() -> Result<Ports> {
     let free = |port| (1..=NODES).all(|number| TcpListener::bind((address(number), port)).is_ok());
     for offset in (0..4000).step_by(100) {
         let ports = Ports { registry: 15000 + offset, router: 15001 + offset, metrics: 19090 + offset };
