@@ -68,3 +68,120 @@ fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result
     };
     Ok(Invocation { log: Log { level: cli.log_level, format: cli.log_format }, command })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// What a command line comes to, as text.
+    fn settings(arguments: &[&str]) -> String {
+        let arguments = std::iter::once("spegel").chain(arguments.iter().copied()).map(Into::into);
+        match parse_from(arguments) {
+            Ok(invocation) => format!("{invocation:?}"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn refusal(arguments: &[&str]) -> String {
+        let arguments = std::iter::once("spegel").chain(arguments.iter().copied()).map(Into::into);
+        parse_from(arguments).unwrap_err().to_string()
+    }
+
+    /// Each flag, given, must change what the command does; no flag may be left out here.
+    fn check_flags(command: &str, required: &[&str], flags: &[&[&str]]) {
+        let base: Vec<&str> = std::iter::once(command).chain(required.iter().copied()).collect();
+        let plain = settings(&base);
+        let mut told: BTreeSet<&str> = BTreeSet::new();
+        for flag in flags {
+            let changed = settings(&[&base[..], flag].concat());
+            assert_ne!(plain, changed, "{flag:?} changes nothing");
+            told.insert(flag[0].split('=').next().unwrap());
+        }
+        let cli = args::Cli::command();
+        let command = cli.find_subcommand(command).unwrap();
+        let all: Vec<String> = command.get_arguments().map(|arg| format!("--{}", arg.get_long().unwrap())).collect();
+        let missing: Vec<_> = all.iter().filter(|flag| !told.contains(flag.as_str()) && *flag != "--help").collect();
+        assert!(missing.is_empty(), "not tried: {missing:?}");
+    }
+
+    #[test]
+    fn each_flag_of_configuration_changes_something() {
+        let secrets = tempfile::tempdir().unwrap();
+        std::fs::write(secrets.path().join("username"), "user\n").unwrap();
+        std::fs::write(secrets.path().join("password"), "secret\n").unwrap();
+        let secrets = secrets.path().to_str().unwrap();
+        check_flags(
+            "configuration",
+            &["--mirror-targets", "http://127.0.0.1:5000"],
+            &[
+                &["--containerd-registry-config-path", "/elsewhere"],
+                &["--mirrored-registries", "https://a.test", "https://b.test:5000"],
+                &["--mirror-targets", "http://[fd00::1]:5000"],
+                &["--resolve-tags=false"],
+                &["--prepend-existing"],
+                &["--node-name", "elsewhere"],
+                &["--basic-auth-dir", secrets],
+            ],
+        );
+    }
+
+    #[test]
+    fn each_flag_of_registry_changes_something() {
+        let secrets = tempfile::tempdir().unwrap();
+        std::fs::write(secrets.path().join("username"), "user").unwrap();
+        std::fs::write(secrets.path().join("password"), "secret").unwrap();
+        let secrets = secrets.path().to_str().unwrap();
+        check_flags(
+            "registry",
+            &["--bootstrap-kind", "static"],
+            &[
+                &["--bootstrap-kind", "dns", "--dns-bootstrap-domain", "spegel.test."],
+                &["--bootstrap-kind=dns", "--dns-bootstrap-domain", "other.test."],
+                &["--dns-bootstrap-domain", "spegel.test.", "--bootstrap-kind", "dns"],
+                &["--static-bootstrap-peers", "10.0.0.1", "/ip4/10.0.0.2/tcp/5001"],
+                &["--metrics-addr", ":1"],
+                &["--containerd-sock", "/elsewhere"],
+                &["--containerd-namespace", "default"],
+                &["--containerd-content-path", ""],
+                &["--oci-layout", "/a", "/b"],
+                &["--data-dir", "/elsewhere"],
+                &["--router-addr", "[::1]:1"],
+                &["--registry-addr", "127.0.0.1:1"],
+                &["--mirrored-registries", "https://a.test"],
+                &["--registry-filters", "^a.test/b{1,2}$"],
+                &["--mirror-resolve-timeout", "1s"],
+                &["--mirror-resolve-retries", "7"],
+                &["--mirror-stall-timeout", "1m30s"],
+                &["--drain-timeout", "1s"],
+                &["--node-name", "elsewhere"],
+                &["--basic-auth-dir", secrets],
+            ],
+        );
+    }
+
+    #[test]
+    fn both_kinds_of_bootstrap_may_be_given_at_once() {
+        let told = settings(&["registry", "--bootstrap-kind", "static,dns", "--dns-bootstrap-domain", "spegel.test."]);
+        assert!(told.contains("Dns(\"spegel.test.\")") && told.contains("Static("), "{told}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_by_flag() {
+        for (arguments, says) in [
+            (&["registry", "--bootstrap-kind", "carrier-pigeon"][..], "the kinds are dns and static"),
+            (&["registry", "--bootstrap-kind", "dns"], "needs --dns-bootstrap-domain"),
+            (&["registry", "--bootstrap-kind", "static", "--registry-addr", "here"], "--registry-addr here"),
+            (&["registry", "--bootstrap-kind", "static", "--registry-filters", "("], "--registry-filters"),
+            (&["registry", "--bootstrap-kind", "static", "--mirror-resolve-timeout", "20"], "20ms, 2s or 1m30s"),
+            (&["configuration", "--mirror-targets", "ftp://a"], "--mirror-targets"),
+            (&["configuration"], "--mirror-targets"),
+            (&["registry", "--bootstrap-kind", "static", "--http-bootstrap-addr", ":1"], "unexpected argument"),
+        ] {
+            let said = refusal(arguments);
+            assert!(said.contains(says), "{arguments:?}: {said}");
+        }
+    }
+}
