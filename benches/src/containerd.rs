@@ -200,6 +200,14 @@ impl Containerd {
         self.ctr(&["images", "import", "--no-unpack", "--all-platforms", &archive.display().to_string()]).map(|_| ())
     }
 
+    /// Removes a name and waits until what only that kept is collected.
+    ///
+    /// # Errors
+    /// What `ctr` says.
+    pub fn remove(&self, reference: &str) -> Result<()> {
+        self.ctr(&["images", "remove", "--sync", reference]).map(|_| ())
+    }
+
     /// Removes an image by every name that it has, and waits until its content is collected.
     ///
     /// The CRI notices what others pull and names it twice more, by `repository@digest` and by the digest of its configuration, a moment
@@ -207,7 +215,7 @@ impl Containerd {
     ///
     /// # Errors
     /// What `ctr` says, or a name that comes back for ten seconds.
-    pub fn remove(&self, reference: &str) -> Result<()> {
+    pub fn remove_with_aliases(&self, reference: &str) -> Result<()> {
         let digest = self.image_digest(reference)?.with_context(|| format!("the store has no image {reference}"))?;
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
@@ -419,7 +427,7 @@ mod tests {
             );
             let platform = crate::image::host_platform();
             check_content(&containerd, image.contents_for(platform).map(|content| content.digest.as_str())).unwrap();
-            containerd.remove(image.reference()).unwrap();
+            containerd.remove_with_aliases(image.reference()).unwrap();
             assert_eq!(containerd.image_digest(image.reference()).unwrap(), None);
             assert_eq!(containerd.content().unwrap(), [""; 0], "garbage is collected");
 

@@ -55,7 +55,7 @@ fn suites(quick: bool) -> Vec<Suite> {
         cargo("format", minutes(1), "fmt --all --check"),
         cargo("lints", minutes(10), "clippy --workspace --all-targets -- -D warnings"),
         // --show-output: the reasons of tests that could not run.
-        cargo("tests", minutes(12), "test --workspace -- --skip e2e:: --show-output"),
+        cargo("tests", minutes(12), "test --workspace --no-fail-fast -- --skip e2e:: --show-output"),
     ];
     if !quick {
         suites.push(cargo("end to end", minutes(10), "test -p spegel --test it -- e2e:: --test-threads=1 --nocapture"));

@@ -130,7 +130,7 @@ pub fn write(configuration: &Configuration) -> Result<Report, HostsError> {
     write_with(configuration, &mut |_| Ok(()))
 }
 
-/// Takes back what [`write`] or the Go program wrote below `config_path`, and restores what was there before. Files of others stay.
+/// Takes back what [`write()`] or the Go program wrote below `config_path`, and restores what was there before. Files of others stay.
 ///
 /// # Errors
 /// [`HostsError`]; a path that does not exist is none.

@@ -36,7 +36,7 @@ pub(super) fn run(program: &Path, folder: &Path, image: &Image, demo: &Demo) -> 
     for title in ["first round: only the first node has the image", "second round: the second node lost it"] {
         let pullers = if rounds.is_empty() { &containerds[1..] } else { &containerds[1..2] };
         if !rounds.is_empty() {
-            containerds[1].remove(image.reference())?;
+            containerds[1].remove_with_aliases(image.reference())?;
         }
         let pulled = pull_all(pullers, image)?;
         print_round(title, &pulled);

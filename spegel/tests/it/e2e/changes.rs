@@ -26,7 +26,7 @@ fn a_deleted_image_is_not_found(version: Version) {
         cluster.wait_resolved(1, image);
     }
     let (a, b) = (&cluster.nodes[0], &cluster.nodes[1]);
-    a.containerd.remove(gone.reference()).unwrap();
+    a.containerd.remove_with_aliases(gone.reference()).unwrap();
     wait_until(Duration::from_secs(5), "404 for everything that was deleted", || all_gone(b, &gone))
         .unwrap_or_else(|error| panic!("{error}\n{}\n{}", a.spegel().daemon.log(), b.spegel().daemon.log()));
     let error = b.containerd.pull(gone.reference()).unwrap_err().to_string();
@@ -72,7 +72,7 @@ fn restarts_lose_nothing(version: Version) {
     cluster.wait_resolved(1, &images[1]);
     cluster.nodes[1].pull(&images[1], images[1].reference());
     // It listens to the new containerd's events, too.
-    cluster.nodes[0].containerd.remove(images[1].reference()).unwrap();
+    cluster.nodes[0].containerd.remove_with_aliases(images[1].reference()).unwrap();
     let (a, image) = (&cluster.nodes[0], &images[1]);
     let url = a.url(image, "manifests", image.tag());
     let local = || Client::new(Duration::from_secs(5)).head(&url, &[("X-Spegel-Mirrored", "true")]).unwrap().status;

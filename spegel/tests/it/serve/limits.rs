@@ -182,8 +182,17 @@ async fn figures_appear_under_their_names() {
     fixture.then(Body::file(file_of(b"four"), 0, 4));
     let mut client = fixture.connect().await;
     client.fetch().await;
-    let mut shown = String::new();
-    prometheus_client::encoding::text::encode(&mut shown, &registry).unwrap();
+    let figures = || {
+        let mut shown = String::new();
+        prometheus_client::encoding::text::encode(&mut shown, &registry).unwrap();
+        shown
+    };
+    // The bytes are counted when the server has heard that they are sent, which the client may see sooner.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !figures().contains("way=\"sendfile\"} 4") && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let shown = figures();
     for line in [
         "spegel_serve_connections 1",
         "spegel_serve_connections_limit 4096",
