@@ -1,41 +1,21 @@
-//! spegel's own commands: `cargo xtask build`, `test`, `tidy`, `demo`.
+//! spegel's own commands.
 
-mod build;
-mod demo;
-mod protoc;
-mod suites;
-mod test;
-mod tidy;
+mod chart;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::Parser;
 
-/// Build, test and show spegel.
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 110)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Command {
-    /// Build spegel and say where it lies
-    Build(build::Build),
-    /// Install what tests need, then check format, lints and the repository's rules, and run every test
-    Test(test::Test),
-    /// Check the repository's own rules: who imports whom, file sizes, unsafe code, unfinished code
-    Tidy,
-    /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
-    Demo(demo::Demo),
+    Chart(chart::Chart),
 }
 
 fn main() -> ExitCode {
-    let command = Cli::parse().command;
-    match protoc::hand_over().and_then(|()| run(command)) {
+    match run(Command::parse()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -45,13 +25,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs a command; false if what it checked is not in order, which it has said then.
 fn run(command: Command) -> Result<bool> {
     match command {
-        Command::Build(build) => build.run(),
-        Command::Test(test) => test.run(),
-        Command::Tidy => tidy::run(),
-        Command::Demo(demo) => demo.run(),
+        Command::Chart(chart) => chart.run(root()),
     }
 }
 
@@ -59,12 +35,4 @@ fn run(command: Command) -> Result<bool> {
 fn root() -> &'static Path {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here)
-}
-
-/// Writes figures for `--json`.
-fn write_json(file: Option<&PathBuf>, value: &serde_json::Value) -> Result<()> {
-    if let Some(file) = file {
-        std::fs::write(file, serde_json::to_vec_pretty(value)?)?;
-    }
-    Ok(())
 }
