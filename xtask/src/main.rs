@@ -1,6 +1,7 @@
 //! spegel's own commands.
 
 mod chart;
+mod helm;
 
 use std::path::Path;
 use std::process::ExitCode;
