@@ -1,22 +1,48 @@
-//! spegel's own commands.
+//! spegel's own commands: `cargo xtask build`, `test`, `tidy`, `demo`, `chart`, `image`, `dist`.
 
+mod build;
 mod chart;
+mod demo;
 mod helm;
+mod image;
+mod protoc;
+mod suites;
+mod test;
+mod tidy;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
+/// Build, test and show spegel.
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
 enum Command {
+    /// Build spegel and say where it lies
+    Build(build::Build),
+    /// Install what tests need, then check format, lints and the repository's rules, and run every test
+    Test(test::Test),
+    /// Check the repository's own rules: who imports whom, file sizes, unsafe code, unfinished code
+    Tidy,
+    /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
+    Demo(demo::Demo),
+    /// Write the chart's values.yaml and README from its schema
     Chart(chart::Chart),
+    /// Make the container image from the static binary, without a container engine
+    Image(image::Image),
 }
 
 fn main() -> ExitCode {
-    match run(Command::parse()) {
+    let command = Cli::parse().command;
+    match protoc::hand_over().and_then(|()| run(command)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -26,9 +52,15 @@ fn main() -> ExitCode {
     }
 }
 
+/// Runs a command; false if what it checked is not in order, which it has said then.
 fn run(command: Command) -> Result<bool> {
     match command {
+        Command::Build(build) => build.run(),
+        Command::Test(test) => test.run(),
+        Command::Tidy => tidy::run(),
+        Command::Demo(demo) => demo.run(),
         Command::Chart(chart) => chart.run(root()),
+        Command::Image(image) => image.run(root()),
     }
 }
 
@@ -36,4 +68,12 @@ fn run(command: Command) -> Result<bool> {
 fn root() -> &'static Path {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here)
+}
+
+/// Writes figures for `--json`.
+fn write_json(file: Option<&PathBuf>, value: &serde_json::Value) -> Result<()> {
+    if let Some(file) = file {
+        std::fs::write(file, serde_json::to_vec_pretty(value)?)?;
+    }
+    Ok(())
 }
