@@ -1,8 +1,10 @@
 //! The only composer: builds the rooms, connects them, runs them, and takes them down.
 
+mod cleanup;
 mod handler;
 mod trace;
 
+use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -40,15 +42,20 @@ pub fn run(command: Command) -> anyhow::Result<()> {
             tell(&hosts::write(&configuration)?);
             Ok(())
         }
-        Command::Registry(settings) => {
-            let mut runtime = tokio::runtime::Builder::new_multi_thread();
-            let runtime = runtime.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build()?;
-            let result = runtime.block_on(registry(*settings));
-            // A task that hangs must not keep the process.
-            runtime.shutdown_timeout(std::time::Duration::from_secs(1));
-            result
-        }
+        Command::Registry(settings) => block_on(registry(*settings)),
+        Command::Cleanup(settings) => block_on(cleanup::clean(settings)),
+        Command::CleanupWait(settings) => block_on(cleanup::wait(*settings)),
+        Command::Completions(script) => Ok(std::io::stdout().write_all(&script)?),
     }
+}
+
+fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build()?;
+    let result = runtime.block_on(work);
+    // A task that hangs must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result
 }
 
 fn version(format: VersionFormat) {

@@ -1,8 +1,12 @@
-//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `tidy`.
+//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`, `tidy`.
 
 mod bench;
 mod build;
+mod chart;
 mod demo;
+mod dist;
+mod helm;
+mod image;
 mod protoc;
 mod suites;
 mod test;
@@ -34,6 +38,12 @@ enum Command {
     Tidy,
     /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
     Demo(demo::Demo),
+    /// Write the chart's values.yaml and README from its schema
+    Chart(chart::Chart),
+    /// Make the container image from the static binary, without a container engine
+    Image(image::Image),
+    /// Make everything that a release consists of
+    Dist(dist::Dist),
 }
 
 fn main() -> ExitCode {
@@ -56,6 +66,9 @@ fn run(command: Command) -> Result<bool> {
         Command::Bench(bench) => bench.run(),
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
+        Command::Chart(chart) => chart.run(root()),
+        Command::Image(image) => image.run(root()),
+        Command::Dist(dist) => dist.run(root()),
     }
 }
 

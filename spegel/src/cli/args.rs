@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::cleanup::{CleanupArgs, CleanupWaitArgs};
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum};
 
@@ -64,6 +65,15 @@ pub(super) enum Command {
     Configuration(ConfigurationArgs),
     /// Serve this node's images to its containerd and to peers
     Registry(Box<RegistryArgs>),
+    /// Take back what `configuration` wrote on this node, and answer probes once that is done
+    Cleanup(CleanupArgs),
+    /// Wait until the cleanup of all nodes is done
+    CleanupWait(CleanupWaitArgs),
+    /// Write a shell's completion script to standard output
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -191,7 +201,7 @@ fn split(matches: &ArgMatches, id: &str, values: &mut Vec<String>) {
 }
 
 /// A duration as Go writes it: `20ms`, `2s`, `1m30s`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let parsed: jiff::SignedDuration = text.parse().map_err(|_| "write it like 20ms, 2s or 1m30s".to_owned())?;
     match Duration::try_from(parsed) {
         Ok(duration) if !duration.is_zero() => Ok(duration),
@@ -226,7 +236,11 @@ mod tests {
     fn every_flag_has_the_environment_variable_of_its_name() {
         let cli = Cli::command();
         for command in std::iter::once(&cli).chain(cli.get_subcommands()) {
-            for arg in command.get_arguments().filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version")) {
+            for arg in command
+                .get_arguments()
+                .filter(|arg| !arg.is_positional())
+                .filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version"))
+            {
                 let long = arg.get_long().unwrap();
                 let expected = long.to_uppercase().replace('-', "_");
                 assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()), "--{long}");
