@@ -136,6 +136,24 @@ async fn a_silent_peer_delays_by_the_hedge_only() {
 }
 
 #[tokio::test]
+async fn peers_that_are_silent_end_in_a_404_within_their_bounds() {
+    let network = MemoryNetwork::new();
+    let b = Node::join(&network, "b");
+    let digest = digest_of(b"x");
+    let mut silent = Vec::new();
+    for n in 0..5 {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let router = network.join(&format!("{n}-silent"), listener.local_addr().unwrap());
+        spegel::router::Router::announce(&*router, spegel::store::Change::Added(vec![Key::Digest(digest.clone())]));
+        silent.push((listener, router));
+    }
+    let start = Instant::now();
+    assert_eq!(b.get(&format!("/v2/app/blobs/{digest}?ns=registry.test")).await.status, 404);
+    // Three of them are tried, each from a hedge after the one before, each for 3 s.
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
 async fn many_connections_that_want_the_same_are_all_served() {
     let network = MemoryNetwork::new();
     let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
