@@ -1,5 +1,6 @@
 //! The only composer: builds the rooms, connects them, runs them, and takes them down.
 
+mod cleanup;
 mod handler;
 mod trace;
 
@@ -40,15 +41,19 @@ pub fn run(command: Command) -> anyhow::Result<()> {
             tell(&hosts::write(&configuration)?);
             Ok(())
         }
-        Command::Registry(settings) => {
-            let mut runtime = tokio::runtime::Builder::new_multi_thread();
-            let runtime = runtime.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build()?;
-            let result = runtime.block_on(registry(*settings));
-            // A task that hangs must not keep the process.
-            runtime.shutdown_timeout(std::time::Duration::from_secs(1));
-            result
-        }
+        Command::Registry(settings) => block_on(registry(*settings)),
+        Command::Cleanup(settings) => block_on(cleanup::clean(settings)),
+        Command::CleanupWait(settings) => block_on(cleanup::wait(*settings)),
     }
+}
+
+fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build()?;
+    let result = runtime.block_on(work);
+    // A task that hangs must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result
 }
 
 fn version(format: VersionFormat) {

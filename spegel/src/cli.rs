@@ -1,6 +1,7 @@
 //! Flags and environment into validated settings. The only reader of the environment.
 
 mod args;
+mod cleanup;
 mod settings;
 
 use std::process::ExitCode;
@@ -8,6 +9,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _};
 
 pub use args::{LogFormat, LogLevel, VersionFormat};
+pub use cleanup::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
 pub use settings::{Bootstrap, Content, RegistrySettings};
 
 /// What the command line and the environment ask for.
@@ -37,6 +39,10 @@ pub enum Command {
     Configuration(crate::hosts::Configuration),
     /// Serve.
     Registry(Box<RegistrySettings>),
+    /// Take back what was written on this node.
+    Cleanup(CleanupSettings),
+    /// Wait until all nodes are clean.
+    CleanupWait(Box<CleanupWaitSettings>),
 }
 
 /// Reads the process's arguments and environment.
@@ -64,6 +70,8 @@ fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result
             args.split_lists(matches);
             Command::Registry(Box::new(settings::registry(*args)?))
         }
+        (args::Command::Cleanup(args), _) => Command::Cleanup(cleanup::cleanup(args)?),
+        (args::Command::CleanupWait(args), _) => Command::CleanupWait(Box::new(cleanup::cleanup_wait(args)?)),
         (_, None) => return Err(args::Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "no command")),
     };
     Ok(Invocation { log: Log { level: cli.log_level, format: cli.log_format }, command })

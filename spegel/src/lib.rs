@@ -7,13 +7,14 @@
 //! | 2 | [`store`], [`router`] | below; `router` takes `store`'s [`store::Change`] only |
 //! | 3 | [`mirror`] | below |
 //! | 4 | [`registry`] | below |
-//! | 5 | [`serve`], [`web`] | below |
+//! | 5 | [`serve`], [`web`], [`cleanup`] | below |
 //! | 6 | [`app`], [`cli`] | all |
 //!
 //! `cargo xtask tidy` fails on an import that climbs.
 
 pub mod app;
 pub mod bootstrap;
+pub mod cleanup;
 pub mod cli;
 pub mod hosts;
 pub mod metrics;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::cleanup::{CleanupArgs, CleanupWaitArgs};
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum};
 
@@ -64,6 +65,10 @@ pub(super) enum Command {
     Configuration(ConfigurationArgs),
     /// Serve this node's images to its containerd and to peers
     Registry(Box<RegistryArgs>),
+    /// Take back what `configuration` wrote on this node, and answer probes once that is done
+    Cleanup(CleanupArgs),
+    /// Wait until the cleanup of all nodes is done
+    CleanupWait(CleanupWaitArgs),
 }
 
 #[derive(Debug, Args)]
@@ -191,7 +196,7 @@ fn split(matches: &ArgMatches, id: &str, values: &mut Vec<String>) {
 }
 
 /// A duration as Go writes it: `20ms`, `2s`, `1m30s`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let parsed: jiff::SignedDuration = text.parse().map_err(|_| "write it like 20ms, 2s or 1m30s".to_owned())?;
     match Duration::try_from(parsed) {
         Ok(duration) if !duration.is_zero() => Ok(duration),

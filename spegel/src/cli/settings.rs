@@ -135,7 +135,7 @@ fn bootstrap(args: &RegistryArgs) -> Result<Vec<Bootstrap>, clap::Error> {
     if kinds.is_empty() { Err(usage("--bootstrap-kind needs a kind: dns or static")) } else { Ok(kinds) }
 }
 
-fn listen(flag: &str, text: &str) -> Result<ListenAddr, clap::Error> {
+pub(super) fn listen(flag: &str, text: &str) -> Result<ListenAddr, clap::Error> {
     text.parse().map_err(|error| usage(format!("{flag} {text}: {error}")))
 }
 
@@ -164,6 +164,6 @@ fn credentials(dir: &Path) -> Result<Option<(String, String)>, clap::Error> {
     }
 }
 
-fn usage(message: impl Display) -> clap::Error {
+pub(super) fn usage(message: impl Display) -> clap::Error {
     Cli::command().error(Usage::ValueValidation, message)
 }

@@ -1,5 +1,6 @@
 //! spegel's integration tests: conformance suites that several implementations share, and the real daemons end to end.
 
+mod cleanup;
 mod e2e;
 mod hosts;
 mod oci;

@@ -71,6 +71,20 @@ impl Identity {
         parse(&path, &text)
     }
 
+    /// Removes what [`load_or_create`](Self::load_or_create) keeps in this directory, and the directory if nothing else is in it.
+    /// Returns the removed file, nothing if there was none.
+    pub fn forget(data_dir: &Path) -> Result<Option<PathBuf>, IdentityError> {
+        let path = data_dir.join(FILE);
+        let removed = match fs::remove_file(&path) {
+            Ok(()) => Some(path),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => None,
+            Err(source) => return Err(IdentityError::Io { action: "remove", path, source }),
+        };
+        // It may hold other things, or be a mount point.
+        let _ = fs::remove_dir(data_dir);
+        Ok(removed)
+    }
+
     /// The identity's text form, as peers know it.
     pub fn peer_id(&self) -> String {
         self.0.public().to_peer_id().to_base58()
@@ -165,6 +179,20 @@ mod tests {
         assert!(matches!(error, IdentityError::NotAKey { .. }));
         assert!(error.to_string().contains("private.key"), "{error}");
         assert_eq!(fs::read_to_string(&file).unwrap(), "not a key");
+    }
+
+    #[test]
+    fn forgetting_takes_the_key_and_leaves_what_others_put_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        assert_eq!(Identity::forget(&data).unwrap(), None);
+        Identity::load_or_create(&data).unwrap();
+        assert_eq!(Identity::forget(&data).unwrap(), Some(data.join(FILE)));
+        assert!(!data.exists());
+        Identity::load_or_create(&data).unwrap();
+        fs::write(data.join("notes"), "an administrator's").unwrap();
+        Identity::forget(&data).unwrap();
+        assert_eq!(fs::read_dir(&data).unwrap().count(), 1);
     }
 
     #[test]
