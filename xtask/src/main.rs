@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod chart;
 mod demo;
 mod protoc;
 mod suites;
@@ -34,6 +35,8 @@ enum Command {
     Tidy,
     /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
     Demo(demo::Demo),
+    /// Write the chart's values.yaml and README from its schema
+    Chart(chart::Chart),
 }
 
 fn main() -> ExitCode {
@@ -56,6 +59,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Bench(bench) => bench.run(),
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
+        Command::Chart(chart) => chart.run(root()),
     }
 }
 

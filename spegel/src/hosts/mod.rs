@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt;
 use std::io;
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -45,7 +46,7 @@ pub struct Configuration {
     pub node_name: String,
 }
 
-/// The address of a mirror, `scheme://host[:port]`.
+/// The address of a mirror, `scheme://host[:port]`. An IPv6 address may leave out its brackets if a port follows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MirrorTarget(String);
 
@@ -202,8 +203,18 @@ impl FromStr for MirrorTarget {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let url = text.strip_suffix('/').unwrap_or(text);
-        let host = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
-        if host.is_some_and(is_registry) { Ok(Self(url.to_owned())) } else { Err(HostsError::Target(text.to_owned())) }
+        let split = |scheme| url.strip_prefix(scheme).map(|host| (scheme, host));
+        match split("http://").or_else(|| split("https://")) {
+            Some((_, host)) if is_registry(host) => Ok(Self(url.to_owned())),
+            // Kubernetes gives a node's address without brackets, to which a template can only append the port.
+            Some((scheme, host)) => match host.rsplit_once(':') {
+                Some((ip, port)) if ip.parse::<Ipv6Addr>().is_ok() && port.parse::<u16>().is_ok() => {
+                    Ok(Self(format!("{scheme}[{ip}]:{port}")))
+                }
+                _ => Err(HostsError::Target(text.to_owned())),
+            },
+            None => Err(HostsError::Target(text.to_owned())),
+        }
     }
 }
 

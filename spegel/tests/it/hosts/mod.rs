@@ -297,10 +297,12 @@ fn own_mirror_of_an_administrator_is_not_the_go_programs() {
 #[test]
 fn malformed_settings() {
     for bad in
-        ["", "127.0.0.1:5000", "ftp://a:1", "http://", "http://a/b", "http://fd00::1:5000", "http://a:x", "http://a'b"]
+        ["", "127.0.0.1:5000", "ftp://a:1", "http://", "http://a/b", "http://fd00::1:", "http://a:x", "http://a'b"]
     {
         assert!(matches!(bad.parse::<MirrorTarget>(), Err(HostsError::Target(_))), "{bad}");
     }
+    let without_brackets: MirrorTarget = "http://fd00::1:30020".parse().unwrap();
+    assert_eq!(without_brackets.as_str(), "http://[fd00::1]:30020");
     let root = tempfile::tempdir().unwrap();
     let mut configuration = setting(root.path(), &[]);
     configuration.node_name = "a'b".into();
