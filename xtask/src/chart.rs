@@ -1,5 +1,8 @@
 //! The chart's `values.yaml` and the table in its README, both made from `values.schema.json`, so that a value is described in one place.
 
+#[cfg(test)]
+mod rendered;
+
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -16,6 +19,9 @@ pub(crate) struct Chart {
     /// Write nothing; fail if something differs
     #[arg(long)]
     check: bool,
+    /// Build the Helm of the chart's tests first, with Go, if there is none
+    #[arg(long)]
+    build_helm: bool,
 }
 
 // === impl Chart ===
@@ -23,6 +29,9 @@ pub(crate) struct Chart {
 impl Chart {
     /// Writes, or says what differs. False if something does.
     pub(crate) fn run(&self, root: &Path) -> Result<bool> {
+        if self.build_helm {
+            println!("{}", crate::helm::build()?.display());
+        }
         let chart = root.join("charts/spegel");
         let schema = fs::read_to_string(chart.join("values.schema.json")).context("read values.schema.json")?;
         let schema: Value = serde_json::from_str(&schema).context("values.schema.json")?;
@@ -217,6 +226,6 @@ mod tests {
     #[test]
     fn the_chart_is_what_its_schema_makes_it() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        assert!(Chart { check: true }.run(root).unwrap(), "run `cargo xtask chart`");
+        assert!(Chart { check: true, build_helm: false }.run(root).unwrap(), "run `cargo xtask chart`");
     }
 }

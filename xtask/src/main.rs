@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod chart;
 mod demo;
+mod helm;
 mod protoc;
 mod suites;
 mod test;

@@ -1,0 +1,158 @@
+//! What the real Helm makes of the chart: the objects by default, and what each value changes in them.
+//!
+//! The expected texts are files beside this one; `UPDATE_SNAPSHOTS=1` writes them anew, to be read before they are committed.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use super::{is_idle, properties};
+
+fn here() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src/chart")
+}
+
+fn chart() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/spegel")
+}
+
+/// Helm, or nothing after the reason was said.
+fn helm() -> Option<PathBuf> {
+    crate::helm::find().inspect_err(|reason| println!("skipped: {reason:#}")).ok()
+}
+
+fn run(helm: &Path, kubernetes: &str, values: &[(&str, &Value)]) -> Output {
+    let mut command = Command::new(helm);
+    command.args(["template", "spegel"]).arg(chart()).args(["--namespace", "spegel", "--kube-version", kubernetes]);
+    for (path, value) in values {
+        command.args(["--set-json", &format!("{path}={value}")]);
+    }
+    command.output().unwrap()
+}
+
+fn render(helm: &Path, kubernetes: &str, values: &[(&str, &Value)]) -> String {
+    let output = run(helm, kubernetes, values);
+    assert!(output.status.success(), "{values:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[track_caller]
+fn check_snapshot(name: &str, text: &str) {
+    let path = here().join(name);
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+        fs::write(&path, text).unwrap();
+    }
+    let expected = fs::read_to_string(&path).unwrap_or_default();
+    if let Some((number, (is, was))) = text.lines().zip(expected.lines()).enumerate().find(|(_, (is, was))| is != was) {
+        panic!("{name} differs in line {}:\n  is  {is}\n  was {was}\nUPDATE_SNAPSHOTS=1 writes it anew", number + 1);
+    }
+    assert_eq!(text.lines().count(), expected.lines().count(), "{name}: UPDATE_SNAPSHOTS=1 writes it anew");
+}
+
+/// Lines that only one of two texts has, in order, each with how often it does more than the other.
+fn difference(from: &str, to: &str) -> String {
+    let mut counts: BTreeMap<&str, i32> = BTreeMap::new();
+    from.lines().for_each(|line| *counts.entry(line).or_default() -= 1);
+    to.lines().for_each(|line| *counts.entry(line).or_default() += 1);
+    let mut text = String::new();
+    for (sign, source, want) in [('-', from, -1), ('+', to, 1)] {
+        let mut told = BTreeSet::new();
+        for line in source.lines().filter(|line| counts[line].signum() == want) {
+            // The copy of the cleanup that a person may apply says again what the hook's own DaemonSet does.
+            if told.insert(line) && !line.trim_start().starts_with("spegel.dev/cleanup:") {
+                writeln!(text, "{sign} {}x {line}", counts[line].abs()).unwrap();
+            }
+        }
+    }
+    text
+}
+
+/// The paths of all values that have an effect.
+fn paths(schema: &Value, path: &str, found: &mut BTreeSet<String>) {
+    for (name, inner) in properties(schema).into_iter().flatten().filter(|(_, inner)| !is_idle(inner)) {
+        let path = format!("{path}{name}");
+        if properties(inner).is_some() {
+            paths(inner, &format!("{path}."), found);
+        } else {
+            found.insert(path);
+        }
+    }
+}
+
+#[test]
+fn each_value_changes_what_it_says() {
+    let Some(helm) = helm() else { return };
+    // Each with a value that is not the default, and with what else must be set for it to count.
+    let cases: BTreeMap<String, Value> =
+        serde_json::from_str(&fs::read_to_string(here().join("cases.json")).unwrap()).unwrap();
+    let schema = serde_json::from_str(&fs::read_to_string(chart().join("values.schema.json")).unwrap()).unwrap();
+    let mut all = BTreeSet::new();
+    paths(&schema, "", &mut all);
+    assert_eq!(all, cases.keys().cloned().collect(), "each value needs a case, and each case a value");
+    let mut text = String::new();
+    for (path, case) in &cases {
+        let value = &case["value"];
+        let with = case["with"].as_object().into_iter().flatten();
+        let with: Vec<(&str, &Value)> = with.map(|(path, value)| (path.as_str(), value)).collect();
+        let before = render(&helm, "1.34.0", &with);
+        let after = render(&helm, "1.34.0", &[with, vec![(path.as_str(), value)]].concat());
+        let changed = difference(&before, &after);
+        assert!(!changed.is_empty(), "{path} changes nothing");
+        writeln!(text, "=== {path}: {value}\n{changed}").unwrap();
+    }
+    check_snapshot("values.snapshot", &text);
+}
+
+#[test]
+fn the_objects_are_as_expected_on_each_kubernetes() {
+    let Some(helm) = helm() else { return };
+    let new = render(&helm, "1.34.0", &[]);
+    check_snapshot("objects.snapshot", &new);
+    check_snapshot("older.snapshot", &difference(&new, &render(&helm, "1.33.9", &[])));
+}
+
+#[test]
+fn helm_finds_nothing_to_complain_about() {
+    let Some(helm) = helm() else { return };
+    let output =
+        Command::new(helm).args(["lint", "--strict", "--kube-version", "1.34.0"]).arg(chart()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+/// The Go program's values at their defaults, as its users' files have them.
+#[test]
+fn the_values_of_the_go_chart_are_accepted_and_unknown_ones_are_not() {
+    let Some(helm) = helm() else { return };
+    let values = here().join("go-values.yaml");
+    let output = Command::new(&helm)
+        .args(["template", "spegel"])
+        .arg(chart())
+        .args(["--kube-version", "1.34.0", "--values"])
+        .arg(values)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for (path, value) in
+        [("spegel.logLevl", "\"INFO\""), ("spegel.mirrorResolveTimeout", "\"20\""), ("service.registry.port", "0")]
+    {
+        let value: Value = serde_json::from_str(value).unwrap();
+        assert!(!run(&helm, "1.34.0", &[(path, &value)]).status.success(), "{path}");
+    }
+}
+
+/// Selectors cannot change in an upgrade; these are the Go program's.
+#[test]
+fn selectors_are_those_of_the_go_chart() {
+    let Some(helm) = helm() else { return };
+    let objects = render(&helm, "1.34.0", &[]);
+    let set =
+        objects.split("---\n").find(|object| object.contains("kind: DaemonSet\nmetadata:\n  name: spegel\n")).unwrap();
+    let labels = "  selector:\n    matchLabels:\n      app.kubernetes.io/component: spegel\n      app.kubernetes.io/name: spegel\n      app.kubernetes.io/instance: spegel\n  template:";
+    assert!(set.contains(labels), "{set}");
+}
