@@ -48,3 +48,28 @@ pub(crate) fn spegel(profile: &str) -> Result<PathBuf> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |folder| root.join(folder));
     Ok(target.join(profile).join("spegel"))
 }
+
+/// Builds what is shipped: a release binary for this machine's architecture that needs nothing but the kernel, with no path of
+/// this machine in it, and returns where it lies.
+///
+/// # Errors
+/// The build fails; cargo has said why.
+pub(crate) fn static_spegel() -> Result<PathBuf> {
+    let root = crate::root();
+    let triple = if cfg!(target_arch = "aarch64") { "aarch64-unknown-linux-gnu" } else { "x86_64-unknown-linux-gnu" };
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let cargo_home = std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);
+    let flags = format!(
+        "-C target-feature=+crt-static --remap-path-prefix={}=/cargo --remap-path-prefix={}=/spegel",
+        cargo_home.display(),
+        root.display()
+    );
+    let mut command = Command::new(env!("CARGO"));
+    // Without an explicit target the flags would reach procedural macros, which cannot be static.
+    command.current_dir(root).args(["build", "--locked", "--package", "spegel", "--release", "--target", triple]);
+    if !command.env("RUSTFLAGS", flags).status().context("run cargo")?.success() {
+        bail!("spegel does not build");
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |folder| root.join(folder));
+    Ok(target.join(triple).join("release/spegel"))
+}

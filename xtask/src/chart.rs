@@ -13,7 +13,6 @@ use serde_json::{Map, Value};
 /// Between these lines of the README stands what is made.
 const MARKS: (&str, &str) = ("<!-- values: made by `cargo xtask chart` -->\n", "<!-- end of values -->\n");
 
-/// Write the chart's values.yaml and README from its schema
 #[derive(Debug, clap::Args)]
 pub(crate) struct Chart {
     /// Write nothing; fail if something differs

@@ -5,6 +5,7 @@ mod build;
 mod chart;
 mod demo;
 mod helm;
+mod image;
 mod protoc;
 mod suites;
 mod test;
@@ -38,6 +39,8 @@ enum Command {
     Demo(demo::Demo),
     /// Write the chart's values.yaml and README from its schema
     Chart(chart::Chart),
+    /// Make the container image from the static binary, without a container engine
+    Image(image::Image),
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
         Command::Chart(chart) => chart.run(root()),
+        Command::Image(image) => image.run(root()),
     }
 }
 

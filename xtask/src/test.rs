@@ -83,6 +83,13 @@ fn install() {
         };
         println!("{said}");
     }
+    if crate::helm::find().is_err() {
+        println!("building Helm with Go, once");
+        match crate::helm::build() {
+            Ok(_) => println!("built Helm"),
+            Err(reason) => println!("Helm is not built: {reason:#}"),
+        }
+    }
     if Version::V2_2.find().is_err() {
         println!("building containerd 2.2 with Go, once");
         match containerd::build() {
