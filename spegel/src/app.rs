@@ -4,6 +4,7 @@ mod cleanup;
 mod handler;
 mod trace;
 
+use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -44,6 +45,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Registry(settings) => block_on(registry(*settings)),
         Command::Cleanup(settings) => block_on(cleanup::clean(settings)),
         Command::CleanupWait(settings) => block_on(cleanup::wait(*settings)),
+        Command::Completions(script) => Ok(std::io::stdout().write_all(&script)?),
     }
 }
 

@@ -43,6 +43,8 @@ pub enum Command {
     Cleanup(CleanupSettings),
     /// Wait until all nodes are clean.
     CleanupWait(Box<CleanupWaitSettings>),
+    /// Print this script.
+    Completions(Vec<u8>),
 }
 
 /// Reads the process's arguments and environment.
@@ -72,6 +74,11 @@ fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result
         }
         (args::Command::Cleanup(args), _) => Command::Cleanup(cleanup::cleanup(args)?),
         (args::Command::CleanupWait(args), _) => Command::CleanupWait(Box::new(cleanup::cleanup_wait(args)?)),
+        (args::Command::Completions { shell }, _) => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut args::Cli::command(), "spegel", &mut script);
+            Command::Completions(script)
+        }
         (_, None) => return Err(args::Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "no command")),
     };
     Ok(Invocation { log: Log { level: cli.log_level, format: cli.log_format }, command })

@@ -12,6 +12,9 @@ pub(crate) struct Build {
     /// `release` is what is shipped; `fast` builds in a fraction of the time and is nearly as fast
     #[arg(long, value_enum, default_value = "release")]
     profile: Profile,
+    /// Build what is shipped: a release binary that needs nothing but the kernel
+    #[arg(long = "static", conflicts_with = "profile")]
+    is_static: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -24,6 +27,7 @@ impl Build {
     pub(crate) fn run(&self) -> Result<bool> {
         let start = Instant::now();
         let program = match self.profile {
+            _ if self.is_static => static_spegel()?,
             Profile::Fast => spegel("fast")?,
             Profile::Release => spegel("release")?,
         };

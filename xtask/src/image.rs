@@ -12,7 +12,6 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use spegel_benches::image::HashWriter;
 
-use elf::Architecture;
 use layout::Layout;
 
 /// Where the trust anchors lie, as programs on Debian and Alpine expect them.
@@ -80,6 +79,14 @@ pub(crate) fn write(binaries: &[PathBuf], name: &str, output: &Path) -> Result<S
     Ok(digest)
 }
 
+/// The architecture of a static binary, by its name in the OCI specification.
+///
+/// # Errors
+/// It would not start in an empty root.
+pub(crate) fn architecture(binary: &Path) -> Result<&'static str> {
+    Ok(elf::check_static(binary)?.oci_name())
+}
+
 /// The only layer: a gzipped tar in which nothing depends on time, user or file system. Returns the digest of the tar.
 fn layer(binary: &Path, file: File) -> Result<String> {
     let gzip = flate2::GzBuilder::new().mtime(0).write(file, flate2::Compression::best());
@@ -100,7 +107,7 @@ fn layer(binary: &Path, file: File) -> Result<String> {
     Ok(digest)
 }
 
-fn header(kind: tar::EntryType, mode: u32, size: u64) -> tar::Header {
+pub(crate) fn header(kind: tar::EntryType, mode: u32, size: u64) -> tar::Header {
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(kind);
     header.set_mode(mode);

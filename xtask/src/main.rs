@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod chart;
 mod demo;
+mod dist;
 mod helm;
 mod image;
 mod protoc;
@@ -41,6 +42,8 @@ enum Command {
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
     Image(image::Image),
+    /// Make everything that a release consists of
+    Dist(dist::Dist),
 }
 
 fn main() -> ExitCode {
@@ -65,6 +68,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(demo) => demo.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
+        Command::Dist(dist) => dist.run(root()),
     }
 }
 

@@ -69,6 +69,11 @@ pub(super) enum Command {
     Cleanup(CleanupArgs),
     /// Wait until the cleanup of all nodes is done
     CleanupWait(CleanupWaitArgs),
+    /// Write a shell's completion script to standard output
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -231,7 +236,11 @@ mod tests {
     fn every_flag_has_the_environment_variable_of_its_name() {
         let cli = Cli::command();
         for command in std::iter::once(&cli).chain(cli.get_subcommands()) {
-            for arg in command.get_arguments().filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version")) {
+            for arg in command
+                .get_arguments()
+                .filter(|arg| !arg.is_positional())
+                .filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version"))
+            {
                 let long = arg.get_long().unwrap();
                 let expected = long.to_uppercase().replace('-', "_");
                 assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()), "--{long}");
