@@ -105,13 +105,17 @@ mod tests {
         parse_from(arguments).unwrap_err().to_string()
     }
 
-    /// Each flag, given, must change what the command does; no flag may be left out here.
+    /// Each flag, given, must change what the command does; no flag may be left out here. `required` are pairs of a flag and its
+    /// value, each left away where it is tried.
     fn check_flags(command: &str, required: &[&str], flags: &[&[&str]]) {
-        let base: Vec<&str> = std::iter::once(command).chain(required.iter().copied()).collect();
-        let plain = settings(&base);
+        let base = |tried: &[&str]| -> Vec<&str> {
+            let pairs = required.chunks(2).filter(|pair| !tried.contains(&pair[0]));
+            std::iter::once(command).chain(pairs.flatten().copied()).collect()
+        };
+        let plain = settings(&base(&[]));
         let mut told: BTreeSet<&str> = BTreeSet::new();
         for flag in flags {
-            let changed = settings(&[&base[..], flag].concat());
+            let changed = settings(&[&base(flag)[..], flag].concat());
             assert_ne!(plain, changed, "{flag:?} changes nothing");
             told.insert(flag[0].split('=').next().unwrap());
         }
@@ -178,6 +182,62 @@ mod tests {
     }
 
     #[test]
+    fn each_flag_of_cleanup_changes_something() {
+        check_flags(
+            "cleanup",
+            &["--addr", ":1"],
+            &[
+                &["--addr", ":2"],
+                &["--once"],
+                &["--containerd-registry-config-path", "/elsewhere"],
+                &["--data-dir", "/elsewhere"],
+            ],
+        );
+    }
+
+    #[test]
+    fn each_flag_of_cleanup_wait_changes_something() {
+        let cluster = ["--daemonset", "a", "--kubernetes-service-host", "10.0.0.1"];
+        let required = [&["--probe-endpoint", "a:1"][..], &cluster].concat();
+        check_flags(
+            "cleanup-wait",
+            &required,
+            &[
+                &["--probe-endpoint", "a:2"],
+                &["--threshold", "1"],
+                &["--period", "1s"],
+                &["--deadline", "1m"],
+                &["--daemonset", "b"],
+                &["--namespace", "b"],
+                &["--mirror-selector", "a=b"],
+                &["--kubernetes-service-host", "10.0.0.2"],
+                &["--kubernetes-service-port", "6443"],
+                &["--service-account-dir", "/elsewhere"],
+                &["--repeat-command", "kubectl"],
+            ],
+        );
+    }
+
+    /// The chart's objects, as its tests expect them, name flags that there are, with values that are understood.
+    #[test]
+    fn the_charts_arguments_are_understood() {
+        let objects = include_str!("../../xtask/src/chart/objects.snapshot");
+        let mut told = Vec::new();
+        for block in objects.split(" args:\n").skip(1) {
+            let lines = block.lines().map_while(|line| line.trim_start().strip_prefix("- "));
+            let arguments: Vec<String> =
+                lines.map(|line| line.trim_matches('"').replace("$(NODE_IP)", "10.0.0.1")).collect();
+            let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            told.push(arguments[0].to_owned());
+            if arguments[0] == "cleanup-wait" {
+                arguments.extend(["--kubernetes-service-host", "10.0.0.1"]);
+            }
+            settings(&arguments);
+        }
+        assert_eq!(told, ["configuration", "registry", "cleanup", "cleanup-wait"]);
+    }
+
+    #[test]
     fn both_kinds_of_bootstrap_may_be_given_at_once() {
         let told = settings(&["registry", "--bootstrap-kind", "static,dns", "--dns-bootstrap-domain", "spegel.test."]);
         assert!(told.contains("Dns(\"spegel.test.\")") && told.contains("Static("), "{told}");
@@ -193,6 +253,11 @@ mod tests {
             (&["registry", "--bootstrap-kind", "static", "--mirror-resolve-timeout", "20"], "20ms, 2s or 1m30s"),
             (&["configuration", "--mirror-targets", "ftp://a"], "--mirror-targets"),
             (&["configuration"], "--mirror-targets"),
+            (&["cleanup"], "--addr"),
+            (&["cleanup-wait"], "--probe-endpoint"),
+            (&["cleanup-wait", "--probe-endpoint", "nowhere"], "host and a port"),
+            (&["cleanup-wait", "--probe-endpoint", "a:1", "--threshold", "0"], "--threshold"),
+            (&["cleanup-wait", "--probe-endpoint", "a:1", "--daemonset", "a"], "--kubernetes-service-host"),
             (&["registry", "--bootstrap-kind", "static", "--http-bootstrap-addr", ":1"], "unexpected argument"),
         ] {
             let said = refusal(arguments);
