@@ -3,16 +3,16 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
 {{- end }}
 
-{{/* The name of all objects: room is left for the longest suffix, so that names stay within 63 characters. */}}
+{{/* The name of all objects, cut so that with `-bootstrap` it is a service's name still (63 characters). */}}
 {{- define "spegel.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 53 | trimSuffix "-" -}}
 {{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 53 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 63 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 53 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
@@ -60,11 +60,15 @@ hostPort
 {{- end -}}
 {{- end }}
 
-{{- define "spegel.nodeEnv" -}}
+{{/* Flags have environment variables of their names: this one is --node-name. */}}
+{{- define "spegel.nodeName" -}}
 - name: NODE_NAME
   valueFrom:
     fieldRef:
       fieldPath: spec.nodeName
+{{- end }}
+
+{{- define "spegel.nodeIp" -}}
 - name: NODE_IP
 {{- if .Values.service.registry.nodeIp }}
   value: {{ .Values.service.registry.nodeIp | quote }}

@@ -156,3 +156,17 @@ fn selectors_are_those_of_the_go_chart() {
     let labels = "  selector:\n    matchLabels:\n      app.kubernetes.io/component: spegel\n      app.kubernetes.io/name: spegel\n      app.kubernetes.io/instance: spegel\n  template:";
     assert!(set.contains(labels), "{set}");
 }
+
+/// A service's name has 63 characters at the most (RFC 1035 labels).
+#[test]
+fn long_names_are_cut_to_what_kubernetes_takes() {
+    let Some(helm) = helm() else { return };
+    let long = Value::from("a".repeat(63));
+    let objects = render(&helm, "1.34.0", &[("fullnameOverride", &long)]);
+    let services: Vec<&str> = objects.split("---\n").filter(|object| object.contains("kind: Service\n")).collect();
+    assert_eq!(services.len(), 4);
+    for service in services {
+        let name = service.lines().find_map(|line| line.strip_prefix("  name: ")).unwrap();
+        assert!(name.len() <= 63, "{name}");
+    }
+}
