@@ -86,6 +86,13 @@ pub struct Timeouts {
     pub head: Duration,
 }
 
+impl Timeouts {
+    /// The same, but neither longer than `bound`.
+    pub(super) fn at_most(self, bound: Duration) -> Self {
+        Self { connect: self.connect.min(bound), head: self.head.min(bound) }
+    }
+}
+
 /// Sends `request` to the first of `addresses` that can be reached, on an idle connection where there is one.
 pub(super) async fn request(
     pool: &Pool,

@@ -14,13 +14,16 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
-use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse};
+use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeouts};
 use super::metrics::Outcome;
 use super::{
     Content, Found, Kind, MIRRORED_HEADER, Miss, Shared, VERIFIED_BODY, Verified, Wanted, health, relay, verify,
 };
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
 use crate::router::Peer;
+
+/// How long a peer that failed lately may take to connect, and to answer.
+const PROBE: Duration = Duration::from_millis(500);
 
 type Attempt = BoxFuture<'static, (Peer, Result<Taken, PeerError>)>;
 
@@ -131,7 +134,9 @@ impl Race<'_> {
                     }
                     Err(error) => {
                         debug!(key = %self.wanted.key, peer = %peer.id, %error, "peer gave nothing");
-                        self.shared.sources.failed(&self.wanted.key, &peer);
+                        for address in &peer.addresses {
+                            self.shared.sources.failed(&self.wanted.key, address);
+                        }
                         hedge_at = Instant::now();
                     }
                 },
@@ -171,12 +176,15 @@ impl Race<'_> {
         let now = now();
         let is_good =
             |peer: &Peer| peer.addresses.iter().any(|address| !self.shared.health.is_set_aside(*address, now));
-        let next = self.candidates.iter().position(is_good).unwrap_or(0);
-        let Some(peer) = self.candidates.remove(next) else { return };
+        let good = self.candidates.iter().position(is_good);
+        let Some(peer) = self.candidates.remove(good.unwrap_or(0)) else { return };
         self.tried += 1;
+        // One that failed lately gets a chance to show that it is well again, not the time to make the client wait.
+        let timeouts = self.shared.settings.timeouts;
+        let timeouts = if good.is_some() { timeouts } else { timeouts.at_most(PROBE) };
         let (shared, wanted) = (Arc::clone(self.shared), self.wanted.clone());
         self.attempts.push(Box::pin(async move {
-            let result = attempt(&shared, &wanted, &peer).await;
+            let result = attempt(&shared, &wanted, &peer, timeouts).await;
             shared.metrics.attempted(outcome(&result));
             shared.judge(&peer, &result);
             (peer, result)
@@ -209,7 +217,7 @@ fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
 }
 
 /// Asks one peer. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by the stall bound.
-async fn attempt(shared: &Shared, wanted: &Wanted, peer: &Peer) -> Result<Taken, PeerError> {
+async fn attempt(shared: &Shared, wanted: &Wanted, peer: &Peer, timeouts: Timeouts) -> Result<Taken, PeerError> {
     // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
     let mut extra = format!("{MIRRORED_HEADER}: true\r\nUser-Agent: spegel/{}\r\n", env!("CARGO_PKG_VERSION"));
@@ -222,8 +230,7 @@ async fn attempt(shared: &Shared, wanted: &Wanted, peer: &Peer) -> Result<Taken,
         range: wanted.range.clone().filter(|_| !head_only && wanted.kind == Kind::Blob),
         extra,
     };
-    let (address, response) =
-        client::request(&shared.pool, &peer.addresses, &request, shared.settings.timeouts).await?;
+    let (address, response) = client::request(&shared.pool, &peer.addresses, &request, timeouts).await?;
     match (wanted.kind, response.head.status) {
         (Kind::Manifest, 200) => {
             let verified = manifest(shared, wanted, response, address).await?;

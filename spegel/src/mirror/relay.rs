@@ -52,6 +52,14 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     Body::relay(relay)
 }
 
+impl Shared {
+    /// The peer at this address gave less than it had promised.
+    fn broke(&self, wanted: &Wanted, address: SocketAddr) {
+        self.health.failed(address, Instant::now(), health::jitter());
+        self.sources.failed(&wanted.key, &address);
+    }
+}
+
 impl Chain {
     fn ended(&self, end: RelayEnd) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -63,7 +71,7 @@ impl Chain {
                 End::Complete
             }
             RelayEnd::Broken { sent, error } => {
-                self.shared.health.failed(state.address, Instant::now(), health::jitter());
+                self.shared.broke(&self.wanted, state.address);
                 info!(key = %self.wanted.key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
                 End::PeerBroke
             }
@@ -90,7 +98,7 @@ impl Chain {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
         if state.broken.insert(address) {
-            self.shared.health.failed(address, Instant::now(), health::jitter());
+            self.shared.broke(&self.wanted, address);
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
         (Wanted { range: Some(range), ..self.wanted.clone() }, state.broken.clone())

@@ -41,11 +41,11 @@ impl Sources {
         }
     }
 
-    /// A peer failed to give it.
-    pub(super) fn failed(&self, key: &Key, peer: &Peer) {
+    /// The peer at this address failed to give it.
+    pub(super) fn failed(&self, key: &Key, address: &SocketAddr) {
         let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((peers, _)) = by_key.get_mut(key) {
-            peers.retain(|known| known.id != peer.id);
+            peers.retain(|known| !known.addresses.contains(address));
             if peers.is_empty() {
                 by_key.remove(key);
             }
@@ -92,10 +92,10 @@ mod tests {
         sources.found(&key(1), &peer(2), now);
         assert_eq!(ids(&sources, &key(1), now), ["1", "2"]);
         assert_eq!(sources.of(&key(1), |address| *address == peer(1).addresses[0], now), [peer(2)]);
-        sources.failed(&key(1), &peer(1));
+        sources.failed(&key(1), &peer(1).addresses[0]);
         assert_eq!(ids(&sources, &key(1), now), ["2"]);
         assert!(ids(&sources, &key(1), now + LIFETIME).is_empty());
-        sources.failed(&key(1), &peer(2));
+        sources.failed(&key(1), &peer(2).addresses[0]);
         assert!(sources.by_key.lock().unwrap().is_empty());
     }
 

@@ -27,8 +27,7 @@ pub(super) struct Cluster {
     pub(super) nodes: Vec<Member>,
     pub(super) upstream: Registry,
     pub(super) folder: TempDir,
-    /// Held for its end.
-    _lab: Lab,
+    pub(super) lab: Lab,
 }
 
 /// One node.
@@ -57,7 +56,7 @@ impl Cluster {
         let members = nodes
             .iter()
             .map(|node| Member { spegel: None, containerd: Containerd::start(&binaries, node, options).unwrap() });
-        let mut cluster = Self { nodes: members.collect(), upstream, folder: tempfile::tempdir().unwrap(), _lab: lab };
+        let mut cluster = Self { nodes: members.collect(), upstream, folder: tempfile::tempdir().unwrap(), lab };
         cluster.start_mirrors();
         Some(cluster)
     }
@@ -141,7 +140,7 @@ impl Member {
 
     /// The store has the image under its name, and every blob of this machine's platform with the content that its digest says.
     #[track_caller]
-    fn check(&self, image: &Image, reference: &str) {
+    pub(super) fn check(&self, image: &Image, reference: &str) {
         assert_eq!(self.containerd.image_digest(reference).unwrap().as_deref(), Some(image.root().digest.as_str()));
         let needed = image.contents_for(host_platform()).map(|content| content.digest.as_str());
         check_content(&self.containerd, needed).unwrap();

@@ -9,6 +9,7 @@ mod bad_input;
 mod changes;
 mod cluster;
 mod cri;
+mod faults;
 mod layers;
 mod pulls;
 mod upstream;

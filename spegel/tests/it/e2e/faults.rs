@@ -1,0 +1,60 @@
+//! A peer that goes away in the middle of a layer: the pull goes on at the upstream registry.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use spegel_benches::containerd::{Options, Version};
+use spegel_benches::daemon::wait_until;
+use spegel_benches::image::Compression;
+
+use super::cluster::Cluster;
+use super::{cri, for_each_containerd};
+
+for_each_containerd!(a_peer_is_killed_in_the_middle_of_a_layer, a_peer_is_stopped_in_the_middle_of_a_layer);
+
+/// SIGKILL resets the connection: containerd resumes from upstream where the relay ended.
+fn a_peer_is_killed_in_the_middle_of_a_layer(version: Version) {
+    lose_peer(version, &Options::default(), Signal::KILL);
+}
+
+/// SIGSTOP says nothing: the stall must be noticed first, after five seconds.
+fn a_peer_is_stopped_in_the_middle_of_a_layer(version: Version) {
+    lose_peer(version, &Options::default(), Signal::STOP);
+}
+
+/// containerd's parallel fetch fails a pull on an error status for any chunk but the first.
+#[test]
+fn a_peer_is_killed_while_chunks_are_fetched_in_parallel() {
+    let options = Options { layer_fetch_buffer: Some(8 << 20) };
+    lose_peer(Version::V2_2, &options, Signal::KILL);
+}
+
+/// A has a layer of 48 MiB behind a link of 100 Mbit/s, and is lost when B has some of it. The pull of B succeeds.
+fn lose_peer(version: Version, options: &Options, signal: Signal) {
+    let Some(cluster) = Cluster::start(version, 2, options) else { return };
+    let image = cluster.push("lost:1", |image| image.layers(1, 48 << 20, Compression::None, 5));
+    cluster.nodes[0].pull(&image, image.reference());
+    cluster.wait_resolved(1, &image);
+    cluster.lab.limit(cluster.nodes[0].containerd.node(), 100).unwrap();
+    let before = cluster.upstream.requests("GET", "/blobs/");
+
+    let (a, b) = (&cluster.nodes[0], &cluster.nodes[1]);
+    let (socket, reference) = (b.containerd.socket(), image.reference().to_owned());
+    let start = Instant::now();
+    let pull = thread::spawn(move || cri::pull(&socket, &reference));
+    let relayed = || b.spegel().metric("spegel_serve_bytes_total", &["kind=\"relay\""]).unwrap_or_default();
+    wait_until(Duration::from_secs(20), "some of the layer from the peer", || relayed() > 8e6).unwrap();
+    a.spegel().daemon.signal(signal).unwrap();
+    pull.join().unwrap().unwrap_or_else(|error| panic!("{error}\nspegel:\n{}", b.spegel().daemon.log()));
+    let took = start.elapsed();
+    b.check(&image, image.reference());
+    let asked = cluster.upstream.requests("GET", "/blobs/") - before;
+    println!(
+        "containerd {version}, {signal:?} in the middle of a layer: pulled in {took:.1?}, {asked} requests went upstream"
+    );
+    assert!(asked >= 1, "the rest can only be upstream's");
+    assert!(took < Duration::from_secs(30), "a bound was missed: {took:?}");
+    // A stopped process would not hear that it is to end.
+    a.spegel().daemon.signal(Signal::CONT).ok();
+}
