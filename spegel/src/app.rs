@@ -7,9 +7,11 @@ mod trace;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -25,8 +27,24 @@ use crate::{hosts, metrics};
 
 pub use trace::trace;
 
+/// How often it is looked whether responses are still under way.
+const POLL: Duration = Duration::from_millis(20);
+/// How long clients that were just sent away may still come back before the port closes.
+const LAST_CALLERS: Duration = Duration::from_millis(300);
 /// Threads of the control runtime: the swarm, containerd's events, the side port.
 const CONTROL_THREADS: usize = 2;
+
+/// An error with its causes, but for those that it tells itself.
+pub fn describe(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |mut text, cause| {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+        text
+    })
+}
 
 /// Does what the command line asks for.
 ///
@@ -54,7 +72,7 @@ fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()
     let runtime = runtime.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build()?;
     let result = runtime.block_on(work);
     // A task that hangs must not keep the process.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
@@ -106,7 +124,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
     let options = Options { metrics: ServeMetrics::register(&mut figures), ..Options::default() };
-    let server = Server::bind(&[settings.registry_addr], options, handler::over(registry))?;
+    let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(announce(store, router.clone()));
@@ -126,7 +144,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         failed = &mut store_task => failed,
     };
     let cut = tokio::select! {
-        cut = server.shutdown(settings.drain) => cut,
+        cut = stop_serving(&registry, server, settings.drain) => cut,
         _ = stop_signal.next() => {
             warn!("a second signal: stopping at once");
             return ended;
@@ -194,6 +212,19 @@ fn router_addresses(addr: ListenAddr) -> Vec<SocketAddr> {
         ListenAddr::One(addr) => vec![addr],
         ListenAddr::Any(port) => vec![(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()],
     }
+}
+
+/// Lets responses under way finish, while new requests are sent elsewhere by an answer rather than by a refused connection, which
+/// fails a pull of containerd's parallel fetch. Returns how many connections had to be cut.
+async fn stop_serving(registry: &Registry, server: Server, bound: Duration) -> usize {
+    let end = Instant::now() + bound;
+    registry.drain();
+    while registry.in_flight() > 0 && Instant::now() < end {
+        tokio::time::sleep(POLL).await;
+    }
+    // The other chunks of a client that was just cut off come at once.
+    tokio::time::sleep_until((Instant::now() + LAST_CALLERS).min(end)).await;
+    server.shutdown(end.saturating_duration_since(Instant::now())).await
 }
 
 /// Tells the network what the store has, as that changes.

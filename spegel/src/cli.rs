@@ -60,7 +60,7 @@ pub fn parse() -> Result<Invocation, ExitCode> {
 }
 
 fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Invocation, clap::Error> {
-    let matches = args::Cli::command().try_get_matches_from(arguments)?;
+    let matches = args::without_empty_environment(args::Cli::command()).try_get_matches_from(arguments)?;
     let cli = args::Cli::from_arg_matches(&matches)?;
     let command = match (cli.command, matches.subcommand()) {
         (args::Command::Version { format }, _) => Command::Version(format),

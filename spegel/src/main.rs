@@ -13,7 +13,7 @@ fn main() -> ExitCode {
     match app::run(invocation.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{}", app::describe(&error));
             ExitCode::FAILURE
         }
     }

@@ -88,10 +88,10 @@ pub(super) struct ConfigurationArgs {
     #[arg(long, env, num_args = 1.., value_name = "URL", required = true)]
     pub(super) mirror_targets: Vec<String>,
     /// Let the mirror resolve tags too, not digests only
-    #[arg(long, env, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    #[arg(long, env, default_value_t = true, action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub(super) resolve_tags: bool,
     /// Keep the hosts that are configured already, after the mirror
-    #[arg(long, env, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    #[arg(long, env, default_value_t = false, action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub(super) prepend_existing: bool,
     #[command(flatten)]
     pub(super) node: NodeArgs,
@@ -198,6 +198,17 @@ fn split(matches: &ArgMatches, id: &str, values: &mut Vec<String>) {
         *values = values.iter().flat_map(|text| text.split(separator)).map(str::to_owned).collect();
     }
     values.retain(|value| !value.is_empty());
+}
+
+/// An environment variable that is set to nothing says nothing, as in a pod whose value was left empty. Only the content path
+/// means something by it.
+pub(super) fn without_empty_environment(command: clap::Command) -> clap::Command {
+    let is_empty = |arg: &clap::Arg| {
+        arg.get_id() != "containerd_content_path"
+            && arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty())
+    };
+    let forget = move |arg: clap::Arg| if is_empty(&arg) { arg.env("SPEGEL_NOTHING").hide_env(true) } else { arg };
+    command.mut_args(forget).mut_subcommands(move |command| command.mut_args(forget))
 }
 
 /// A duration as Go writes it: `20ms`, `2s`, `1m30s`.

@@ -39,8 +39,20 @@ fn if_there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 
 /// A file's content; nothing if it is not there.
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, HostsError> {
-    let size = if_there(fs::metadata(path)).map_err(failed("read", path))?.map_or(0, |found| found.len());
-    if size > MAX_FILE_BYTES {
+    let Some(found) = if_there(fs::metadata(path)).map_err(failed("read", path))? else {
+        return match fs::symlink_metadata(path) {
+            // What it stands for may come back, and must not be forgotten.
+            Ok(_) => {
+                Err(failed("read", path)(io::Error::new(io::ErrorKind::NotFound, "a link whose target is not there")))
+            }
+            Err(_) => Ok(None),
+        };
+    };
+    // Reading a pipe would wait for a writer.
+    if !found.is_file() {
+        return Err(failed("read", path)(io::Error::new(io::ErrorKind::InvalidInput, "not a file")));
+    }
+    if found.len() > MAX_FILE_BYTES {
         return Err(failed("read", path)(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 1 MiB")));
     }
     if_there(fs::read(path)).map_err(failed("read", path))
@@ -131,7 +143,12 @@ impl<'a> Disk<'a> {
     /// Gives a file a second name, under which it outlasts what replaces it.
     pub(super) fn link(&mut self, from: &Path, to: &Path) -> Result<(), HostsError> {
         self.step("link", from)?;
-        fs::hard_link(from, to).map_err(failed("link", from))?;
+        match fs::read_link(from) {
+            // A relative link would mean another file at another place.
+            Ok(target) => std::os::unix::fs::symlink(from.parent().unwrap_or(Path::new("")).join(target), to),
+            Err(_) => fs::hard_link(from, to),
+        }
+        .map_err(failed("link", from))?;
         sync_parent(to)
     }
 

@@ -100,7 +100,11 @@ pub(super) fn body(
 fn mirrors(configuration: &Configuration) -> String {
     let capabilities = if configuration.resolve_tags { "['pull', 'resolve']" } else { "['pull']" };
     let mut text = String::new();
-    for target in &configuration.mirror_targets {
+    for (index, target) in configuration.mirror_targets.iter().enumerate() {
+        // TOML knows each table once.
+        if configuration.mirror_targets[..index].contains(target) {
+            continue;
+        }
         // Writing to a text cannot fail.
         let _ = write!(
             text,

@@ -28,9 +28,17 @@ pub(super) struct Shelf {
     lifetime: Duration,
 }
 
+/// Content, since when, and for how many clients: each that was given a head may take it once.
+#[derive(Debug)]
+struct Promised {
+    verified: Verified,
+    since: Instant,
+    owed: usize,
+}
+
 #[derive(Debug, Default)]
 struct Held {
-    by_digest: HashMap<Digest, (Verified, Instant)>,
+    by_digest: HashMap<Digest, Promised>,
     bytes: usize,
 }
 
@@ -39,11 +47,17 @@ impl Shelf {
         Self { held: Mutex::default(), capacity, lifetime }
     }
 
-    /// Takes it: each promise is kept once, and what was withdrawn meanwhile is not served for ever.
+    /// Takes it: each promise is kept once, so that what was withdrawn meanwhile is not served for long.
     pub(super) fn take(&self, digest: &Digest, now: Instant) -> Option<Verified> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let (verified, since) = held.remove(digest)?;
-        (now.duration_since(since) < self.lifetime).then_some(verified)
+        let promised = held.by_digest.get_mut(digest)?;
+        promised.owed -= 1;
+        let (verified, since, owed) = (promised.verified.clone(), promised.since, promised.owed);
+        let lapsed = now.duration_since(since) >= self.lifetime;
+        if owed == 0 || lapsed {
+            held.remove(digest);
+        }
+        (!lapsed).then_some(verified)
     }
 
     pub(super) fn put(&self, verified: Verified, now: Instant) {
@@ -52,26 +66,27 @@ impl Shelf {
             return;
         }
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.remove(&verified.digest);
-        let expired = |since: &Instant| now.duration_since(*since) >= self.lifetime;
-        let old: Vec<_> = held.by_digest.iter().filter(|(_, (_, s))| expired(s)).map(|(d, _)| d.clone()).collect();
+        let owed = held.remove(&verified.digest).map_or(0, |before| before.owed) + 1;
+        let lapsed = |promised: &Promised| now.duration_since(promised.since) >= self.lifetime;
+        let old: Vec<_> = held.by_digest.iter().filter(|(_, p)| lapsed(p)).map(|(d, _)| d.clone()).collect();
         for digest in old {
             held.remove(&digest);
         }
         while held.bytes + length > self.capacity {
-            let oldest = held.by_digest.iter().min_by_key(|(_, (_, since))| *since).map(|(digest, _)| digest.clone());
+            let oldest =
+                held.by_digest.iter().min_by_key(|(_, promised)| promised.since).map(|(digest, _)| digest.clone());
             let Some(oldest) = oldest else { break };
             held.remove(&oldest);
         }
         held.bytes += length;
-        held.by_digest.insert(verified.digest.clone(), (verified, now));
+        held.by_digest.insert(verified.digest.clone(), Promised { verified, since: now, owed });
     }
 }
 
 impl Held {
-    fn remove(&mut self, digest: &Digest) -> Option<(Verified, Instant)> {
+    fn remove(&mut self, digest: &Digest) -> Option<Promised> {
         let removed = self.by_digest.remove(digest)?;
-        self.bytes -= removed.0.bytes.len();
+        self.bytes -= removed.verified.bytes.len();
         Some(removed)
     }
 }
@@ -95,7 +110,12 @@ mod tests {
         assert_eq!(shelf.take(&digest, start + Duration::from_secs(59)), Some(verified(1, 10)));
         assert_eq!(shelf.take(&digest, start + Duration::from_secs(59)), None, "a promise is kept once");
         shelf.put(verified(1, 10), start);
+        shelf.put(verified(1, 10), start);
+        assert!(shelf.take(&digest, start).is_some() && shelf.take(&digest, start).is_some(), "two were promised it");
+        assert_eq!(shelf.take(&digest, start), None);
+        shelf.put(verified(1, 10), start);
         assert_eq!(shelf.take(&digest, start + Duration::from_secs(60)), None);
+        assert_eq!(shelf.held.lock().unwrap().bytes, 0);
     }
 
     #[test]

@@ -215,7 +215,7 @@ impl Registry {
     }
 
     /// A refusal that is not an error status, where one would fail the client's pull.
-    fn refuse(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
+    pub(super) fn refuse(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
         if ask.head_only {
             return None;
         }

@@ -87,7 +87,7 @@ impl RegistryMetrics {
     }
 
     /// Counts a request from now until what is returned is finished or dropped.
-    pub(super) fn begin(&self, handler: &'static str, method: &http::Method) -> Observed {
+    pub(super) fn begin(&self, handler: &'static str, method: &http::Method, flight: &Arc<()>) -> Observed {
         self.inflight.get_or_create(&HandlerLabel { handler }).inc();
         Observed {
             metrics: self.clone(),
@@ -96,12 +96,14 @@ impl RegistryMetrics {
             code: 0,
             sent: 0,
             start: Instant::now(),
+            _flight: Arc::clone(flight),
         }
     }
 
     /// Counts a client's request for content of `registry`.
     pub(super) fn mirrored(&self, registry: &str, hit: bool, client: &'static str) {
-        let label = MirrorLabel { registry: self.registries.of(registry), cache: if hit { "hit" } else { "miss" } };
+        let label =
+            MirrorLabel { registry: self.registries.of(registry, hit), cache: if hit { "hit" } else { "miss" } };
         self.mirror_requests.get_or_create(&label).inc();
         self.clients.get_or_create(&ClientLabel { client }).inc();
         if hit {
@@ -132,6 +134,8 @@ pub(super) struct Observed {
     pub(super) code: u16,
     pub(super) sent: u64,
     start: Instant,
+    /// Tells that the request is under way.
+    _flight: Arc<()>,
 }
 
 impl Observed {

@@ -63,12 +63,22 @@ pub struct Registry {
     promises: Arc<Promises>,
     /// The router was ready once.
     joined: AtomicBool,
+    /// New requests are refused.
+    draining: AtomicBool,
+    /// A clone for each request under way.
+    flight: Arc<()>,
 }
 
 impl Registry {
     /// A registry over its parts.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, promises: Arc::default(), joined: AtomicBool::new(false) }
+        Self {
+            settings,
+            promises: Arc::default(),
+            joined: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
+            flight: Arc::default(),
+        }
     }
 
     /// Answers one request, that came from `remote`. A request body is not looked at.
@@ -79,7 +89,7 @@ impl Registry {
             path => match Request::parse(&request.method, path, request.uri.query()) {
                 Ok(parsed) => self.distribution(request, &parsed, remote).await,
                 Err(error) => {
-                    let observed = self.settings.metrics.begin("invalid", &request.method);
+                    let observed = self.begin("invalid", request);
                     debug!(%remote, path, %error, "refused");
                     finish(respond::error(&error), observed, |_| {})
                 }
@@ -87,8 +97,21 @@ impl Registry {
         }
     }
 
+    /// Refuses new requests from now on, in the way that makes containerd look elsewhere; what is under way goes on.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Requests whose responses have not ended.
+    pub fn in_flight(&self) -> usize {
+        Arc::strong_count(&self.flight) - 1
+    }
+
     /// Whether requests should be sent here; else what it waits for.
     fn ready(&self) -> Result<(), String> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Err("it is stopping".to_owned());
+        }
         if let Health::Waiting(what) = &*self.settings.store.health().borrow() {
             return Err(what.clone());
         }
@@ -99,8 +122,21 @@ impl Registry {
         if self.joined.load(Ordering::Relaxed) { Ok(()) } else { Err("no peer has answered yet".to_owned()) }
     }
 
+    fn begin(&self, handler: &'static str, request: &Parts) -> Observed {
+        self.settings.metrics.begin(handler, &request.method, &self.flight)
+    }
+
+    /// What a node that is stopping says: containerd goes upstream on a 503, but not where it was given a part of that blob.
+    fn refuse_all(&self, ask: &Ask, parsed: &Request) -> Result<Answer, OciError> {
+        let cut = match parsed {
+            Request::Blob { digest, .. } if !ask.mirrored => self.refuse(ask, digest),
+            _ => None,
+        };
+        cut.ok_or_else(|| OciError::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unknown, "this node is stopping"))
+    }
+
     fn health(&self, request: &Parts, handler: &'static str, state: Result<(), String>) -> Response<Body> {
-        let observed = self.settings.metrics.begin(handler, &request.method);
+        let observed = self.begin(handler, request);
         let response = match state {
             Ok(()) => respond::text(StatusCode::OK, "ok\n"),
             Err(why) => respond::text(StatusCode::SERVICE_UNAVAILABLE, &format!("not ready: {why}\n")),
@@ -109,7 +145,7 @@ impl Registry {
     }
 
     async fn distribution(&self, request: &Parts, parsed: &Request, remote: IpAddr) -> Response<Body> {
-        let observed = self.settings.metrics.begin(handler_name(parsed), &request.method);
+        let observed = self.begin(handler_name(parsed), request);
         if let Some(auth) = &self.settings.basic_auth
             && !auth.admits(request.headers.get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes))
         {
@@ -118,6 +154,7 @@ impl Registry {
         }
         let ask = self.ask(request, parsed, remote);
         let answer = match parsed {
+            _ if self.draining.load(Ordering::Relaxed) => self.refuse_all(&ask, parsed),
             Request::Base => Ok(Answer::local(respond::base())),
             Request::Manifest { reference, .. } => self.manifest(&ask, reference).await,
             Request::Blob { digest, .. } => self.blob(&ask, digest).await,
@@ -173,7 +210,8 @@ impl Registry {
         let status = response.status();
         if ask.is_content && !ask.mirrored {
             let kind = self.client_kind(&ask.client);
-            let hit = status.is_success() && source != Source::Nobody;
+            // A range outside of a blob that is here is the client's matter.
+            let hit = source != Source::Nobody;
             self.settings.metrics.mirrored(ask.registry.as_deref().unwrap_or("unknown"), hit, kind);
         }
         finish(response, observed, move |end| tell(&ask, &source, status, end))

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::convert::Infallible;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -162,8 +163,12 @@ impl Session {
 
     fn mismatch(&self, listed: usize) -> StoreError {
         let (socket, path) = (self.inner.settings.socket.display(), self.dir.root().display());
+        let found = match listed {
+            0 => format!("there is neither {path} nor the directory that it should be in"),
+            _ => format!("containerd at {socket} lists {listed} blobs, and none of them is in {path}"),
+        };
         StoreError::Mismatch(format!(
-            "containerd at {socket} lists {listed} blobs, and none of them is in {path}: this is not its content directory; \
+            "{found}: this is not its content directory; \
              set --containerd-content-path to <root>/io.containerd.content.v1.content, where <root> is that of `containerd config dump`, \
              and mount it into the container at that path"
         ))
@@ -251,7 +256,8 @@ async fn blocking<T: Send + 'static>(read: impl FnOnce() -> T + Send + 'static) 
     outcome.map_err(|error| StoreError::Containerd(format!("reading content: {error}")))
 }
 
-/// Whether the directory has any of these, or there are none.
+/// Whether the directory has any of these, or may become it if there are none: containerd 2.2 makes it with the first
+/// content, below a root that is there.
 fn has_any(dir: &BlobDir, digests: &HashSet<Digest>) -> Result<bool, StoreError> {
     for digest in digests {
         match dir.size(digest) {
@@ -260,7 +266,7 @@ fn has_any(dir: &BlobDir, digests: &HashSet<Digest>) -> Result<bool, StoreError>
             Err(error) => return Err(io_error(&dir.path(digest), error)),
         }
     }
-    Ok(digests.is_empty())
+    Ok(digests.is_empty() && (dir.root().is_dir() || dir.root().parent().is_some_and(Path::is_dir)))
 }
 
 // === impl Contents for Ours ===

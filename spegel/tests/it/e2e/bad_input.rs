@@ -206,6 +206,19 @@ fn a_content_path_of_another_containerd(version: Version) {
     assert_eq!(status.code(), Some(1), "{log}");
     assert!(log.contains(&wrong.display().to_string()), "{log}");
 
+    // One that is not there is refused even while the namespace has nothing to compare it with.
+    let mut settings = second();
+    settings.log = cluster.folder.path().join("absent.log");
+    settings.arguments.extend(["--containerd-namespace".to_owned(), "empty".to_owned()]);
+    let absent = cluster.folder.path().join("absent/content");
+    settings.source =
+        Source::Containerd { socket: cluster.nodes[0].containerd.socket(), content: Some(absent.clone()) };
+    let mut spegel = settings.spawn().unwrap();
+    let status = spegel.daemon.wait_exit(Duration::from_secs(30)).unwrap();
+    let log = spegel.daemon.log();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert!(log.contains(&absent.display().to_string()), "{log}");
+
     // Left empty, containerd is asked, and the right one is found.
     let mut settings = second();
     settings.source = Source::Containerd { socket: cluster.nodes[0].containerd.socket(), content: None };
@@ -226,4 +239,18 @@ fn files(folder: &Path) -> Vec<PathBuf> {
         }
     }
     found
+}
+
+/// A pod's value that was left empty is no value.
+#[test]
+fn empty_environment_variables() {
+    let mut command = Command::new(PROGRAM);
+    command.args(["registry", "--bootstrap-kind", "static", "--registry-addr", "nowhere"]);
+    for name in ["DATA_DIR", "OCI_LAYOUT", "LOG_FORMAT", "LOG_LEVEL", "MIRRORED_REGISTRIES", "MIRROR_RESOLVE_TIMEOUT"] {
+        command.env(name, "");
+    }
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("--registry-addr nowhere"), "only the address is wrong: {said}");
 }

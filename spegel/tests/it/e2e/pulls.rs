@@ -1,7 +1,7 @@
 //! The main job: what one node pulled from the registry, others pull from it.
 
 use spegel_benches::containerd::{Options, Version};
-use spegel_benches::image::Compression;
+use spegel_benches::image::{Compression, host_platform};
 
 use super::cluster::{Cluster, by_digest};
 use super::for_each_containerd;
@@ -26,6 +26,10 @@ fn from_a_peer(version: Version) {
     let [a, b, c] = &cluster.nodes[..] else { panic!("three nodes") };
     a.pull(&many, many.reference());
     a.pull_by_cri(&kinds, kinds.reference());
+    let had = a.containerd.content().unwrap();
+    let other = PLATFORMS.iter().find(|platform| **platform != host_platform()).unwrap();
+    let lacks = many.layers_for(other).filter(|layer| !had.contains(&layer.digest)).count();
+    assert_eq!(lacks, 12, "of the index, only this machine's platform was pulled");
     cluster.upstream.stop();
 
     for n in [1, 2] {

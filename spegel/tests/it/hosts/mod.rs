@@ -313,3 +313,48 @@ fn malformed_settings() {
     assert!(snapshot(root.path()).is_empty());
     remove(&root.path().join("absent")).unwrap();
 }
+
+/// TOML refuses a table that is told twice, and containerd would then ignore the file.
+#[test]
+fn a_target_told_twice_is_written_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut configuration = setting(dir.path(), &[]);
+    configuration.mirror_targets.push("http://127.0.0.1:30020/".parse::<MirrorTarget>().unwrap());
+    write(&configuration).unwrap();
+    let text = get(dir.path(), "_default/hosts.toml");
+    assert_eq!(text.matches("[host.'http://127.0.0.1:30020']").count(), 1, "{text}");
+    text.parse::<toml_edit::DocumentMut>().unwrap();
+}
+
+/// A relative link means another file in the backup's place.
+#[test]
+fn a_linked_file_is_kept_and_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "common.toml", "[host.'http://old:5000']\n");
+    fs::create_dir_all(dir.path().join("reg.test")).unwrap();
+    std::os::unix::fs::symlink("../common.toml", dir.path().join("reg.test/hosts.toml")).unwrap();
+    let configuration = Configuration { prepend_existing: true, ..setting(dir.path(), &["https://reg.test"]) };
+    write(&configuration).unwrap();
+    let first = snapshot(dir.path());
+    assert!(get(dir.path(), "reg.test/hosts.toml").contains("http://old:5000"));
+    write(&configuration).unwrap();
+    assert_eq!(snapshot(dir.path()), first);
+    remove(dir.path()).unwrap();
+    assert_eq!(get(dir.path(), "reg.test/hosts.toml"), "[host.'http://old:5000']\n");
+    assert_eq!(get(dir.path(), "common.toml"), "[host.'http://old:5000']\n");
+}
+
+#[test]
+fn what_is_no_file_is_refused_and_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("_default/hosts.toml");
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink("not-mounted-yet.toml", &path).unwrap();
+    let error = write(&setting(dir.path(), &[])).unwrap_err();
+    assert!(error.to_string().contains("a link whose target is not there"), "{error}");
+    assert!(path.symlink_metadata().unwrap().is_symlink());
+    fs::remove_file(&path).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let error = write(&setting(dir.path(), &[])).unwrap_err();
+    assert!(error.to_string().contains("not a file"), "{error}");
+}

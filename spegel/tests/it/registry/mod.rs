@@ -114,6 +114,7 @@ fn unimplemented_changes() -> Changes {
 // === nodes ===
 
 struct Node {
+    registry: Arc<Registry>,
     shelf: Arc<Shelf>,
     router: Arc<MemoryRouter>,
     server: Server,
@@ -153,8 +154,9 @@ impl Node {
             node_name: Some(id.to_owned()),
             metrics: RegistryMetrics::register(&mut figures),
         }));
+        let served = registry.clone();
         let handler = move |request: http::Request<hyper::body::Incoming>| {
-            let registry = registry.clone();
+            let registry = served.clone();
             async move {
                 let (parts, _) = request.into_parts();
                 let remote = parts.extensions.get::<RemoteAddr>().unwrap().0.ip();
@@ -163,7 +165,7 @@ impl Node {
         };
         let options = Options { runtimes: 2, ..Options::default() };
         let server = Server::bind(&[ListenAddr::One(address)], options, Arc::new(handler)).unwrap();
-        Self { shelf, router, server }
+        Self { registry, shelf, router, server }
     }
 
     fn address(&self) -> SocketAddr {

@@ -66,3 +66,22 @@ async fn a_local_file_that_shrinks_ends_orderly() {
     let reply = node.ask("GET", &target, &[("Range", "bytes=2000-")]).await;
     assert_eq!(reply.status, 416);
 }
+
+#[tokio::test]
+async fn a_node_that_stops_sends_clients_elsewhere_in_the_way_that_they_understand() {
+    let node = Node::join(&MemoryNetwork::new(), "a");
+    let (given, other) = (node.shelf.put(&noise(4, 1 << 20)), node.shelf.put(b"other"));
+    let target = |digest: &spegel::oci::Digest| format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let part = [("Range", "bytes=0-99"), ("X-Spegel-Node", "n")];
+    assert_eq!(node.ask("GET", &target(&given), &part).await.status, 206);
+    node.registry.drain();
+
+    let next = [("Range", "bytes=500-"), ("X-Spegel-Node", "n")];
+    let reply = node.ask("GET", &target(&given), &next).await;
+    assert_eq!((reply.status, reply.body.len(), reply.orderly), (206, 0, true));
+    assert_eq!(node.ask("GET", &target(&given), &next).await.status, 503);
+    assert_eq!(node.get(&target(&other)).await.status, 503);
+    assert_eq!(node.get("/readyz").await.status, 503);
+    assert_eq!(node.get("/livez").await.status, 200);
+    assert_eq!(node.registry.in_flight(), 0);
+}
