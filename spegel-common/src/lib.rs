@@ -1,1 +1,0 @@
-//! Types shared by kernel and user side.
