@@ -10,9 +10,11 @@ mod shelf;
 mod sources;
 mod verify;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
 
 use crate::oci::Key;
@@ -77,6 +79,29 @@ pub struct Wanted {
     pub head_only: bool,
     /// The `Range` header's value, where a part is wanted. Only for blobs.
     pub range: Option<String>,
+    /// What to wait for before a body that breaks off is ended.
+    pub gate: Option<Gate>,
+}
+
+/// Something to wait for. The wait is bounded by the stall bound.
+#[derive(Clone)]
+pub struct Gate(Arc<dyn Fn() -> BoxFuture<'static, ()> + Send + Sync>);
+
+impl Gate {
+    /// A gate that opens when the future is ready that `wait` makes.
+    pub fn new(wait: impl Fn() -> BoxFuture<'static, ()> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(wait))
+    }
+
+    async fn wait(&self) {
+        (self.0)().await;
+    }
+}
+
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gate")
+    }
 }
 
 /// What sort of content is wanted.

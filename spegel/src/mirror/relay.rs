@@ -84,7 +84,12 @@ impl Chain {
     fn resume(chain: Arc<Self>, offset: u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
         Box::pin(async move {
             let (wanted, broken) = chain.rest(offset);
-            let Ok((_, Taken::Streamed(streamed))) = race(&chain.shared, &wanted, &broken).await else { return None };
+            let Ok((_, Taken::Streamed(streamed))) = race(&chain.shared, &wanted, &broken).await else {
+                if let Some(gate) = &wanted.gate {
+                    gate.wait().await;
+                }
+                return None;
+            };
             let Streamed { address, response, .. } = streamed;
             debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
             chain.shared.metrics.resumed();

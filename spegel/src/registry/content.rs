@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::promises::{Client, Refusal};
 use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Content, Found, Kind, Verified, Wanted};
+use crate::mirror::{Content, Found, Gate, Kind, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
@@ -103,8 +103,14 @@ impl Registry {
         if ask.mirrored || ask.excluded {
             return Err(unknown());
         }
-        let wanted =
-            Wanted { key, target: ask.target.clone(), kind: Kind::Manifest, head_only: ask.head_only, range: None };
+        let wanted = Wanted {
+            key,
+            target: ask.target.clone(),
+            kind: Kind::Manifest,
+            head_only: ask.head_only,
+            range: None,
+            gate: None,
+        };
         let found =
             self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
         let source = source_of(&found);
@@ -156,11 +162,25 @@ impl Registry {
             kind: Kind::Blob,
             head_only: ask.head_only,
             range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
+            gate: Some(self.gate(ask, digest)),
         };
         match self.settings.mirror.fetch(&wanted).await {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
-            Err(miss) => self.refuse(ask, digest).ok_or_else(|| unknown().with_detail(miss.to_string())),
+            Err(miss) => self.refuse(ask, digest).await.ok_or_else(|| unknown().with_detail(miss.to_string())),
         }
+    }
+
+    /// Holds back the end of a body that breaks off until it is the client's lowest one.
+    fn gate(&self, ask: &Ask, digest: &Digest) -> Gate {
+        let first = match ask.range {
+            Some(RangeSpec::From { first, .. }) => first,
+            _ => 0,
+        };
+        let (turns, client, digest) = (Arc::clone(&self.turns), ask.client.clone(), digest.clone());
+        Gate::new(move || {
+            let (turns, client, digest) = (Arc::clone(&turns), client.clone(), digest.clone());
+            Box::pin(async move { turns.come(&client, &digest, first).await })
+        })
     }
 
     /// A blob whose bytes can be had at any offset.
@@ -206,8 +226,10 @@ impl Registry {
             return body;
         }
         self.promises.given(&ask.client, digest, total, Instant::now());
+        let turn = self.turns.begin(&ask.client, digest, start);
         let (promises, client, digest) = (Arc::clone(&self.promises), ask.client.clone(), digest.clone());
         body.with_end(move |end| {
+            let _until_now = turn;
             if !end.complete {
                 promises.cut_at(&client, &digest, start + end.sent, Instant::now());
             }
@@ -215,7 +237,7 @@ impl Registry {
     }
 
     /// A refusal that is not an error status, where one would fail the client's pull.
-    pub(super) fn refuse(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
+    pub(super) async fn refuse(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
         if ask.head_only {
             return None;
         }
@@ -228,11 +250,14 @@ impl Registry {
             return None;
         };
         self.settings.metrics.cut();
+        let turn = self.turns.begin(&ask.client, digest, first);
+        self.turns.come(&ask.client, digest, first).await;
+        let cut = |length| Body::cut(length).with_end(move |_| drop(turn));
         let response = match ask.range.map(|range| range.resolve(total)) {
             Some(RangeOutcome::Part { start, end_exclusive }) => {
-                respond::blob(digest, Body::cut(end_exclusive - start), Some((start, total)))
+                respond::blob(digest, cut(end_exclusive - start), Some((start, total)))
             }
-            _ => respond::blob(digest, Body::cut(total), None),
+            _ => respond::blob(digest, cut(total), None),
         };
         Some(Answer { response, source: Source::Nobody })
     }

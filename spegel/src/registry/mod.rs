@@ -8,6 +8,7 @@ mod content;
 mod metrics;
 mod promises;
 mod respond;
+mod turns;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -61,6 +62,7 @@ pub struct Settings {
 pub struct Registry {
     settings: Settings,
     promises: Arc<Promises>,
+    turns: Arc<turns::Turns>,
     /// The router was ready once.
     joined: AtomicBool,
     /// New requests are refused.
@@ -75,6 +77,7 @@ impl Registry {
         Self {
             settings,
             promises: Arc::default(),
+            turns: Arc::default(),
             joined: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             flight: Arc::default(),
@@ -127,9 +130,9 @@ impl Registry {
     }
 
     /// What a node that is stopping says: containerd goes upstream on a 503, but not where it was given a part of that blob.
-    fn refuse_all(&self, ask: &Ask, parsed: &Request) -> Result<Answer, OciError> {
+    async fn refuse_all(&self, ask: &Ask, parsed: &Request) -> Result<Answer, OciError> {
         let cut = match parsed {
-            Request::Blob { digest, .. } if !ask.mirrored => self.refuse(ask, digest),
+            Request::Blob { digest, .. } if !ask.mirrored => self.refuse(ask, digest).await,
             _ => None,
         };
         cut.ok_or_else(|| OciError::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unknown, "this node is stopping"))
@@ -154,7 +157,7 @@ impl Registry {
         }
         let ask = self.ask(request, parsed, remote);
         let answer = match parsed {
-            _ if self.draining.load(Ordering::Relaxed) => self.refuse_all(&ask, parsed),
+            _ if self.draining.load(Ordering::Relaxed) => self.refuse_all(&ask, parsed).await,
             Request::Base => Ok(Answer::local(respond::base())),
             Request::Manifest { reference, .. } => self.manifest(&ask, reference).await,
             Request::Blob { digest, .. } => self.blob(&ask, digest).await,
