@@ -35,6 +35,17 @@ pub(super) struct Ask {
     pub(super) client: Client,
 }
 
+impl Ask {
+    /// The offset of the first byte that is asked for; unknown of a suffix, as long as the length is.
+    fn first_byte(&self) -> Option<u64> {
+        match self.range {
+            Some(RangeSpec::From { first, .. }) => Some(first),
+            Some(RangeSpec::Suffix(_)) => None,
+            None => Some(0),
+        }
+    }
+}
+
 /// Where an answer's content is from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
@@ -172,10 +183,7 @@ impl Registry {
 
     /// Holds back the end of a body that breaks off until it is the client's lowest one.
     fn gate(&self, ask: &Ask, digest: &Digest) -> Gate {
-        let first = match ask.range {
-            Some(RangeSpec::From { first, .. }) => first,
-            _ => 0,
-        };
+        let first = ask.first_byte().unwrap_or(0);
         let (turns, client, digest) = (Arc::clone(&self.turns), ask.client.clone(), digest.clone());
         Gate::new(move || {
             let (turns, client, digest) = (Arc::clone(&turns), client.clone(), digest.clone());
@@ -241,11 +249,7 @@ impl Registry {
         if ask.head_only {
             return None;
         }
-        let first = match ask.range {
-            Some(RangeSpec::From { first, .. }) => first,
-            Some(RangeSpec::Suffix(_)) => return None,
-            None => 0,
-        };
+        let first = ask.first_byte()?;
         let Refusal::Cut { total } = self.promises.refuse(&ask.client, digest, first, Instant::now()) else {
             return None;
         };
