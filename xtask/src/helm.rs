@@ -35,6 +35,22 @@ pub(crate) fn build() -> Result<PathBuf> {
     Ok(file)
 }
 
+/// A major version's Helm, built with Go where it was not before.
+///
+/// # Errors
+/// There is no Go, or no module proxy.
+pub(crate) fn helm(major: u8) -> Result<PathBuf> {
+    let version = if major == 3 { VERSION } else { "4.3.1" };
+    let file = PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?)
+        .join(format!(".cache/spegel-tests/helm-{version}/helm"));
+    if !file.is_file() {
+        let go = find_program("go").context("building Helm needs Go in PATH or /usr/local/go")?;
+        let module = format!("helm.sh/helm/v{major}/cmd/helm@v{version}");
+        output(Command::new(go).args(["install", &module]).env("GOBIN", file.parent().unwrap_or(&file)))?;
+    }
+    Ok(file)
+}
+
 fn built() -> Option<PathBuf> {
     Some(PathBuf::from(std::env::var_os("HOME")?).join(format!(".cache/spegel-tests/helm-{VERSION}/helm")))
 }

@@ -1,8 +1,10 @@
-//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`, `tidy`.
+//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`,
+//! `cluster-test`, `tidy`.
 
 mod bench;
 mod build;
 mod chart;
+mod cluster;
 mod demo;
 mod dist;
 mod helm;
@@ -42,6 +44,8 @@ enum Command {
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
     Image(image::Image),
+    /// Install, upgrade and remove the chart in a real Kubernetes cluster on this machine
+    ClusterTest(cluster::ClusterTest),
     /// Make everything that a release consists of
     Dist(dist::Dist),
 }
@@ -68,6 +72,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(demo) => demo.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
+        Command::ClusterTest(test) => test.run(root()),
         Command::Dist(dist) => dist.run(root()),
     }
 }
