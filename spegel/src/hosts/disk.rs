@@ -115,6 +115,13 @@ impl<'a> Disk<'a> {
         sync_parent(path)
     }
 
+    /// Makes an empty file.
+    pub(super) fn create_file(&mut self, path: &Path) -> Result<(), HostsError> {
+        self.step("create", path)?;
+        File::create_new(path).map_err(failed("create", path))?;
+        sync_parent(path)
+    }
+
     /// Gives a file a new content, at once. A secret one is for its owner only.
     pub(super) fn replace(&mut self, path: &Path, content: &[u8], secret: bool) -> Result<(), HostsError> {
         let beside = path.with_file_name(LEFTOVER);
@@ -176,8 +183,10 @@ impl<'a> Disk<'a> {
         }
         self.step("remove", path)?;
         match fs::remove_dir(path) {
-            // Somebody was faster, and put something in.
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            // Somebody was faster, and put something in; or it is mounted, as in a pod.
+            Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => {
+                Ok(())
+            }
             result => result.map_err(failed("remove", path)).and_then(|()| sync_parent(path)),
         }
     }

@@ -3,7 +3,8 @@
 //! Below containerd's `config_path` each registry has a directory with a `hosts.toml`
 //! ([containerd's description](https://github.com/containerd/containerd/blob/main/docs/hosts.md)). Only files named
 //! `hosts.toml` are written, each with a first line by which it is known. One that was there before is kept in `_backup` beside the
-//! directories. Everything else, certificates too, stays where it is, so that relative paths hold.
+//! directories. Everything else, certificates too, stays where it is, so that relative paths hold. A `config_path` that had to be made
+//! is known by a hidden file in it, and goes with what was written if nothing else is in it.
 
 mod disk;
 mod render;
@@ -26,6 +27,8 @@ pub const NODE_HEADER: &str = "X-Spegel-Node";
 const BACKUP: &str = "_backup";
 /// The file that containerd reads in a registry's directory.
 const HOSTS: &str = "hosts.toml";
+/// Stands in a `config_path` that was made by [`write()`]. containerd looks at directories only.
+const MADE_ROOT: &str = ".made-by-spegel";
 
 /// What to write.
 #[derive(Clone, Debug)]
@@ -144,6 +147,7 @@ fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, H
     let mut run = Run { disk: Disk::new(hook), root, report: Report::default(), by_go: is_backed_up(root) };
     let plan = run.plan(configuration)?;
     let wanted: BTreeSet<PathBuf> = plan.iter().map(|planned| planned.directory.clone()).collect();
+    run.make_root()?;
     for planned in &plan {
         run.install(planned, configuration.basic_auth.is_some())?;
     }
@@ -160,6 +164,7 @@ fn remove_with(config_path: &Path, hook: Hook<'_>) -> Result<Report, HostsError>
     let by_go = is_backed_up(config_path);
     let mut run = Run { disk: Disk::new(hook), root: config_path, report: Report::default(), by_go };
     run.withdraw(&BTreeSet::new())?;
+    run.withdraw_root()?;
     Ok(run.report)
 }
 
@@ -355,6 +360,24 @@ impl Run<'_> {
             }
             number += 1;
         }
+    }
+
+    fn make_root(&mut self) -> Result<(), HostsError> {
+        if self.root.is_dir() {
+            return Ok(());
+        }
+        self.disk.create_directory(self.root)?;
+        self.disk.create_file(&self.root.join(MADE_ROOT))
+    }
+
+    /// The file goes in any case: what others have in the directory makes it theirs.
+    fn withdraw_root(&mut self) -> Result<(), HostsError> {
+        let mark = self.root.join(MADE_ROOT);
+        if mark.symlink_metadata().is_err() {
+            return Ok(());
+        }
+        self.disk.remove(&mark)?;
+        self.disk.remove_empty_directory(self.root)
     }
 
     /// Takes our files away but for those in `wanted`, and puts back what was there.
