@@ -10,6 +10,9 @@ use super::api::{Api, ApiError, ApiSettings};
 /// The first wait after a failure. The kubelet and controllers write a new node's object often, and each may be in the way.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 
+/// How long the wait has become when it is no chance any more that others were faster.
+const NO_CHANCE: Duration = Duration::from_secs(2);
+
 /// The longest wait. Each node asks by itself, so 3,000 of them ask an API server that fails 50 times a second.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
@@ -31,8 +34,8 @@ pub async fn remove_startup_taint(api: &Api, node: &str, key: &str) -> bool {
     loop {
         match remove_once(api, node, key).await {
             Ok(removed) => return removed,
-            Err(error) if is_overtaken(&error) => {
-                tracing::debug!(%error, "the node was changed meanwhile; looking again")
+            Err(error) if is_overtaken(&error) && wait.0 < NO_CHANCE => {
+                tracing::debug!(%error, "the node was changed meanwhile; looking again");
             }
             Err(error) => {
                 let reason = error.to_string();
