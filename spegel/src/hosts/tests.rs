@@ -160,3 +160,42 @@ fn no_file_is_left_by_interruptions_and_a_whole_run_leaves_nothing() {
         }
     }
 }
+
+#[test]
+fn runs_at_the_same_time_lose_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let configuration = setting(root.path());
+    let before = snapshot(root.path());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| (0..50).for_each(|_| drop(write(&configuration).unwrap())));
+            scope.spawn(|| (0..50).for_each(|_| drop(remove(root.path()).unwrap())));
+        }
+    });
+    remove(root.path()).unwrap();
+    assert_eq!(snapshot(root.path()), before);
+}
+
+#[test]
+fn a_directory_that_comes_and_goes_is_made_again() {
+    let root = tempfile::tempdir().unwrap();
+    let configuration = below_nothing(root.path());
+    let path = &configuration.config_path;
+    std::thread::scope(|scope| {
+        scope.spawn(|| (0..50).for_each(|_| drop(write(&configuration).unwrap())));
+        scope.spawn(|| (0..50).for_each(|_| drop(remove(path).unwrap())));
+    });
+    remove(path).unwrap();
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_run_that_does_not_end_is_not_waited_for_for_ever() {
+    let root = tempfile::tempdir().unwrap();
+    let held = disk::lock(root.path()).unwrap().unwrap();
+    let waited = disk::lock_within(root.path(), std::time::Duration::ZERO);
+    assert!(matches!(waited, Err(HostsError::Busy(_))), "{waited:?}");
+    drop(held);
+    assert!(disk::lock(root.path()).unwrap().is_some());
+    assert!(disk::lock(&root.path().join("nothing")).unwrap().is_none());
+}
