@@ -68,7 +68,7 @@ fn the_startup_taint_goes_once_the_mirror_is_ready_whatever_is_in_the_way() {
     wait_until(PATIENCE, "removal of the taint", || api.state().node == left).unwrap();
     let (get, patch) = ("GET /api/v1/nodes/127.0.0.1", "PATCH /api/v1/nodes/127.0.0.1");
     assert_eq!(api.state().asked, [get, get, patch, get, patch], "refused, overtaken, done");
-    assert!(spegel.daemon.log().contains("the startup taint is removed"), "{}", spegel.daemon.log());
+    wait_until(PATIENCE, "word of it", || spegel.daemon.log().contains("the startup taint is removed")).unwrap();
 }
 
 #[test]
