@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod handler;
+mod node;
 mod trace;
 
 use std::io::Write as _;
@@ -109,6 +110,8 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let mut stop_signal = StopSignal::listen()?;
     raise_open_files();
     let mut figures = metrics::registry();
+    let zone = node::zone(&settings.zone, &settings.node_name).await;
+    metrics::register_node(&mut figures, &settings.node_name, zone.as_deref());
 
     let (store, mut store_task) = open_store(&settings, &stop)?;
     let router = start_router(&settings, &stop)?;
@@ -128,11 +131,16 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(announce(store, router.clone()));
+    if let Some(taint) = settings.startup_taint {
+        let registry = Arc::clone(&registry);
+        tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
+    }
     info!(
         version = env!("CARGO_PKG_VERSION"),
         registry = ?server.addrs(),
         router = %router.peer_id(),
         node = settings.node_name,
+        zone,
         "spegel is up"
     );
 

@@ -10,7 +10,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 
 pub use args::{LogFormat, LogLevel, VersionFormat};
 pub use cleanup::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
-pub use settings::{Bootstrap, Content, RegistrySettings};
+pub use settings::{Bootstrap, Content, RegistrySettings, Zone};
 
 /// What the command line and the environment ask for.
 #[derive(Debug)]
@@ -155,7 +155,7 @@ mod tests {
         let secrets = secrets.path().to_str().unwrap();
         check_flags(
             "registry",
-            &["--bootstrap-kind", "static"],
+            &["--bootstrap-kind", "static", "--startup-taint", "a", "--kubernetes-service-host", "10.0.0.1"],
             &[
                 &["--bootstrap-kind", "dns", "--dns-bootstrap-domain", "spegel.test."],
                 &["--bootstrap-kind=dns", "--dns-bootstrap-domain", "other.test."],
@@ -175,6 +175,12 @@ mod tests {
                 &["--mirror-resolve-retries", "7"],
                 &["--mirror-stall-timeout", "1m30s"],
                 &["--drain-timeout", "1s"],
+                &["--zone", "zone-1"],
+                &["--zone-from-node"],
+                &["--startup-taint", "b"],
+                &["--kubernetes-service-host", "10.0.0.2"],
+                &["--kubernetes-service-port", "6443"],
+                &["--service-account-dir", "/elsewhere"],
                 &["--node-name", "elsewhere"],
                 &["--basic-auth-dir", secrets],
             ],
@@ -252,6 +258,10 @@ mod tests {
             (&["registry", "--bootstrap-kind", "static", "--registry-filters", "("], "--registry-filters"),
             (&["registry", "--bootstrap-kind", "static", "--mirror-resolve-timeout", "20"], "20ms, 2s or 1m30s"),
             (&["configuration", "--mirror-targets", "ftp://a"], "--mirror-targets"),
+            (&["registry", "--bootstrap-kind", "static", "--zone", "here, there"], "--zone here, there"),
+            (&["registry", "--bootstrap-kind", "static", "--zone-from-node"], "--kubernetes-service-host"),
+            (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a"], "--kubernetes-service-host"),
+            (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a:NoSchedule"], "key alone"),
             (&["configuration"], "--mirror-targets"),
             (&["cleanup"], "--addr"),
             (&["cleanup-wait"], "--probe-endpoint"),

@@ -93,7 +93,9 @@ impl ClusterTest {
 
     /// The Helms to test with, by major version.
     fn helms(&self, machine: &Machine) -> Result<Vec<(u8, PathBuf)>> {
-        let find = |&major: &u8| Ok((major, if major == 3 { machine.helm()? } else { crate::helm::helm(major)? }));
+        let find = |&major: &u8| {
+            Ok((major, if major == 3 { machine.helm()? } else { crate::helm::helm(crate::helm::Version::V4)? }))
+        };
         self.helm.iter().map(find).collect()
     }
 

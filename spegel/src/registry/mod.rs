@@ -110,8 +110,11 @@ impl Registry {
         Arc::strong_count(&self.flight) - 1
     }
 
-    /// Whether requests should be sent here; else what it waits for.
-    fn ready(&self) -> Result<(), String> {
+    /// Whether requests should be sent here, as `/readyz` says.
+    ///
+    /// # Errors
+    /// What it waits for.
+    pub fn ready(&self) -> Result<(), String> {
         if self.draining.load(Ordering::Relaxed) {
             return Err("it is stopping".to_owned());
         }
