@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use machine::Machine;
 use release::{NEXT_TAG, REPOSITORY, Release, TAG};
-use scenarios::SCENARIOS;
+use scenarios::{FIRST, SCENARIOS};
 
 #[derive(Debug, Args)]
 pub(crate) struct ClusterTest {
@@ -32,7 +32,7 @@ pub(crate) struct ClusterTest {
     /// Only scenarios whose names contain one of these
     #[arg(long, value_name = "NAME", num_args = 1..)]
     only: Vec<String>,
-    /// Leave the cluster running
+    /// Use a cluster that is running as it is, stop at the first failure, and leave the cluster running
     #[arg(long)]
     keep: bool,
     /// Write the figures there
@@ -84,6 +84,9 @@ impl ClusterTest {
             machine.up()?;
             machine.import(&archive, &name, &format!("{REPOSITORY}:{NEXT_TAG}"))
         };
+        if !self.keep {
+            machine.down(None)?;
+        }
         let outcomes = self.run_all(&machine, &helms, &start);
         if !self.keep {
             machine.down(None)?;
@@ -107,8 +110,9 @@ impl ClusterTest {
     ) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::new();
         start().context("start the cluster")?;
-        for (major, helm) in helms {
-            for (name, scenario) in SCENARIOS {
+        for (round, (major, helm)) in helms.iter().enumerate() {
+            let once = (round == 0).then_some(FIRST);
+            for (name, scenario) in once.into_iter().chain(SCENARIOS) {
                 if !self.only.is_empty() && !self.only.iter().any(|part| name.contains(part)) {
                     continue;
                 }

@@ -124,14 +124,22 @@ impl Release<'_> {
         Ok(pods)
     }
 
+    /// The metrics of the mirror at an address.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub(super) fn figures(&self, address: &str) -> Result<String> {
+        let client = Client::new(Duration::from_secs(10));
+        Ok(client.get(&format!("http://{address}:9090/metrics"), &[])?.text())
+    }
+
     /// How often each node's mirror was asked so far, ordered by node.
     ///
     /// # Errors
     /// A mirror that does not answer.
     pub(super) fn asked(&self) -> Result<Vec<Asked>> {
-        let client = Client::new(Duration::from_secs(10));
         let asked = self.pods()?.into_iter().map(|(_, address)| {
-            let text = client.get(&format!("http://{address}:9090/metrics"), &[])?.text();
+            let text = self.figures(&address)?;
             let count = |cache: &str| -> u64 {
                 let label = format!("cache=\"{cache}\"");
                 text.lines()

@@ -20,7 +20,6 @@ pub(super) type Scenario = fn(&mut Stage<'_>) -> Result<()>;
 
 /// All of them. Each finds a cluster without a release, and leaves one.
 pub(super) const SCENARIOS: [(&str, Scenario); 11] = [
-    ("objects", objects::accepted),
     ("lifecycle", lifecycle),
     ("upgrade-under-load", upgrade_under_load),
     ("host-port", host_port),
@@ -31,7 +30,11 @@ pub(super) const SCENARIOS: [(&str, Scenario); 11] = [
     ("go-values", go_values),
     ("from-go-chart", from_go_chart),
     ("broken-install", broken_install),
+    ("startup-taint", startup_taint),
 ];
+
+/// What is asked once, since the Helms make the same objects of the chart (the chart's own tests compare them).
+pub(super) const FIRST: (&str, Scenario) = ("objects", objects::accepted);
 
 /// What an administrator has on a node before and adds later.
 const ADMINISTRATORS: &str =
@@ -326,4 +329,32 @@ fn broken_install(stage: &mut Stage<'_>) -> Result<()> {
     let written = || (1..=NODES).all(|node| machine.hosts(node, UPSTREAM).is_ok_and(|text| text.contains("30020")));
     wait_until(Duration::from_secs(30), "the configuration of the nodes", written)?;
     uninstall(stage, &release, &before)
+}
+
+/// New nodes carry a taint until their mirror is ready; each mirror knows its node's zone by the node's label.
+fn startup_taint(stage: &mut Stage<'_>) -> Result<()> {
+    const TAINT: &str = "spegel.dev/agent-not-ready";
+    let release = stage.release("spegel", "spegel");
+    let machine = Arc::clone(stage.machine);
+    let before = machine.certs()?;
+    machine.kubectl(&["label", "nodes", "--all", "--overwrite", "topology.kubernetes.io/zone=zone-a"])?;
+    machine.kubectl(&["taint", "nodes", "--all", &format!("{TAINT}=:NoSchedule"), "other=:PreferNoSchedule"])?;
+    install(stage, &release, &["--set", "startupTaint.enabled=true", "--set", "spegel.zoneFromNode=true"])?;
+    stage.step("the startup taint of every node is taken away, another one stays", || {
+        let taints = || machine.kubectl(&["get", "nodes", "--output", "jsonpath={.items[*].spec.taints[*].key}"]);
+        let gone = || taints().is_ok_and(|taints| !taints.contains(TAINT));
+        wait_until(Duration::from_secs(60), "the taints to go", gone)?;
+        let left = taints()?;
+        ensure!(left.split_whitespace().eq(["other"; NODES]), "taints that are left: {left}");
+        Ok(((), String::new()))
+    })?;
+    for (node, address) in release.pods()? {
+        let figures = release.figures(&address)?;
+        let known = figures.lines().find(|line| line.starts_with("spegel_node_info{")).unwrap_or_default();
+        let (node, zone) = (format!("node=\"{node}\""), "zone=\"zone-a\"");
+        ensure!(known.contains(&node) && known.contains(zone), "the mirror does not know {node} and {zone}: {known}");
+    }
+    machine.kubectl(&["taint", "nodes", "--all", "other:PreferNoSchedule-"])?;
+    uninstall(stage, &release, &before)?;
+    machine.kubectl(&["label", "nodes", "--all", "topology.kubernetes.io/zone-"]).map(drop)
 }
