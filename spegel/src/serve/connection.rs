@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 use super::engine::Accepted;
 use super::watch::{Expired, Handled, Verdict, Watch};
 use super::{RemoteAddr, Shared, linger};
-use crate::zerocopy::{Body, BodyError, BoundBody, Io, Ops};
+use crate::zerocopy::{Body, BodyError, BoundBody, Io, Ops, Settings};
 
 /// How a connection ended.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ enum End {
     Aborted,
 }
 
-pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>) {
+pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings: Arc<Settings>) {
     let remote = accepted.remote;
     // The accepted connection stays counted until its socket is closed.
     let stream = match accepted.take_stream().and_then(prepare) {
@@ -42,7 +42,7 @@ pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>) {
             return;
         }
     };
-    let (stream, end) = match drive(stream, RemoteAddr(remote), &shared).await {
+    let (stream, end) = match drive(stream, RemoteAddr(remote), &shared, &settings).await {
         Ok(ended) => ended,
         Err(error) => {
             tracing::warn!(%error, "cannot serve a connection");
@@ -61,8 +61,13 @@ fn prepare(stream: std::net::TcpStream) -> io::Result<TcpStream> {
 }
 
 /// Runs HTTP until the connection's end, and gives its socket back.
-async fn drive(stream: TcpStream, remote: RemoteAddr, shared: &Arc<Shared>) -> io::Result<(TcpStream, End)> {
-    let ops = Ops::new(&shared.settings)?;
+async fn drive(
+    stream: TcpStream,
+    remote: RemoteAddr,
+    shared: &Arc<Shared>,
+    settings: &Arc<Settings>,
+) -> io::Result<(TcpStream, End)> {
+    let ops = Ops::new(settings)?;
     let handling = Arc::new(Handling::default());
     let service = service_fn(|mut request: Request<Incoming>| {
         request.extensions_mut().insert(remote);

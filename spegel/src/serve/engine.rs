@@ -1,14 +1,18 @@
-//! A data runtime: a thread that drives connections. Plain tokio over epoll, the engine that works everywhere.
+//! A data runtime: a thread that drives connections.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
+use super::runtime::{Chosen, EngineChoice, Runtime};
+use super::watchdog::Pulse;
 use super::{Shared, connection};
+use crate::zerocopy::Settings;
 
 /// Connections on their way from the acceptor to a runtime.
 const QUEUE: usize = 1024;
@@ -40,20 +44,57 @@ pub(super) struct Engine {
     queue: Mutex<Option<mpsc::Sender<Accepted>>>,
     load: Arc<AtomicUsize>,
     done: watch::Receiver<()>,
+    pulse: Arc<Pulse>,
 }
 
 // === impl Engine ===
 
 impl Engine {
-    pub(super) fn start(index: usize, shared: Arc<Shared>) -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    /// Starts a thread, with a pulse for a watchdog of this bound.
+    ///
+    /// # Errors
+    /// No thread, no descriptors, or the engine that was asked for is not to be had.
+    pub(super) fn start(
+        index: usize,
+        choice: EngineChoice,
+        watchdog: Option<Duration>,
+        shared: Arc<Shared>,
+    ) -> io::Result<(Self, Chosen)> {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (alive, done) = watch::channel(());
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let pulse = Arc::new(Pulse::default());
+        let beating = pulse.clone();
         std::thread::Builder::new().name(format!("data-{index}")).spawn(move || {
-            runtime.block_on(run(receiver, shared));
-            drop(alive);
+            let runtime = match Runtime::new(choice) {
+                Ok((runtime, chosen)) => {
+                    let _ = tell.send(Ok(chosen));
+                    runtime
+                }
+                Err(error) => {
+                    let _ = tell.send(Err(error));
+                    return;
+                }
+            };
+            runtime.run(|warmer| async {
+                let settings = Arc::new(Settings { warmer, ..shared.settings.clone() });
+                let pulse = beating.clone();
+                if let Some(bound) = watchdog {
+                    tokio::spawn(async move { pulse.beat(bound).await });
+                }
+                serve(receiver, shared, settings).await;
+                // Before the runtime goes, whose end is no turn either.
+                beating.end();
+                drop(alive);
+            });
         })?;
-        Ok(Self { queue: Mutex::new(Some(sender)), load: Arc::default(), done })
+        // The thread says one or the other, unless it panics.
+        let chosen = told.recv().map_err(io::Error::other)??;
+        Ok((Self { queue: Mutex::new(Some(sender)), load: Arc::default(), done, pulse }, chosen))
+    }
+
+    pub(super) fn pulse(&self) -> Arc<Pulse> {
+        self.pulse.clone()
     }
 
     /// Connections that it has.
@@ -83,10 +124,10 @@ impl Engine {
     }
 }
 
-async fn run(mut queue: mpsc::Receiver<Accepted>, shared: Arc<Shared>) {
+async fn serve(mut queue: mpsc::Receiver<Accepted>, shared: Arc<Shared>, settings: Arc<Settings>) {
     let connections = TaskTracker::new();
     while let Some(accepted) = queue.recv().await {
-        connections.spawn(connection::serve(accepted, shared.clone()));
+        connections.spawn(connection::serve(accepted, shared.clone(), settings.clone()));
     }
     connections.close();
     connections.wait().await;

@@ -1,8 +1,11 @@
 //! What a server counts.
 
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use super::runtime::Chosen;
 use crate::zerocopy::Traffic;
 
 /// A server's figures. Clones share them.
@@ -12,6 +15,13 @@ pub struct ServeMetrics {
     limit: Gauge,
     refused: prometheus_client::metrics::counter::Counter,
     traffic: Traffic,
+    engine: Family<EngineLabels, Gauge>,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct EngineLabels {
+    engine: &'static str,
+    reason: &'static str,
 }
 
 // === impl ServeMetrics ===
@@ -36,6 +46,11 @@ impl ServeMetrics {
             "Bytes sent to clients by kind, and by the way they took through the kernel",
             metrics.traffic.family(),
         );
+        registry.register(
+            "spegel_serve_engine_info",
+            "1 for the engine that drives connections, with the reason why it is that one",
+            metrics.engine.clone(),
+        );
         metrics
     }
 
@@ -59,6 +74,11 @@ impl ServeMetrics {
 
     pub(super) fn set_limit(&self, limit: usize) {
         self.limit.set(i64::try_from(limit).unwrap_or(i64::MAX));
+    }
+
+    pub(super) fn set_engine(&self, chosen: &Chosen) {
+        let labels = EngineLabels { engine: chosen.engine.name(), reason: chosen.reason };
+        self.engine.get_or_create(&labels).set(1);
     }
 
     pub(super) fn opened(&self) {
