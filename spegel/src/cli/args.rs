@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::cleanup::{CleanupArgs, CleanupWaitArgs};
+use super::serve::ServeArgs;
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum};
 
@@ -166,6 +167,8 @@ pub(super) struct RegistryArgs {
     /// How long responses under way may go on after SIGTERM
     #[arg(long, env, default_value = "20s", value_parser = duration, value_name = "DURATION")]
     pub(super) drain_timeout: Duration,
+    #[command(flatten)]
+    pub(super) serve: ServeArgs,
     #[command(flatten)]
     pub(super) node: NodeArgs,
 }

@@ -11,6 +11,7 @@ use clap::CommandFactory as _;
 use clap::error::ErrorKind as Usage;
 
 use super::args::{Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
+use super::serve::ServeSettings;
 use crate::bootstrap::StaticBootstrap;
 use crate::oci::Filters;
 use crate::registry::BasicAuth;
@@ -42,6 +43,8 @@ pub struct RegistrySettings {
     pub node_name: String,
     /// How long responses may go on after SIGTERM.
     pub drain: Duration,
+    /// How bytes are served, and what a client may cost.
+    pub serve: ServeSettings,
 }
 
 /// A source of first peers.
@@ -106,6 +109,7 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         basic_auth,
         node_name: node_name(&args.node),
         drain: args.drain_timeout,
+        serve: args.serve.settings(),
         data_dir: args.data_dir.filter(|path| !path.as_os_str().is_empty()),
         content: if args.oci_layout.is_empty() {
             let content_path = Some(PathBuf::from(args.containerd_content_path));

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use super::runtime::{Chosen, EngineChoice, Runtime};
@@ -21,6 +21,8 @@ const QUEUE: usize = 1024;
 pub(super) struct Accepted {
     stream: Option<TcpStream>,
     pub(super) remote: SocketAddr,
+    /// There where it is one too many, and is only told so.
+    refusal: Option<OwnedSemaphorePermit>,
     load: Arc<AtomicUsize>,
     shared: Arc<Shared>,
 }
@@ -28,6 +30,10 @@ pub(super) struct Accepted {
 impl Accepted {
     pub(super) fn take_stream(&mut self) -> io::Result<TcpStream> {
         self.stream.take().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    pub(super) fn is_refused(&self) -> bool {
+        self.refusal.is_some()
     }
 }
 
@@ -102,14 +108,21 @@ impl Engine {
         self.load.load(Ordering::Relaxed)
     }
 
-    /// Hands a connection over, or back when the queue is full: the runtime does not keep up.
-    pub(super) fn push(&self, stream: TcpStream, remote: SocketAddr, shared: &Arc<Shared>) -> Result<(), TcpStream> {
+    /// Hands a connection over. Closes it, and says so, when the queue is full: the runtime does not keep up.
+    pub(super) fn push(
+        &self,
+        stream: TcpStream,
+        remote: SocketAddr,
+        refusal: Option<OwnedSemaphorePermit>,
+        shared: &Arc<Shared>,
+    ) -> bool {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(permit) = queue.as_ref().and_then(|queue| queue.try_reserve().ok()) else { return Err(stream) };
+        let Some(permit) = queue.as_ref().and_then(|queue| queue.try_reserve().ok()) else { return false };
         self.load.fetch_add(1, Ordering::Relaxed);
         shared.metrics.opened();
-        permit.send(Accepted { stream: Some(stream), remote, load: self.load.clone(), shared: shared.clone() });
-        Ok(())
+        let (load, shared) = (self.load.clone(), shared.clone());
+        permit.send(Accepted { stream: Some(stream), remote, refusal, load, shared });
+        true
     }
 
     /// No connection comes any more; the thread ends with its last one.

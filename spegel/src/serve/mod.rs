@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +40,14 @@ pub use runtime::{Chosen, EngineChoice, EngineKind};
 pub trait Handler: Send + Sync + 'static {
     /// Answers `request`, whose extensions hold the client's [`RemoteAddr`]. Runs on a data runtime: it must not block.
     fn handle(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>>;
+
+    /// Tells the client of a connection that is one too many to look elsewhere; the connection is closed after it. 503 if not told
+    /// otherwise: containerd goes upstream on one at once.
+    fn refuse(&self, _request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        std::future::ready(response).boxed()
+    }
 }
 
 impl<F, Fut> Handler for F
@@ -59,7 +67,7 @@ pub struct RemoteAddr(pub SocketAddr);
 /// What a client may cost.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections open at once; one more is answered 503 and closed.
+    /// Connections open at once; one more is told to go elsewhere and closed.
     pub connections: usize,
     /// Bytes of a request's line and headers; more is answered 431.
     pub header_bytes: usize,
@@ -199,10 +207,10 @@ impl Server {
             drain: CancellationToken::new(),
             abort: CancellationToken::new(),
         };
-        metrics.set_limit(limits.connections);
+        metrics.set_limits(&limits, pipes);
         let settings = Settings {
             transfer,
-            pipes: PipePool::new(pipes),
+            pipes: PipePool::counted(pipes, metrics.pipes()),
             traffic: metrics.traffic().clone(),
             ..Settings::default()
         };
