@@ -178,6 +178,7 @@ mod tests {
                 &["--mirror-stall-timeout", "1m30s"],
                 &["--drain-timeout", "1s"],
                 &["--serve-engine", "tokio"],
+                &["--serve-transfer", "copy"],
                 &["--watchdog", "0"],
                 &["--watchdog", "1s"],
                 &["--max-connections", "1"],

@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::args::duration;
 use crate::serve::{EngineChoice, Limits, Options};
+use crate::zerocopy::Transfer;
 
 /// What a client may cost, and on what its bytes are served.
 #[derive(Debug, Args)]
@@ -13,6 +14,9 @@ pub(super) struct ServeArgs {
     /// What serves: `io-uring`, `tokio`, or `auto` for io-uring where the kernel allows it
     #[arg(long, env, default_value = "auto", value_name = "ENGINE")]
     serve_engine: EngineChoice,
+    /// How bytes of files and peers are sent: `zerocopy` within the kernel, or `copy` where a sandbox or file system spoils that
+    #[arg(long, env, default_value = "zerocopy", value_name = "WAY")]
+    serve_transfer: Transfer,
     /// How long a serving thread may hang before the process ends itself, to be started anew; 0 is never
     #[arg(long, env, default_value = "5s", value_parser = duration_or_never, value_name = "DURATION")]
     watchdog: Never,
@@ -65,6 +69,7 @@ impl ServeArgs {
         let options = Options {
             limits,
             engine: self.serve_engine,
+            transfer: self.serve_transfer,
             watchdog: self.watchdog.0,
             pipes: self.max_pipes,
             ..Options::default()

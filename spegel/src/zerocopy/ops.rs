@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Context;
 
@@ -27,6 +28,18 @@ pub enum Transfer {
     Zerocopy,
     /// By read and write through a buffer.
     Copy,
+}
+
+impl FromStr for Transfer {
+    type Err = &'static str;
+
+    fn from_str(given: &str) -> Result<Self, Self::Err> {
+        match given {
+            "zerocopy" => Ok(Self::Zerocopy),
+            "copy" => Ok(Self::Copy),
+            _ => Err("the ways are zerocopy and copy"),
+        }
+    }
 }
 
 /// What every connection of a server has in common.
