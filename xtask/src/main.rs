@@ -36,6 +36,9 @@ enum Command {
     Test(test::Test),
     /// Measure the whole process
     Bench(bench::Bench),
+    /// What benches start as processes of their own
+    #[command(hide = true)]
+    BenchHelper(bench::Helper),
     /// Check the repository's own rules: who imports whom, file sizes, unsafe code, unfinished code
     Tidy,
     /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
@@ -68,6 +71,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Build(build) => build.run(),
         Command::Test(test) => test.run(),
         Command::Bench(bench) => bench.run(),
+        Command::BenchHelper(helper) => helper.run(),
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
         Command::Chart(chart) => chart.run(root()),

@@ -105,7 +105,11 @@ fn installed(package: &str) -> bool {
         .is_ok_and(|status| status == "installed")
 }
 
-fn install_packages(packages: &[&str]) -> Result<()> {
+/// Installs Debian packages.
+///
+/// # Errors
+/// What apt-get says, or it is not there.
+pub(crate) fn install_packages(packages: &[&str]) -> Result<()> {
     anyhow::ensure!(find_program("apt-get").is_some(), "this machine has no apt-get");
     let identity = output(Command::new("id").arg("-u"))?;
     anyhow::ensure!(identity.trim() == "0", "that needs root");

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::cleanup::{CleanupArgs, CleanupWaitArgs};
+use super::serve::ServeArgs;
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum};
 
@@ -190,6 +191,8 @@ pub(super) struct RegistryArgs {
     /// nodes
     #[arg(long, env, value_name = "KEY")]
     pub(super) startup_taint: Option<String>,
+    #[command(flatten)]
+    pub(super) serve: ServeArgs,
     #[command(flatten)]
     pub(super) node: NodeArgs,
     #[command(flatten)]

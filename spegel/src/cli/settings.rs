@@ -11,6 +11,7 @@ use clap::CommandFactory as _;
 use clap::error::ErrorKind as Usage;
 
 use super::args::{ApiArgs, Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
+use super::serve::ServeSettings;
 use crate::bootstrap::StaticBootstrap;
 use crate::kube::{ApiSettings, StartupTaint};
 use crate::oci::Filters;
@@ -47,6 +48,8 @@ pub struct RegistrySettings {
     pub startup_taint: Option<StartupTaint>,
     /// How long responses may go on after SIGTERM.
     pub drain: Duration,
+    /// How bytes are served, and what a client may cost.
+    pub serve: ServeSettings,
 }
 
 /// Where this node is.
@@ -124,6 +127,7 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         zone: zone(&args)?,
         startup_taint: startup_taint(&args)?,
         drain: args.drain_timeout,
+        serve: args.serve.settings(),
         data_dir: args.data_dir.filter(|path| !path.as_os_str().is_empty()),
         content: if args.oci_layout.is_empty() {
             let content_path = Some(PathBuf::from(args.containerd_content_path));
