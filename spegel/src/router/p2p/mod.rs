@@ -32,7 +32,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Peer, Readiness, Router};
+use super::{Members, Peer, Readiness, Router};
 use crate::bootstrap::Bootstrap;
 use crate::oci::Key;
 use crate::store::Change;
@@ -101,6 +101,7 @@ pub struct P2pRouter {
     searches: Searches,
     advertiser: Advertiser,
     readiness: watch::Receiver<Readiness>,
+    members: watch::Sender<Members>,
     _stop: DropGuard,
 }
 
@@ -180,6 +181,7 @@ impl P2pRouter {
             searches,
             advertiser,
             readiness: readiness_seen,
+            members: watch::Sender::default(),
             _stop: cancelled.drop_guard(),
         }))
     }
@@ -202,10 +204,7 @@ impl P2pRouter {
     /// The peers that are connected now, with the addresses of their routers.
     pub fn peers(&self) -> Vec<Peer> {
         let table = self.table.read();
-        let peer = |contact: &table::Contact| Peer {
-            id: contact.peer.to_base58().into(),
-            addresses: contact.addresses.to_vec(),
-        };
+        let peer = |contact: &table::Contact| Peer::new(contact.peer.to_base58().into(), contact.addresses.to_vec());
         table.contacts().map(peer).collect()
     }
 
@@ -227,6 +226,12 @@ impl Router for P2pRouter {
     fn readiness(&self) -> watch::Receiver<Readiness> {
         self.readiness.clone()
     }
+
+    fn members(&self) -> watch::Receiver<Members> {
+        self.members.subscribe()
+    }
+
+    fn set_load(&self, _percent: u8) {}
 }
 
 impl fmt::Debug for P2pRouter {

@@ -178,7 +178,7 @@ impl Context {
                 addresses.push(registry);
             }
         }
-        (!addresses.is_empty()).then(|| Peer { id: peer.to_base58().into(), addresses })
+        (!addresses.is_empty()).then(|| Peer::new(peer.to_base58().into(), addresses))
     }
 }
 
