@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod conformance;
+mod golang;
 mod memory;
 mod p2p;
 mod stock;

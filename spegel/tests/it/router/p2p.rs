@@ -47,7 +47,7 @@ impl Loopback {
         Ipv4Addr::new(127, process, self.network, node)
     }
 
-    fn settings(&self, ip: Ipv4Addr) -> P2pSettings {
+    pub(super) fn settings(&self, ip: Ipv4Addr) -> P2pSettings {
         P2pSettings {
             listen: vec![SocketAddr::from((ip, ROUTER_PORT))],
             registry_port: REGISTRY_PORT,
@@ -56,6 +56,16 @@ impl Loopback {
             advertise_ttl: P2pSettings::ADVERTISE_TTL,
             max_records: P2pSettings::MAX_RECORDS,
         }
+    }
+
+    /// A node that others find by the directory only if they are told to, with settings of its own.
+    pub(super) fn start_with(&self, node: u8, change: impl FnOnce(&mut P2pSettings)) -> Node {
+        let ip = self.address(node);
+        let mut settings = self.settings(ip);
+        change(&mut settings);
+        let router = P2pRouter::start(settings, &CancellationToken::new()).unwrap();
+        let registry = SocketAddr::from((ip, REGISTRY_PORT));
+        Node { id: router.peer_id().clone(), router, registry, _membership: Box::new(()) }
     }
 
     fn start(&self, ip: Ipv4Addr) -> Node {
