@@ -3,6 +3,7 @@
 
 mod conformance;
 mod golang;
+mod joining;
 mod memory;
 mod p2p;
 mod stock;

@@ -53,12 +53,18 @@ impl Loopback {
             registry_port: REGISTRY_PORT,
             identity: Identity::fresh(),
             bootstrap: vec![Arc::new(self.directory.clone())],
+            remembered: None,
+            mdns: false,
+            advertise: Vec::new(),
+            peer_networks: Vec::new(),
+            network_key: None,
+            zone: None,
             advertise_ttl: P2pSettings::ADVERTISE_TTL,
             max_records: P2pSettings::MAX_RECORDS,
         }
     }
 
-    /// A node that others find by the directory only if they are told to, with settings of its own.
+    /// A node that others do not find by the directory, with settings of its own.
     pub(super) fn start_with(&self, node: u8, change: impl FnOnce(&mut P2pSettings)) -> Node {
         let ip = self.address(node);
         let mut settings = self.settings(ip);
@@ -66,6 +72,18 @@ impl Loopback {
         let router = P2pRouter::start(settings, &CancellationToken::new()).unwrap();
         let registry = SocketAddr::from((ip, REGISTRY_PORT));
         Node { id: router.peer_id().clone(), router, registry, _membership: Box::new(()) }
+    }
+
+    /// The same, and others find it by the directory.
+    pub(super) fn start_named(&self, node: u8, change: impl FnOnce(&mut P2pSettings)) -> Node {
+        let at = BootstrapAddress { ip: self.address(node).into(), port: None };
+        self.directory.0.lock().unwrap().push(BootstrapPeer { id: None, addresses: vec![at] });
+        self.start_with(node, change)
+    }
+
+    /// Empties the directory.
+    pub(super) fn forget_all(&mut self) {
+        self.directory.0.lock().unwrap().clear();
     }
 
     fn start(&self, ip: Ipv4Addr) -> Node {
