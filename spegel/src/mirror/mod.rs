@@ -3,6 +3,7 @@
 mod client;
 mod fetch;
 mod health;
+mod lineage;
 mod metrics;
 mod pool;
 mod relay;
@@ -17,16 +18,23 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
 
-use crate::oci::Key;
+use crate::oci::{Digest, Key};
 use crate::router::{Peer, Router};
 use crate::zerocopy::Body;
 
 pub use client::{PeerError, Timeouts};
+pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
 
 /// Marks a request between nodes: it is answered from local content only, so that no request goes in circles.
 pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
+
+/// Marks an answer for a blob that the answering node is still receiving: `<position>/<total>`, both in bytes.
+pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
+
+/// The nodes that such an answer's bytes come through, a [`Chain`].
+pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
 
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
@@ -81,6 +89,10 @@ pub struct Wanted {
     pub range: Option<String>,
     /// What to wait for before a body that breaks off is ended.
     pub gate: Option<Gate>,
+    /// The node whose containerd gets it, by name.
+    pub node: Option<Arc<str>>,
+    /// That node may be this one.
+    pub feeds_us: bool,
 }
 
 /// Something to wait for. The wait is bounded by the stall bound.
@@ -170,6 +182,7 @@ struct Shared {
     health: health::Health,
     sources: sources::Sources,
     shelf: shelf::Shelf,
+    lineage: Arc<lineage::Lineage>,
     budget: Arc<Semaphore>,
     metrics: MirrorMetrics,
 }
@@ -184,10 +197,16 @@ impl Mirror {
             health: health::Health::default(),
             sources: sources::Sources::default(),
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
+            lineage: Arc::default(),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
             metrics,
         };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// The nodes through which this node's containerd is being given a blob that they still receive.
+    pub fn lineage(&self, digest: &Digest) -> Chain {
+        self.shared.lineage.of(digest)
     }
 
     /// Finds peers that have `wanted`, and takes the first good answer.

@@ -12,7 +12,8 @@ use tracing::{debug, info};
 
 use super::fetch::{Streamed, Taken, race};
 use super::metrics::End;
-use super::{Shared, Wanted, health};
+use super::{Shared, Wanted, health, lineage};
+use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
 /// The peers of one body, one after the other.
@@ -28,16 +29,25 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
+    /// The peer is still receiving it.
+    receiving: bool,
+    fed: Option<lineage::Fed>,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
 pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) -> Body {
-    let Streamed { address, response, part } = streamed;
+    let Streamed { address, response, part, chain } = streamed;
     let length = response.head.content_length;
     let start = part.map_or(0, |(start, _)| start);
-    let state = State { address, keep_alive: response.head.keep_alive, broken: HashSet::new() };
+    let state = State {
+        address,
+        keep_alive: response.head.keep_alive,
+        receiving: chain.is_some(),
+        fed: shared.fed(wanted, chain),
+        broken: HashSet::new(),
+    };
     let chain = Arc::new(Chain {
         shared: Arc::clone(shared),
         wanted: wanted.clone(),
@@ -53,9 +63,20 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
 }
 
 impl Shared {
-    /// The peer at this address gave less than it had promised.
-    fn broke(&self, wanted: &Wanted, address: SocketAddr) {
-        self.health.failed(address, Instant::now(), health::jitter());
+    /// Notes that our containerd is given this by nodes that still receive it themselves.
+    fn fed(&self, wanted: &Wanted, chain: Option<lineage::Chain>) -> Option<lineage::Fed> {
+        match &wanted.key {
+            Key::Digest(digest) if wanted.feeds_us => Some(self.lineage.fed(digest, chain?)),
+            _ => None,
+        }
+    }
+
+    /// The peer at this address gave less than it had promised. Of one that is still receiving it that may be the fault of who gives
+    /// it to that one.
+    fn broke(&self, wanted: &Wanted, address: SocketAddr, receiving: bool) {
+        if !receiving {
+            self.health.failed(address, Instant::now(), health::jitter());
+        }
         self.sources.failed(&wanted.key, &address);
     }
 }
@@ -71,7 +92,7 @@ impl Chain {
                 End::Complete
             }
             RelayEnd::Broken { sent, error } => {
-                self.shared.broke(&self.wanted, state.address);
+                self.shared.broke(&self.wanted, state.address, state.receiving);
                 info!(key = %self.wanted.key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
                 End::PeerBroke
             }
@@ -90,11 +111,13 @@ impl Chain {
                 }
                 return None;
             };
-            let Streamed { address, response, .. } = streamed;
+            let Streamed { address, response, chain: lineage, .. } = streamed;
             debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
+            state.receiving = lineage.is_some();
+            state.fed = chain.shared.fed(&wanted, lineage);
             Some((response.stream, response.leftover))
         })
     }
@@ -103,7 +126,7 @@ impl Chain {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
         if state.broken.insert(address) {
-            self.shared.broke(&self.wanted, address);
+            self.shared.broke(&self.wanted, address, state.receiving);
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
         (Wanted { range: Some(range), ..self.wanted.clone() }, state.broken.clone())

@@ -11,11 +11,11 @@ use tracing::warn;
 
 use super::promises::{Client, Refusal};
 use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Content, Found, Gate, Kind, Verified, Wanted};
+use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
-use crate::store::Blob;
+use crate::store::{Blob, Found as Local, Receiving};
 use crate::zerocopy::Body;
 
 /// A request, beside what its path says.
@@ -50,6 +50,8 @@ impl Ask {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
     Local,
+    /// This node has some of it, and is receiving the rest.
+    Receiving,
     /// Fetched from a peer and verified a moment ago.
     Ready,
     Peer(Arc<str>),
@@ -60,6 +62,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Local => "local",
+            Self::Receiving => "receiving",
             Self::Ready => "ready",
             Self::Peer(address) => address,
             Self::Nobody => "nobody",
@@ -121,6 +124,8 @@ impl Registry {
             head_only: ask.head_only,
             range: None,
             gate: None,
+            node: self.fed_node(ask),
+            feeds_us: false,
         };
         let found =
             self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
@@ -159,9 +164,8 @@ impl Registry {
     }
 
     pub(super) async fn blob(&self, ask: &Ask, digest: &Digest) -> Result<Answer, OciError> {
-        if let Some(blob) = self.open(ask, digest).await {
-            let body = |start, end: u64| Body::file(Arc::clone(&blob.file), start, end - start);
-            return Ok(self.give(ask, digest, blob.size, Source::Local, body));
+        if let Some(answer) = self.local_blob(ask, digest).await {
+            return Ok(answer);
         }
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
         if ask.mirrored || ask.excluded {
@@ -174,10 +178,63 @@ impl Registry {
             head_only: ask.head_only,
             range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
             gate: Some(self.gate(ask, digest)),
+            node: self.fed_node(ask),
+            feeds_us: self.may_be_ours(ask),
         };
         match self.settings.mirror.fetch(&wanted).await {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
             Err(miss) => self.refuse(ask, digest).await.ok_or_else(|| unknown().with_detail(miss.to_string())),
+        }
+    }
+
+    /// What this node has, or receives. Only where the asker cannot be who receives it here is the latter looked for.
+    async fn local_blob(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
+        let chain = if self.may_be_ours(ask) { None } else { self.chain_below(ask, digest) };
+        let found = match chain {
+            None => self.open(ask, digest).await.map(Local::Complete),
+            Some(_) => self.settings.store.find(digest, ask.repository.as_ref()).await.unwrap_or_else(|error| {
+                warn!(%digest, %error, "cannot open content of this node, asking peers");
+                None
+            }),
+        };
+        match found? {
+            Local::Complete(blob) => {
+                let body = |start, end: u64| Body::file(Arc::clone(&blob.file), start, end - start);
+                Some(self.give(ask, digest, blob.size, Source::Local, body))
+            }
+            Local::Receiving(Receiving { growing, total }) => {
+                let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
+                let mut answer = self.give(ask, digest, total, Source::Receiving, body);
+                respond::mark_receiving(&mut answer.response, growing.progress().position, total, &chain?);
+                Some(answer)
+            }
+        }
+    }
+
+    /// The nodes that a blob comes through for those who get it from here while it is received, unless the asker is one of them or
+    /// they are too many.
+    fn chain_below(&self, ask: &Ask, digest: &Digest) -> Option<Chain> {
+        let above = self.settings.mirror.lineage(digest);
+        let own = NodeId::of(self.settings.node_name.as_deref()?);
+        let chain = above.below(own)?;
+        let is_circle = matches!(&ask.client, Client::Node(name) if chain.contains(NodeId::of(name)));
+        (!is_circle).then_some(chain)
+    }
+
+    /// Whether our own containerd may be who asks.
+    fn may_be_ours(&self, ask: &Ask) -> bool {
+        match &ask.client {
+            _ if ask.mirrored => false,
+            Client::Node(name) => self.settings.node_name.as_deref().is_none_or(|own| own == &**name),
+            Client::Address(_) => true,
+        }
+    }
+
+    /// The node whose containerd gets what is asked for.
+    fn fed_node(&self, ask: &Ask) -> Option<Arc<str>> {
+        match &ask.client {
+            Client::Node(name) => Some(Arc::clone(name)),
+            Client::Address(_) => self.settings.node_name.as_deref().map(Into::into),
         }
     }
 

@@ -4,6 +4,7 @@ mod blobs;
 mod changes;
 mod containerd;
 mod index;
+mod ingest;
 mod metrics;
 mod oci_layout;
 mod state;
@@ -20,6 +21,7 @@ use crate::oci::{Digest, Key, Repository, TagName};
 
 pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings};
+pub use ingest::Receiving;
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
 
@@ -30,6 +32,15 @@ pub struct Blob {
     pub file: Arc<File>,
     /// Its length in bytes, as found when it was opened.
     pub size: u64,
+}
+
+/// Content of this node.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// All of it.
+    Complete(Blob),
+    /// What came of it so far, and the rest as it comes.
+    Receiving(Receiving),
 }
 
 /// A change of what this node can serve. The keys are never empty texts, and each is reported once until it changes back.
@@ -110,6 +121,12 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Opens content of this node, or says that it has none that may be served. `asked` is the repository in whose name
     /// the request came, if it named one: it decides for content that no image reaches yet.
     async fn open(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Blob>, StoreError>;
+
+    /// As [`Store::open`], but content will do that is only being received. Not for the one who receives it: it would wait for
+    /// itself. Stores that never receive anything need not implement it.
+    async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {
+        Ok(self.open(digest, asked).await?.map(Found::Complete))
+    }
 
     /// The manifests here whose `subject` is this digest.
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError>;

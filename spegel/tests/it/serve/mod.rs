@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod files;
+mod growing;
 mod limits;
 mod relays;
 mod stop;

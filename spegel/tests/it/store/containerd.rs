@@ -37,6 +37,7 @@ impl Daemon {
             namespace: daemon::NAMESPACE.to_owned(),
             content_path: Some(self.containerd.content_path()),
             filters: everything(),
+            stall: Duration::from_secs(5),
         }
     }
 
