@@ -32,6 +32,8 @@ struct Reception {
     reference: Reference,
     /// The length that it will have, where that is known.
     total: Option<u64>,
+    /// It was seen to be made, so that all of it has grown since.
+    is_new: bool,
     /// None as long as its `data` was not seen.
     sight: Option<Sight>,
     /// While it grows.
@@ -70,12 +72,12 @@ impl Tracker {
         Self { receptions: HashMap::new(), stall }
     }
 
-    /// An ingest is there. False if there are too many.
-    pub(super) fn begin(&mut self, folder: &str, reference: Reference, total: Option<u64>) -> bool {
+    /// An ingest is there; `is_new` if it was seen to be made. False if there are too many.
+    pub(super) fn begin(&mut self, folder: &str, reference: Reference, total: Option<u64>, is_new: bool) -> bool {
         if self.receptions.len() >= MAX_KNOWN {
             return false;
         }
-        let reception = Reception { reference, total, sight: None, live: None };
+        let reception = Reception { reference, total, is_new, sight: None, live: None };
         self.receptions.entry(folder.into()).or_insert(reception);
         true
     }
@@ -90,7 +92,7 @@ impl Tracker {
         let was_live = reception.live.is_some();
         match reception.sight.replace(sight) {
             // What another process left behind, and what was there before we looked, may grow no more.
-            None if sight.position > 0 => {}
+            None if !reception.is_new => {}
             Some(before) if before.inode != sight.inode || sight.position < before.position => reception.give_up(),
             before if sight.position > before.map_or(0, |before| before.position) => {
                 reception.grew(sight.position, now)

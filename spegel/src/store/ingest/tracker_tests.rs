@@ -24,7 +24,7 @@ impl Fixture {
     }
 
     fn begin(&mut self, folder: &str, kind: Kind, total: Option<u64>) {
-        assert!(self.tracker.begin(folder, Reference { kind, digest: digest() }, total));
+        assert!(self.tracker.begin(folder, Reference { kind, digest: digest() }, total, false));
     }
 
     fn saw(&mut self, folder: &str, position: u64) -> Option<Digest> {
@@ -88,6 +88,15 @@ fn what_was_there_already_is_offered_only_once_it_grows() {
     assert_eq!(fixture.saw("a", 3 * MIB), None);
     assert!(!fixture.is_offered(), "a crash leaves it behind");
     assert_eq!(fixture.saw("a", 4 * MIB), Some(digest()), "a later pull resumes it");
+}
+
+#[test]
+fn what_was_seen_to_be_made_has_grown_by_its_first_bytes() {
+    let mut fixture = Fixture::new();
+    let reference = Reference { kind: Kind::Blob, digest: digest() };
+    assert!(fixture.tracker.begin("a", reference, Some(10 * MIB), true));
+    assert!(!fixture.is_offered());
+    assert_eq!(fixture.saw("a", 3 * MIB), Some(digest()));
 }
 
 #[test]
@@ -184,6 +193,6 @@ fn one_of_two_ingests_of_a_digest_is_enough() {
 fn the_number_of_ingests_is_bounded() {
     let mut fixture = Fixture::new();
     let reference = || Reference { kind: Kind::Blob, digest: digest() };
-    let begun = (0..MAX_KNOWN + 9).filter(|n| fixture.tracker.begin(&n.to_string(), reference(), None)).count();
+    let begun = (0..MAX_KNOWN + 9).filter(|n| fixture.tracker.begin(&n.to_string(), reference(), None, true)).count();
     assert_eq!(begun, MAX_KNOWN);
 }

@@ -61,6 +61,8 @@ struct Watch<F> {
     root: Root,
     folders: HashMap<i32, Box<str>>,
     unwatched: HashSet<Box<str>>,
+    /// Ingests that were seen to be made, and whose `ref` was not read yet.
+    new: HashSet<Box<str>>,
 }
 
 /// Where new ingests are noticed.
@@ -76,6 +78,7 @@ enum Root {
 /// What the events of one turn say about an ingest.
 #[derive(Clone, Copy, Debug, Default)]
 struct Hint {
+    made: bool,
     closed: bool,
     moved: bool,
 }
@@ -116,6 +119,7 @@ impl Watcher {
             root: Root::Nowhere,
             folders: HashMap::new(),
             unwatched: HashSet::new(),
+            new: HashSet::new(),
         };
         let stopped = stop.clone();
         std::thread::Builder::new().name("ingest".to_owned()).spawn(move || watch.run(&stopped))?;
@@ -199,7 +203,7 @@ impl<F: Fn(News)> Watch<F> {
         turn.look_everywhere |= events.intersects(ReadFlags::QUEUE_OVERFLOW);
         match self.root {
             Root::Ingests(root) if root == wd && !name.is_empty() => {
-                turn.folders.entry(name.into()).or_default();
+                turn.folders.entry(name.into()).or_default().made |= events.intersects(ReadFlags::CREATE);
             }
             Root::Ingests(root) | Root::Above(root) if root == wd => turn.root_changed = true,
             _ => {
@@ -281,6 +285,9 @@ impl<F: Fn(News)> Watch<F> {
         let path = self.ingests().join(folder);
         let sight = look_at(&path.join("data"));
         let is_known = self.receptions.lock().knows(folder);
+        if hint.made && !is_known && self.new.len() < MAX_KNOWN {
+            self.new.insert(folder.into());
+        }
         if !is_known && !self.meet(folder, &path, sight.is_some() || hint.moved) {
             return;
         }
@@ -299,6 +306,7 @@ impl<F: Fn(News)> Watch<F> {
     fn meet(&mut self, folder: &str, path: &Path, has_data: bool) -> bool {
         if !path.is_dir() {
             self.unwatched.remove(folder);
+            self.new.remove(folder);
             return false;
         }
         self.watch(folder, path);
@@ -313,7 +321,8 @@ impl<F: Fn(News)> Watch<F> {
             return false;
         };
         let total = read("total").and_then(|text| text.trim().parse().ok()).filter(|total| *total > 0);
-        self.receptions.lock().begin(folder, reference, total)
+        let is_new = self.new.remove(folder);
+        self.receptions.lock().begin(folder, reference, total, is_new)
     }
 
     /// The `data` of a known ingest is not there: not yet, not any more, or it is the blob now.
@@ -370,6 +379,7 @@ impl<F: Fn(News)> Watch<F> {
     /// Lets go of a folder that is not ours.
     fn unwatch(&mut self, folder: &str) {
         self.unwatched.remove(folder);
+        self.new.remove(folder);
         let watches: Vec<i32> =
             self.folders.iter().filter(|(_, watched)| &***watched == folder).map(|(wd, _)| *wd).collect();
         for wd in watches {
@@ -395,3 +405,7 @@ fn look_at(path: &Path) -> Option<Sight> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "watcher_tests.rs"]
+mod tests;
