@@ -85,15 +85,16 @@ impl Registry {
         folder.join(&hex[..2]).join(hex).join("data")
     }
 
-    /// How many bytes of answers to GETs for a path that contains `part` were sent since the registry first started; an answer counts
-    /// when it has ended.
-    pub fn sent(&self, part: &str) -> u64 {
+    /// How many bytes of answers to GETs for a path that contains `part` were sent to a node since the registry first started; an answer
+    /// counts when it has ended, with what the kernel took of it.
+    pub fn sent(&self, to: &Node, part: &str) -> u64 {
         let log = fs::read_to_string(self.log_path()).unwrap_or_default();
-        let answers = log.lines().filter_map(|line| line.split_once("\"GET ")?.1.split_once("\" "));
-        let sent = answers
-            .filter(|(target, _)| target.contains(part))
-            .filter_map(|(_, rest)| rest.split(' ').nth(1)?.parse::<u64>().ok());
-        sent.sum()
+        let start = format!("{} ", to.address());
+        let answers = log.lines().filter(|line| line.starts_with(&start)).filter_map(|line| {
+            let (target, rest) = line.split_once("\"GET ")?.1.split_once("\" ")?;
+            target.contains(part).then(|| rest.split(' ').nth(1)?.parse::<u64>().ok())?
+        });
+        answers.sum()
     }
 
     /// `host:port`, which is also the registry part of the names of images in it.

@@ -17,8 +17,8 @@ use tracing::debug;
 use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeouts};
 use super::metrics::Outcome;
 use super::{
-    Chain, Content, Found, Kind, MIRRORED_HEADER, Miss, NodeId, Shared, VERIFIED_BODY, Verified, Wanted, health, relay,
-    verify,
+    Chain, Content, Found, Kind, MIRRORED_HEADER, Miss, NodeId, Shared, VERIFIED_BODY, Verified, WAIT_HEADER, Wanted,
+    health, relay, siblings, verify,
 };
 use crate::hosts::NODE_HEADER;
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
@@ -58,7 +58,14 @@ struct Race<'a> {
 }
 
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
-    let (peer, taken) = race(shared, wanted, &HashSet::new()).await?;
+    let (peer, taken) = match race(shared, wanted, &HashSet::new()).await {
+        Ok(taken) => taken,
+        Err(miss) if wanted.kind == Kind::Manifest => return Err(miss),
+        Err(miss) => siblings::wait(shared, wanted).await.ok_or(miss)?,
+    };
+    if let Some(pull) = &wanted.pull {
+        shared.siblings.gave(pull, &peer, now());
+    }
     let content = match taken {
         Taken::Content(content) => content,
         Taken::Streamed(streamed) => {
@@ -221,12 +228,20 @@ fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
 }
 
 /// Asks one peer. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by the stall bound.
-async fn attempt(shared: &Shared, wanted: &Wanted, peer: &Peer, timeouts: Timeouts) -> Result<Taken, PeerError> {
+pub(super) async fn attempt(
+    shared: &Shared,
+    wanted: &Wanted,
+    peer: &Peer,
+    timeouts: Timeouts,
+) -> Result<Taken, PeerError> {
     // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
     let mut extra = format!("{MIRRORED_HEADER}: true\r\nUser-Agent: spegel/{}\r\n", env!("CARGO_PKG_VERSION"));
     if let Some(authorization) = &shared.settings.authorization {
         extra.push_str(&format!("Authorization: {authorization}\r\n"));
+    }
+    if let Some(wait) = wanted.wait {
+        extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
     }
     if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
         extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));

@@ -20,7 +20,7 @@ use crate::oci::Digest;
 pub const MAX_CHAIN: usize = 64;
 
 /// A node in a chain: a hash of its name, since names may be long and hold anything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(u64);
 
 /// The nodes that a blob's bytes come through, the nearest first. At most [`MAX_CHAIN`].

@@ -8,6 +8,7 @@ mod metrics;
 mod pool;
 mod relay;
 mod shelf;
+mod siblings;
 mod sources;
 mod verify;
 
@@ -36,6 +37,9 @@ pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
 /// The nodes that such an answer's bytes come through, a [`Chain`].
 pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
 
+/// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
+pub const WAIT_HEADER: &str = "X-Spegel-Wait";
+
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
 /// Memory for bodies that are being verified, in KiB.
@@ -57,6 +61,8 @@ pub struct Settings {
     pub hedge: Duration,
     /// How long a peer's body may stand still before it is given up.
     pub stall: Duration,
+    /// How long a request may wait for the first bytes of a blob at a peer that gave other blobs of the same image.
+    pub hold: Duration,
     /// The `Authorization` header's value for peers, where basic authentication is on.
     pub authorization: Option<String>,
 }
@@ -69,6 +75,7 @@ impl Default for Settings {
             timeouts: Timeouts { connect: Duration::from_secs(1), head: Duration::from_secs(3) },
             hedge: Duration::from_millis(200),
             stall: Duration::from_secs(5),
+            hold: Duration::from_secs(2),
             authorization: None,
         }
     }
@@ -93,6 +100,10 @@ pub struct Wanted {
     pub node: Option<Arc<str>>,
     /// That node may be this one.
     pub feeds_us: bool,
+    /// What the request is a part of: the upstream's name and the repository.
+    pub pull: Option<Arc<str>>,
+    /// How long a peer is asked to wait for its own first bytes.
+    pub wait: Option<Duration>,
 }
 
 /// Something to wait for. The wait is bounded by the stall bound.
@@ -181,6 +192,7 @@ struct Shared {
     pool: pool::Pool,
     health: health::Health,
     sources: sources::Sources,
+    siblings: siblings::Siblings,
     shelf: shelf::Shelf,
     lineage: Arc<lineage::Lineage>,
     budget: Arc<Semaphore>,
@@ -196,6 +208,7 @@ impl Mirror {
             pool: pool::Pool::default(),
             health: health::Health::default(),
             sources: sources::Sources::default(),
+            siblings: siblings::Siblings::default(),
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
             lineage: Arc::default(),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
@@ -209,11 +222,17 @@ impl Mirror {
         self.shared.lineage.of(digest)
     }
 
+    /// Whether the node `asker` should not be made to wait for a blob that the node `own`, this one, is about to receive.
+    pub fn declines(&self, digest: &Digest, own: NodeId, asker: NodeId) -> bool {
+        self.shared.siblings.declines(digest, own, asker)
+    }
+
     /// Finds peers that have `wanted`, and takes the first good answer.
     ///
     /// # Errors
     /// [`Miss`] when no peer gave it, after [`Settings::resolve_timeout`] and one bounded attempt with each of
-    /// [`Settings::resolve_retries`] peers at the most.
+    /// [`Settings::resolve_retries`] peers at the most, and for a blob of a pull that peers gave other blobs of, after
+    /// [`Settings::hold`] more.
     pub async fn fetch(&self, wanted: &Wanted) -> Result<Found, Miss> {
         if let (Key::Digest(digest), Kind::Manifest, false) = (&wanted.key, wanted.kind, wanted.head_only)
             && let Some(verified) = self.shared.shelf.take(digest, Instant::now())

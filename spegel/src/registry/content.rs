@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Response, StatusCode};
@@ -17,6 +17,9 @@ use crate::oci::{
 };
 use crate::store::{Blob, Found as Local, Receiving};
 use crate::zerocopy::Body;
+
+/// The longest that a peer is made to wait for what is about to be received.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -33,9 +36,16 @@ pub(super) struct Ask {
     pub(super) registry: Option<String>,
     pub(super) range: Option<RangeSpec>,
     pub(super) client: Client,
+    /// A peer asks to wait for what is about to be received here.
+    pub(super) wait: Option<Duration>,
 }
 
 impl Ask {
+    /// What the request is a part of.
+    fn pull(&self) -> Option<Arc<str>> {
+        Some(format!("{}/{}", self.registry.as_deref()?, self.repository.as_ref()?).into())
+    }
+
     /// The offset of the first byte that is asked for; unknown of a suffix, as long as the length is.
     fn first_byte(&self) -> Option<u64> {
         match self.range {
@@ -126,6 +136,8 @@ impl Registry {
             gate: None,
             node: self.fed_node(ask),
             feeds_us: false,
+            pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
+            wait: None,
         };
         let found =
             self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
@@ -180,6 +192,8 @@ impl Registry {
             gate: Some(self.gate(ask, digest)),
             node: self.fed_node(ask),
             feeds_us: self.may_be_ours(ask),
+            pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
+            wait: None,
         };
         match self.settings.mirror.fetch(&wanted).await {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
@@ -192,10 +206,7 @@ impl Registry {
         let chain = if self.may_be_ours(ask) { None } else { self.chain_below(ask, digest) };
         let found = match chain {
             None => self.open(ask, digest).await.map(Local::Complete),
-            Some(_) => self.settings.store.find(digest, ask.repository.as_ref()).await.unwrap_or_else(|error| {
-                warn!(%digest, %error, "cannot open content of this node, asking peers");
-                None
-            }),
+            Some(_) => self.find(ask, digest).await,
         };
         match found? {
             Local::Complete(blob) => {
@@ -208,6 +219,30 @@ impl Registry {
                 respond::mark_receiving(&mut answer.response, growing.progress().position, total, &chain?);
                 Some(answer)
             }
+        }
+    }
+
+    /// What this node has, receives, or is about to receive if the asker would wait for that.
+    async fn find(&self, ask: &Ask, digest: &Digest) -> Option<Local> {
+        let store = &self.settings.store;
+        let found = match store.find(digest, ask.repository.as_ref()).await {
+            Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
+                Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
+                None => Ok(None),
+            },
+            found => found,
+        };
+        found.unwrap_or_else(|error| {
+            warn!(%digest, %error, "cannot open content of this node, asking peers");
+            None
+        })
+    }
+
+    /// Whether the asker would wait for us while we wait for others.
+    fn declines(&self, ask: &Ask, digest: &Digest) -> bool {
+        match (&ask.client, self.settings.node_name.as_deref()) {
+            (Client::Node(name), Some(own)) => self.settings.mirror.declines(digest, NodeId::of(own), NodeId::of(name)),
+            _ => true,
         }
     }
 

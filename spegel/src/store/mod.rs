@@ -13,6 +13,7 @@ mod tree;
 use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -126,6 +127,17 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// itself. Stores that never receive anything need not implement it.
     async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {
         Ok(self.open(digest, asked).await?.map(Found::Complete))
+    }
+
+    /// As [`Store::find`], for content that is not here but that this node has asked for: waits up to `patience` for its first bytes.
+    /// Nothing at once where it is not on its way. Stores that never receive anything need not implement it.
+    async fn expect(
+        &self,
+        _digest: &Digest,
+        _asked: Option<&Repository>,
+        _patience: Duration,
+    ) -> Result<Option<Found>, StoreError> {
+        Ok(None)
     }
 
     /// The manifests here whose `subject` is this digest.

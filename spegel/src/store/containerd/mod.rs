@@ -140,6 +140,25 @@ impl Store for Containerd {
         }
     }
 
+    async fn expect(
+        &self,
+        digest: &Digest,
+        asked: Option<&Repository>,
+        patience: Duration,
+    ) -> Result<Option<Found>, StoreError> {
+        let mut changes = self.inner.receptions.changes();
+        let deadline = tokio::time::Instant::now() + patience;
+        while self.inner.receptions.expects(digest) {
+            if tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
+                break;
+            }
+            if let Some(found) = self.find(digest, asked).await? {
+                return Ok(Some(found));
+            }
+        }
+        self.find(digest, asked).await
+    }
+
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {
         Ok(self.inner.state.read(|index| index.referrers(subject)))
     }

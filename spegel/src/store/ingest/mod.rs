@@ -9,6 +9,8 @@ use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use self::tracker::Tracker;
 use super::StoreError;
 use super::blobs::{BlobDir, io_error};
@@ -30,6 +32,8 @@ pub struct Receiving {
 #[derive(Debug)]
 pub(super) struct Receptions {
     tracker: Mutex<Tracker>,
+    /// Something began, ended or became complete.
+    changed: watch::Sender<()>,
 }
 
 // === impl Receptions ===
@@ -37,7 +41,7 @@ pub(super) struct Receptions {
 impl Receptions {
     /// None, as long as no [`Watcher`] finds them. What does not grow for `stall` is given up.
     pub(super) fn new(stall: Duration) -> Self {
-        Self { tracker: Mutex::new(Tracker::new(stall)) }
+        Self { tracker: Mutex::new(Tracker::new(stall)), changed: watch::Sender::new(()) }
     }
 
     /// Opens a blob that is being received, or says that it is not.
@@ -54,6 +58,16 @@ impl Receptions {
             Err(error) => return Err(io_error(&path, error)),
         };
         Ok(Some(Receiving { growing: Growing::new(file, growth.progress), total: growth.total }))
+    }
+
+    /// Whether a blob is about to be received: containerd has asked for it, and has no bytes of it.
+    pub(super) fn expects(&self, digest: &Digest) -> bool {
+        self.lock().expects(digest)
+    }
+
+    /// Tells when [`Self::open`] or [`Self::expects`] may have another answer than before.
+    pub(super) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
     }
 
     fn lock(&self) -> MutexGuard<'_, Tracker> {

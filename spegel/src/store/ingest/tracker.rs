@@ -38,6 +38,8 @@ struct Reception {
     sight: Option<Sight>,
     /// While it grows.
     live: Option<Live>,
+    /// It was made a moment ago and its writer has neither written nor left.
+    is_awaited: bool,
 }
 
 #[derive(Debug)]
@@ -77,7 +79,7 @@ impl Tracker {
         if self.receptions.len() >= MAX_KNOWN {
             return false;
         }
-        let reception = Reception { reference, total, is_new, sight: None, live: None };
+        let reception = Reception { reference, total, is_new, sight: None, live: None, is_awaited: is_new };
         self.receptions.entry(folder.into()).or_insert(reception);
         true
     }
@@ -104,7 +106,9 @@ impl Tracker {
 
     /// The ingest's writer closed its `data`.
     pub(super) fn closed(&mut self, folder: &str, now: Instant) {
-        if let Some(live) = self.receptions.get_mut(folder).and_then(|reception| reception.live.as_mut()) {
+        let Some(reception) = self.receptions.get_mut(folder) else { return };
+        reception.is_awaited = false;
+        if let Some(live) = &mut reception.live {
             live.closed_at = Some(now);
         }
     }
@@ -165,6 +169,12 @@ impl Tracker {
         receptions.any(|reception| reception.live.is_some())
     }
 
+    /// Whether a blob is awaited: its ingest was made, and no byte has come.
+    pub(super) fn expects(&self, digest: &Digest) -> bool {
+        let mut receptions = self.receptions.values().filter(|reception| reception.reference.digest == *digest);
+        receptions.any(|reception| reception.is_awaited && reception.total.is_some())
+    }
+
     /// The folders of all known ingests.
     pub(super) fn folders(&self) -> impl Iterator<Item = &str> {
         self.receptions.keys().map(|folder| &**folder)
@@ -175,6 +185,7 @@ impl Tracker {
 
 impl Reception {
     fn grew(&mut self, position: u64, now: Instant) {
+        self.is_awaited = false;
         // Small things arrive in one piece, and a length that is not known cannot be promised.
         let Some(total) = self.total.filter(|total| position <= *total && self.reference.kind == Kind::Blob) else {
             return self.give_up();

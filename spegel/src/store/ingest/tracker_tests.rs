@@ -95,8 +95,9 @@ fn what_was_seen_to_be_made_has_grown_by_its_first_bytes() {
     let mut fixture = Fixture::new();
     let reference = Reference { kind: Kind::Blob, digest: digest() };
     assert!(fixture.tracker.begin("a", reference, Some(10 * MIB), true));
-    assert!(!fixture.is_offered());
+    assert!(!fixture.is_offered() && fixture.tracker.expects(&digest()));
     assert_eq!(fixture.saw("a", 3 * MIB), Some(digest()));
+    assert!(!fixture.tracker.expects(&digest()), "it came");
 }
 
 #[test]

@@ -300,6 +300,9 @@ impl<F: Fn(News)> Watch<F> {
         }
         drop(tracker);
         changed.into_iter().for_each(|digest| self.tell_receiving(digest));
+        if hint.closed {
+            self.receptions.changed.send_replace(());
+        }
     }
 
     /// A folder that is not known. True if it is known now.
@@ -351,6 +354,7 @@ impl<F: Fn(News)> Watch<F> {
     fn tell_receiving(&self, digest: Digest) {
         let is_offered = self.receptions.lock().is_offered(&digest);
         (self.tell)(if is_offered { News::Receiving(digest) } else { News::NotReceiving(digest) });
+        self.receptions.changed.send_replace(());
     }
 
     /// Watches a folder, or remembers that it cannot be watched.
