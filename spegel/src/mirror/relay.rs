@@ -29,8 +29,7 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
-    /// The peer is still receiving it.
-    receiving: bool,
+    /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
     fed: Option<lineage::Fed>,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
@@ -41,13 +40,8 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     let Streamed { address, response, part, chain } = streamed;
     let length = response.head.content_length;
     let start = part.map_or(0, |(start, _)| start);
-    let state = State {
-        address,
-        keep_alive: response.head.keep_alive,
-        receiving: chain.is_some(),
-        fed: shared.fed(wanted, chain),
-        broken: HashSet::new(),
-    };
+    let state =
+        State { address, keep_alive: response.head.keep_alive, fed: shared.fed(wanted, chain), broken: HashSet::new() };
     let chain = Arc::new(Chain {
         shared: Arc::clone(shared),
         wanted: wanted.clone(),
@@ -71,12 +65,9 @@ impl Shared {
         }
     }
 
-    /// The peer at this address gave less than it had promised. Of one that is still receiving it that may be the fault of who gives
-    /// it to that one.
-    fn broke(&self, wanted: &Wanted, address: SocketAddr, receiving: bool) {
-        if !receiving {
-            self.health.failed(address, Instant::now(), health::jitter());
-        }
+    /// The peer at this address gave less than it had promised.
+    fn broke(&self, wanted: &Wanted, address: SocketAddr) {
+        self.health.failed(address, Instant::now(), health::jitter());
         self.sources.failed(&wanted.key, &address);
     }
 }
@@ -92,7 +83,7 @@ impl Chain {
                 End::Complete
             }
             RelayEnd::Broken { sent, error } => {
-                self.shared.broke(&self.wanted, state.address, state.receiving);
+                self.shared.broke(&self.wanted, state.address);
                 info!(key = %self.wanted.key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
                 End::PeerBroke
             }
@@ -116,7 +107,6 @@ impl Chain {
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
-            state.receiving = lineage.is_some();
             state.fed = chain.shared.fed(&wanted, lineage);
             Some((response.stream, response.leftover))
         })
@@ -126,7 +116,7 @@ impl Chain {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
         if state.broken.insert(address) {
-            self.shared.broke(&self.wanted, address, state.receiving);
+            self.shared.broke(&self.wanted, address);
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
         (Wanted { range: Some(range), ..self.wanted.clone() }, state.broken.clone())

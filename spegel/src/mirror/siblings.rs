@@ -106,7 +106,9 @@ impl Drop for Waiting<'_> {
 /// Asks those who gave the blobs before this one to answer once they get it.
 pub(super) async fn wait(shared: &Shared, wanted: &Wanted) -> Option<(Peer, Taken)> {
     let (Some(pull), Key::Digest(digest)) = (&wanted.pull, &wanted.key) else { return None };
-    let peers = shared.siblings.of(pull, Instant::now());
+    let now = Instant::now();
+    let mut peers = shared.siblings.of(pull, now);
+    peers.retain(|peer| !peer.addresses.iter().all(|address| shared.health.is_set_aside(*address, now)));
     if peers.is_empty() {
         return None;
     }
