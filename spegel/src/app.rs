@@ -182,6 +182,7 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
                 namespace: namespace.clone(),
                 content_path: content_path.clone(),
                 filters: settings.filters.clone(),
+                stall: settings.mirror.stall,
             };
             let (store, task) = Containerd::start(containerd, stop.clone());
             let ended = async move {

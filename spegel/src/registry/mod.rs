@@ -13,6 +13,7 @@ mod turns;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use http::request::Parts;
 use http::{Response, StatusCode, header};
@@ -20,7 +21,7 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
-use crate::mirror::{MIRRORED_HEADER, Mirror};
+use crate::mirror::{MIRRORED_HEADER, Mirror, WAIT_HEADER};
 use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
 use crate::store::{Health, Store};
@@ -205,6 +206,7 @@ impl Registry {
             mirrored: text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true")),
             range: text("range").and_then(crate::oci::RangeSpec::parse),
             client,
+            wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
         }
     }
 
@@ -271,7 +273,7 @@ fn peer_target(parsed: &Request, path: &str) -> String {
 /// How a body ended, beside what was counted of its request.
 struct Ended {
     end: BodyEnd,
-    elapsed: std::time::Duration,
+    elapsed: Duration,
 }
 
 /// Follows the response's body to its end.
