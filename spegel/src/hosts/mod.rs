@@ -163,6 +163,11 @@ fn remove_with(config_path: &Path, hook: Hook<'_>) -> Result<Report, HostsError>
     Ok(run.report)
 }
 
+/// What must hold for any file that is there before us; panics where it does not.
+pub(crate) fn check_existing(existing: &[u8]) {
+    render::check_existing(existing);
+}
+
 fn is_backed_up(root: &Path) -> bool {
     root.join(BACKUP).is_dir()
 }

@@ -360,3 +360,20 @@ async fn read_to_length(response: &mut PeerResponse) -> Result<Bytes, PeerError>
 fn kib(bytes: u64) -> u32 {
     u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).max(1)
 }
+
+/// What must hold for any head that a peer can send; panics where it does not.
+pub(crate) fn check_peer_head(bytes: &[u8]) {
+    const ASKED: &str = "bytes=5-";
+    for bodiless in [false, true] {
+        let Ok(Some((head, length))) = client::parse_head(bytes, bodiless) else { continue };
+        assert!(length <= bytes.len());
+        let again = client::parse_head(&bytes[..length], bodiless);
+        assert!(matches!(&again, Ok(Some((same, end))) if *same == head && *end == length), "{again:?}");
+        if let Ok((start, total)) = checked_part(ASKED, &head) {
+            assert!(start == 5 && start + head.content_length == total, "{head:?}");
+        }
+        if let Ok(content) = unsatisfiable(&head) {
+            assert!(matches!(content, Content::Unsatisfiable { .. }));
+        }
+    }
+}

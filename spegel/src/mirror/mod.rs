@@ -22,6 +22,7 @@ use crate::router::{Peer, Router};
 use crate::zerocopy::Body;
 
 pub use client::{PeerError, Timeouts};
+pub(crate) use fetch::check_peer_head;
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
 
