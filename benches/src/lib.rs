@@ -5,6 +5,7 @@
 
 pub mod containerd;
 pub mod daemon;
+pub mod faults;
 pub mod http;
 pub mod image;
 pub mod netns;

@@ -21,7 +21,7 @@ use crate::mirror::{Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
-use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
+use crate::store::{Change, Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
 use crate::web::Web;
 use crate::{hosts, metrics};
 
@@ -120,6 +120,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         filters: settings.filters.clone(),
         basic_auth: settings.basic_auth.clone(),
         node_name: Some(settings.node_name.clone()),
+        uploads: settings.uploads,
         metrics: RegistryMetrics::register(&mut figures),
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
@@ -127,7 +128,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
-    tokio::spawn(announce(store, router.clone()));
+    tokio::spawn(announce(store, router.clone(), Arc::clone(&registry)));
     info!(
         version = env!("CARGO_PKG_VERSION"),
         registry = ?server.addrs(),
@@ -228,10 +229,13 @@ async fn stop_serving(registry: &Registry, server: Server, bound: Duration) -> u
 }
 
 /// Tells the network what the store has, as that changes.
-async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>) {
+async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>, registry: Arc<Registry>) {
     let mut changes = store.subscribe();
     drop(store);
     while let Some(change) = changes.next().await {
+        if let Change::Added(keys) = &change {
+            registry.stored(keys);
+        }
         router.announce(change);
     }
 }

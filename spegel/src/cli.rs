@@ -174,6 +174,8 @@ mod tests {
                 &["--mirror-resolve-timeout", "1s"],
                 &["--mirror-resolve-retries", "7"],
                 &["--mirror-stall-timeout", "1m30s"],
+                &["--max-uploads", "7"],
+                &["--upload-rate", "1000000"],
                 &["--drain-timeout", "1s"],
                 &["--node-name", "elsewhere"],
                 &["--basic-auth-dir", secrets],

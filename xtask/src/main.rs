@@ -5,6 +5,7 @@ mod build;
 mod chart;
 mod demo;
 mod dist;
+mod faults;
 mod helm;
 mod image;
 mod protoc;
@@ -38,6 +39,8 @@ enum Command {
     Tidy,
     /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
     Demo(demo::Demo),
+    /// A containerd pulls while one thing after the other fails, and what becomes of it; needs root
+    Faults(faults::Faults),
     /// Write the chart's values.yaml and README from its schema
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
@@ -66,6 +69,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Bench(bench) => bench.run(),
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
+        Command::Faults(faults) => faults.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
         Command::Dist(dist) => dist.run(root()),

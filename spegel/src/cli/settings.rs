@@ -13,7 +13,7 @@ use clap::error::ErrorKind as Usage;
 use super::args::{Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
 use crate::bootstrap::StaticBootstrap;
 use crate::oci::Filters;
-use crate::registry::BasicAuth;
+use crate::registry::{BasicAuth, UploadLimits};
 use crate::serve::ListenAddr;
 use crate::{hosts, mirror};
 
@@ -36,6 +36,8 @@ pub struct RegistrySettings {
     pub filters: Filters,
     /// How patient the mirror is.
     pub mirror: mirror::Settings,
+    /// How much peers may fetch.
+    pub uploads: UploadLimits,
     /// Who may fetch.
     pub basic_auth: Option<BasicAuth>,
     /// This node's name.
@@ -103,6 +105,7 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         registry_addr: listen("--registry-addr", &args.registry_addr)?,
         filters,
         mirror,
+        uploads: UploadLimits { count: args.max_uploads, rate: args.upload_rate },
         basic_auth,
         node_name: node_name(&args.node),
         drain: args.drain_timeout,

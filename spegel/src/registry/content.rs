@@ -10,7 +10,7 @@ use http::{Response, StatusCode};
 use tracing::warn;
 
 use super::promises::{Client, Refusal};
-use super::{Registry, SOURCE_HEADER, respond};
+use super::{OWN, Registry, SOURCE_HEADER, respond};
 use crate::mirror::{Content, Found, Gate, Kind, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
@@ -160,12 +160,18 @@ impl Registry {
 
     pub(super) async fn blob(&self, ask: &Ask, digest: &Digest) -> Result<Answer, OciError> {
         if let Some(blob) = self.open(ask, digest).await {
-            let body = |start, end: u64| Body::file(Arc::clone(&blob.file), start, end - start);
-            return Ok(self.give(ask, digest, blob.size, Source::Local, body));
+            return Ok(self.local_blob(ask, digest, &blob));
         }
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
+        }
+        if !ask.head_only
+            && ask.first_byte() == Some(0)
+            && self.client_kind(&ask.client) == OWN
+            && self.promises.is_complaint(&ask.client, digest, Instant::now())
+        {
+            self.settings.mirror.complained(digest);
         }
         let wanted = Wanted {
             key: Key::Digest(digest.clone()),
@@ -179,6 +185,36 @@ impl Registry {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
             Err(miss) => self.refuse(ask, digest).await.ok_or_else(|| unknown().with_detail(miss.to_string())),
         }
+    }
+
+    /// A blob of this node. What peers may take of it is bounded, what clients may is not.
+    fn local_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
+        let mut upload = None;
+        if ask.mirrored && !ask.head_only {
+            let length = match ask.range.map_or(RangeOutcome::Whole, |range| range.resolve(blob.size)) {
+                RangeOutcome::Part { start, end_exclusive } => end_exclusive - start,
+                RangeOutcome::Whole => blob.size,
+                RangeOutcome::Unsatisfiable => 0,
+            };
+            upload = self.uploads.begin(length, Instant::now());
+            if upload.is_none() {
+                return self.busy(ask, digest);
+            }
+        }
+        let body = |start, end: u64| Body::file(Arc::clone(&blob.file), start, end - start);
+        let Answer { response, source } = self.give(ask, digest, blob.size, Source::Local, body);
+        Answer { response: response.map(|body| body.with_end(move |_| drop(upload))), source }
+    }
+
+    /// Sends a peer elsewhere.
+    fn busy(&self, ask: &Ask, digest: &Digest) -> Answer {
+        self.settings.metrics.refused_upload();
+        let asker = match &ask.client {
+            Client::Address(address) => Some(*address),
+            Client::Node(_) => None,
+        };
+        let holders = self.settings.mirror.holders(&Key::Digest(digest.clone()), asker);
+        Answer { response: respond::busy(&holders), source: Source::Nobody }
     }
 
     /// Holds back the end of a body that breaks off until it is the client's lowest one.
@@ -221,6 +257,8 @@ impl Registry {
             Content::Relay { body, part } => {
                 let (start, total) = part.unwrap_or((0, body.len()));
                 let body = self.promised(ask, digest, total, start, body);
+                let (promises, client, of) = (Arc::clone(&self.promises), ask.client.clone(), digest.clone());
+                let body = body.with_end(move |end| promises.relayed(&client, &of, start, start + end.sent));
                 Answer::from(respond::blob(digest, body, part), source)
             }
             Content::Head { length } => Answer::from(respond::blob_head(digest, length), source),

@@ -9,6 +9,7 @@ mod metrics;
 mod promises;
 mod respond;
 mod turns;
+mod uploads;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
 use crate::mirror::{MIRRORED_HEADER, Mirror};
-use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
+use crate::oci::{ErrorCode, Filters, Key, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
 use crate::store::{Health, Store};
 use crate::zerocopy::{Body, BodyEnd};
@@ -29,6 +30,7 @@ use crate::zerocopy::{Body, BodyEnd};
 pub use auth::BasicAuth;
 pub use metrics::RegistryMetrics;
 pub use promises::Client;
+pub use uploads::UploadLimits;
 
 use content::{Answer, Ask, Source};
 use metrics::Observed;
@@ -37,6 +39,9 @@ use promises::Promises;
 /// The response header that tells where content is from: `local`, `ready` (fetched and verified a moment ago), or the
 /// address of a peer.
 pub const SOURCE_HEADER: &str = "X-Spegel-Source";
+
+/// How this node's own containerd is told in the figures of clients.
+const OWN: &str = "own";
 
 /// What a registry is built from.
 #[derive(Debug)]
@@ -53,6 +58,8 @@ pub struct Settings {
     pub basic_auth: Option<BasicAuth>,
     /// This node's name, to tell its own containerd's requests from others'.
     pub node_name: Option<String>,
+    /// How much is given to peers.
+    pub uploads: UploadLimits,
     /// Where requests are counted.
     pub metrics: RegistryMetrics,
 }
@@ -63,6 +70,7 @@ pub struct Registry {
     settings: Settings,
     promises: Arc<Promises>,
     turns: Arc<turns::Turns>,
+    uploads: Arc<uploads::Uploads>,
     /// The router was ready once.
     joined: AtomicBool,
     /// New requests are refused.
@@ -75,6 +83,7 @@ impl Registry {
     /// A registry over its parts.
     pub fn new(settings: Settings) -> Self {
         Self {
+            uploads: Arc::new(uploads::Uploads::new(settings.uploads)),
             settings,
             promises: Arc::default(),
             turns: Arc::default(),
@@ -98,6 +107,11 @@ impl Registry {
                 }
             },
         }
+    }
+
+    /// Hears what this node's store has from now on: content that was relayed and is stored is what its digest says.
+    pub fn stored(&self, keys: &[Key]) {
+        self.settings.mirror.confirmed(keys);
     }
 
     /// Refuses new requests from now on, in the way that makes containerd look elsewhere; what is under way goes on.
@@ -222,7 +236,7 @@ impl Registry {
 
     fn client_kind(&self, client: &Client) -> &'static str {
         match (client, &self.settings.node_name) {
-            (Client::Node(name), Some(own)) if **name == **own => "own",
+            (Client::Node(name), Some(own)) if **name == **own => OWN,
             (Client::Node(_), Some(_)) => "other_node",
             _ => "unknown",
         }
