@@ -9,6 +9,7 @@ mod faults;
 mod helm;
 mod image;
 mod protoc;
+mod soak;
 mod suites;
 mod test;
 mod tidy;
@@ -41,6 +42,8 @@ enum Command {
     Demo(demo::Demo),
     /// A containerd pulls while one thing after the other fails, and what becomes of it; needs root
     Faults(faults::Faults),
+    /// Three containerds pull random images while faults come and go; needs root
+    Soak(soak::Soak),
     /// Write the chart's values.yaml and README from its schema
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
@@ -70,6 +73,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
         Command::Faults(faults) => faults.run(),
+        Command::Soak(soak) => soak.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
         Command::Dist(dist) => dist.run(root()),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::image::{Descriptor, Image};
+use crate::image::{Descriptor, Image, host_platform};
 use crate::netns::Node;
 
 /// The longest that a silent peer holds a connection; longer than any pull of a test may take.
@@ -61,7 +61,7 @@ pub enum Fault {
     Slow(u64),
     /// More bytes than were announced.
     TooLong,
-    /// One bit of a layer is wrong.
+    /// One bit of the first layer is wrong.
     WrongBytes,
 }
 
@@ -89,7 +89,7 @@ pub enum Ending {
     Silence,
 }
 
-/// A peer's registry on a node of a lab, with the content of one image.
+/// A peer's registry on a node of a lab, with the content of some images.
 #[derive(Debug)]
 pub struct Injector {
     shared: Arc<Shared>,
@@ -99,8 +99,10 @@ pub struct Injector {
 #[derive(Debug)]
 struct Shared {
     contents: HashMap<String, (Descriptor, PathBuf)>,
-    tag: String,
-    root: String,
+    /// Manifests by `repository/manifests/tag`.
+    tags: HashMap<String, String>,
+    /// The one that wrong bytes are sent for: a second pull may resume the others where the first was broken off.
+    first_layer: String,
     fault: Mutex<Fault>,
     hits: AtomicUsize,
     stopped: AtomicBool,
@@ -121,15 +123,18 @@ impl Injector {
     ///
     /// # Errors
     /// A namespace that cannot be entered, or a port that is taken.
-    pub fn start(node: &Node, port: u16, image: &Image) -> Result<Self> {
-        let contents = image.contents().iter().map(|content| {
-            let path = image.blob_path(&content.digest);
-            (content.digest.clone(), (content.clone(), path))
+    pub fn start(node: &Node, port: u16, images: &[Image]) -> Result<Self> {
+        let contents = images.iter().flat_map(|image| {
+            let with_path = |content: &Descriptor| (content.clone(), image.blob_path(&content.digest));
+            image.contents().iter().map(move |content| (content.digest.clone(), with_path(content)))
         });
+        let tag =
+            |image: &Image| (format!("{}/manifests/{}", image.repository(), image.tag()), image.root().digest.clone());
+        let first_layer = images.first().and_then(|image| image.layers_for(host_platform()).next());
         let shared = Arc::new(Shared {
             contents: contents.collect(),
-            tag: image.tag().to_owned(),
-            root: image.root().digest.clone(),
+            tags: images.iter().map(tag).collect(),
+            first_layer: first_layer.map(|layer| layer.digest.clone()).unwrap_or_default(),
             fault: Mutex::new(Fault::None),
             hits: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
@@ -203,12 +208,17 @@ impl Shared {
         stream.set_nodelay(true)?;
         let mut reader = BufReader::new(stream.try_clone()?);
         while let Some(request) = Request::read(&mut reader)? {
+            // Whoever kept a connection finds it closed, as when the process has ended.
+            if self.stopped.load(Ordering::Relaxed) {
+                return Ok(());
+            }
             let Some((content, path)) = self.find(&request.path) else {
                 stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")?;
                 continue;
             };
             let fault = self.fault();
-            if fault.meets(&request, content) {
+            let spared = fault == Fault::WrongBytes && content.digest != self.first_layer;
+            if !spared && fault.meets(&request, content) {
                 self.hits.fetch_add(1, Ordering::Relaxed);
                 return fault.answer(&mut stream, &request, content, path);
             }
@@ -226,8 +236,9 @@ impl Shared {
     }
 
     fn find(&self, path: &str) -> Option<&(Descriptor, PathBuf)> {
-        let name = path.split('?').next()?.rsplit('/').next()?;
-        self.contents.get(if name == self.tag { self.root.as_str() } else { name })
+        let path = path.split('?').next()?.strip_prefix("/v2/")?;
+        let name = path.rsplit('/').next()?;
+        self.contents.get(self.tags.get(path).map_or(name, String::as_str))
     }
 }
 

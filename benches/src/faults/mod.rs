@@ -3,6 +3,7 @@
 
 mod injector;
 mod rows;
+mod soak;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -25,12 +26,19 @@ use crate::spegel::{Ports, Settings, Source, Spegel, configure};
 
 pub use injector::{Ending, Fault, Injector, Place};
 pub use rows::{Action, Midway, Row, Upset, rows};
+pub use soak::{Soak, Soaked};
 
 /// How long a pull may take before it counts as one that hangs.
 const LIMIT: Duration = Duration::from_secs(100);
 
+/// How long a pull that failed is tried again, as the kubelet does.
+const RETRIED: Duration = Duration::from_secs(40);
+
 /// How often a row is tried until its fault was met: which peer is asked first is left to chance.
 const TRIES: usize = 6;
+
+/// The content that the failing peer's own process serves: its own copy, which a row may damage.
+const BAD_LAYOUT: &str = "layout-of-the-bad-peer";
 
 /// What the client's link carries while something happens in the middle of a body, in Mbit/s.
 const SLOW_LINK: u32 = 100;
@@ -65,10 +73,14 @@ pub struct Outcome {
     pub met: bool,
     /// Why the pull failed, if it did.
     pub failed: Option<String>,
-    /// The same for a second pull, where the first may fail.
+    /// Why it failed to the last, where it was tried again.
     pub failed_again: Option<String>,
+    /// How many pulls it took.
+    pub pulls: usize,
     /// How long it took, in seconds.
     pub seconds: f64,
+    /// How much longer than without a mirror the slower link of this row alone makes it, in seconds.
+    pub link_seconds: f64,
     /// Bytes of layers that upstream sent.
     pub upstream_bytes: u64,
     /// Bytes that the mirror sent, by the peer that they are from.
@@ -127,6 +139,7 @@ impl Scene {
             .build(&folder.path().join("image"))?;
         image.push(&upstream.url())?;
         image.write_layout(&folder.path().join("layout"))?;
+        image.write_layout(&folder.path().join(BAD_LAYOUT))?;
         lab.limit(upstream.node(), setup.upstream_mbit)?;
         let settings = |node: &Node, layout: &str, registry: u16| Settings {
             program: setup.program.clone(),
@@ -143,8 +156,8 @@ impl Scene {
             make_empty_layout(&folder.path().join(layout))?;
         }
         let good = settings(&nodes.good, layout, 5000).spawn()?;
-        let bad = settings(&nodes.bad, "layout", ASIDE).spawn()?;
-        let injector = Some(Injector::start(&nodes.bad, 5000, &image)?);
+        let bad = settings(&nodes.bad, BAD_LAYOUT, ASIDE).spawn()?;
+        let injector = Some(Injector::start(&nodes.bad, 5000, std::slice::from_ref(&image))?);
         let setup = setup.clone();
         let mut scene = Self {
             injector,
@@ -225,10 +238,14 @@ impl Scene {
         let (pulled, _) = pulled?;
         let upstream_bytes = self.upstream.bytes_sent("/blobs/") - upstream_before;
         let failed = pulled.and_then(|()| self.check()).err().map(|error| format!("{error:#}"));
-        let failed_again = match failed {
-            Some(_) => self.pull().and_then(|()| self.check()).err().map(|error| format!("{error:#}")),
-            None => None,
-        };
+        let (mut failed_again, mut pulls) = (failed.clone(), 1);
+        let retried = Instant::now();
+        while failed_again.is_some() && retried.elapsed() < RETRIED {
+            // 2.2 may commit the same wrong bytes again without asking, for some 25 s.
+            std::thread::sleep(Duration::from_secs(2));
+            failed_again = self.pull().and_then(|()| self.check()).err().map(|error| format!("{error:#}"));
+            pulls += 1;
+        }
         std::thread::sleep(Duration::from_millis(300));
         let after = self.descriptors();
         self.unset(row)?;
@@ -239,7 +256,12 @@ impl Scene {
             met,
             failed,
             failed_again,
+            pulls,
             seconds,
+            link_seconds: match row.action {
+                Action::Midway(_) => 3.0 * self.setup.layer as f64 * 8.0 / (f64::from(SLOW_LINK) * 1e6),
+                _ => 0.0,
+            },
             upstream_bytes,
             mirror_bytes,
             log,
@@ -257,6 +279,7 @@ impl Scene {
 
     /// Pulls, and does something as soon as the mirror has relayed a part of it; false if it never came to that.
     fn pull_with(&mut self, what: Midway) -> Result<(Result<()>, bool)> {
+        let layers = self.bad_layers();
         let (containerd, image) = (&self.containerd, &self.image);
         let (client, bad, lab) = (self.client.as_mut(), self.bad.as_ref(), &self.lab);
         let client = client.context("no mirror runs")?;
@@ -281,12 +304,20 @@ impl Scene {
                     std::thread::sleep(Duration::from_secs(2));
                     lab.set_connected(bad_node, true)?;
                 }
+                Midway::ContentTruncated => damage(&layers, |file| file.set_len(file.metadata()?.len() / 8))?,
+                Midway::ContentUnlinked => layers.iter().try_for_each(std::fs::remove_file)?,
                 Midway::OwnTerminated => client.daemon.signal(Signal::TERM)?,
                 Midway::OwnKilled => client.daemon.signal(Signal::KILL)?,
             }
             let pulled = pull.join().unwrap_or_else(|_| Err(anyhow!("the pull panicked")));
             Ok((pulled, met))
         })
+    }
+
+    /// The layers as the failing peer has them.
+    fn bad_layers(&self) -> Vec<PathBuf> {
+        let blobs = self.folder.path().join(BAD_LAYOUT).join("blobs");
+        self.image.layers_for(host_platform()).map(|layer| blobs.join(layer.digest.replacen(':', "/", 1))).collect()
     }
 
     fn check(&self) -> Result<()> {
@@ -354,6 +385,9 @@ impl Scene {
             Action::Midway(_) => {
                 self.lab.set_connected(&self.nodes.bad, true)?;
                 self.lab.unlimit(&self.nodes.client)?;
+                for (layer, path) in self.image.layers_for(host_platform()).zip(self.bad_layers()) {
+                    std::fs::copy(self.image.blob_path(&layer.digest), path)?;
+                }
                 self.swap_bad(false)?;
             }
         }
@@ -371,7 +405,7 @@ impl Scene {
         settings.ports.registry = if real { 5000 } else { ASIDE };
         if !real {
             wait_until(Duration::from_secs(10), "free port", || {
-                self.injector = Injector::start(&self.nodes.bad, 5000, &self.image).ok();
+                self.injector = Injector::start(&self.nodes.bad, 5000, std::slice::from_ref(&self.image)).ok();
                 self.injector.is_some()
             })?;
         }
@@ -431,6 +465,13 @@ impl Nodes {
     fn addresses(&self) -> Vec<IpAddr> {
         [&self.client, &self.bad, &self.good].map(|node| node.address().into()).to_vec()
     }
+}
+
+fn damage(files: &[PathBuf], how: impl Fn(&std::fs::File) -> std::io::Result<()>) -> Result<()> {
+    for file in files {
+        how(&std::fs::File::options().write(true).open(file)?)?;
+    }
+    Ok(())
 }
 
 fn make_empty_layout(folder: &Path) -> Result<()> {

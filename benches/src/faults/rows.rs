@@ -58,6 +58,10 @@ pub enum Midway {
     PeerUnplugged,
     /// The peer's cable is cut for two seconds.
     PeerUnpluggedAndBack,
+    /// The peer's content files get shorter.
+    ContentTruncated,
+    /// The peer's content files are removed.
+    ContentUnlinked,
     /// SIGTERM of the mirror itself.
     OwnTerminated,
     /// SIGKILL of the mirror itself.
@@ -97,6 +101,8 @@ pub fn rows() -> Vec<Row> {
     ] {
         add("body", name, Action::Midway(midway));
     }
+    add("here", "content truncated", Action::Midway(Midway::ContentTruncated));
+    add("here", "content unlinked", Action::Midway(Midway::ContentUnlinked));
     add("here", "SIGTERM of our own", Action::Midway(Midway::OwnTerminated));
     add("here", "SIGKILL of our own", Action::Midway(Midway::OwnKilled));
     add("network", "30 % of the packets lost", Action::Upset(Upset::Loss));
@@ -141,7 +147,7 @@ impl Upset {
             }
             Self::Loss => {
                 let drop = "numgen random mod 100 < 30 drop";
-                nft(bad, &format!("{table} add rule inet fault in {drop}; add rule inet fault out {drop}"))
+                nft(bad, &format!("{table} add rule inet fault in {drop}"))
             }
             Self::MtuBlackHole => nft(bad, &format!("{table} add rule inet fault out ip length > 1000 drop")),
             Self::Split => {
@@ -167,7 +173,8 @@ impl Upset {
             Self::SynDropped | Self::Loss | Self::MtuBlackHole => nft(bad, "delete table inet fault"),
             Self::Split => nft(client, "delete table inet fault"),
             Self::Refused => {
-                scene.injector = Some(super::Injector::start(bad, 5000, &scene.image).context("back again")?);
+                scene.injector =
+                    Some(super::Injector::start(bad, 5000, std::slice::from_ref(&scene.image)).context("back again")?);
                 Ok(())
             }
         }

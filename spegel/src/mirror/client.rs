@@ -232,11 +232,12 @@ fn parse_holders(value: &str) -> Vec<SocketAddr> {
     value.split(',').filter_map(|address| address.trim().parse().ok()).take(MAX_HOLDERS).collect()
 }
 
-/// Whether an address that `by` names may be asked: a peer must not be able to send us to any port of any host of the network.
+/// Whether an address that `by` names may be asked: a peer must not be able to send us to any port of any host of the network. On loopback,
+/// where nodes differ by their ports alone, it may.
 pub(super) fn is_plausible(address: SocketAddr, by: SocketAddr) -> bool {
     let ip = address.ip();
     address != by
-        && address.port() == by.port()
+        && (address.port() == by.port() || by.ip().is_loopback())
         && !ip.is_unspecified()
         && !ip.is_multicast()
         && ip.is_loopback() == by.ip().is_loopback()

@@ -18,7 +18,8 @@ use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeou
 use super::metrics::Outcome;
 use super::peers::{Leave, jitter};
 use super::{
-    Content, Found, Kind, MIRRORED_HEADER, Miss, Shared, VERIFIED_BODY, Verified, Wanted, family, relay, verify,
+    COMPLAINT_HEADER, Content, Found, Kind, MIRRORED_HEADER, Miss, Shared, VERIFIED_BODY, Verified, Wanted, family,
+    relay, verify,
 };
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
 use crate::router::Peer;
@@ -355,15 +356,11 @@ async fn attempt(
 ) -> Result<Taken, PeerError> {
     // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
-    let mut extra = format!("{MIRRORED_HEADER}: true\r\nUser-Agent: spegel/{}\r\n", env!("CARGO_PKG_VERSION"));
-    if let Some(authorization) = &shared.settings.authorization {
-        extra.push_str(&format!("Authorization: {authorization}\r\n"));
-    }
     let request = PeerRequest {
         method: if head_only { "HEAD" } else { "GET" },
         target: wanted.target.clone(),
         range: wanted.range.clone().filter(|_| !head_only && wanted.kind == Kind::Blob),
-        extra,
+        extra: shared.headers(),
     };
     let (address, response) = client::request(&shared.pool, &peer.addresses, &request, timeouts).await?;
     match (wanted.kind, response.head.status) {
@@ -388,6 +385,15 @@ async fn attempt(
 }
 
 impl Shared {
+    /// The header lines of every request to a peer.
+    fn headers(&self) -> String {
+        let mut lines = format!("{MIRRORED_HEADER}: true\r\nUser-Agent: spegel/{}\r\n", env!("CARGO_PKG_VERSION"));
+        if let Some(authorization) = &self.settings.authorization {
+            lines.push_str(&format!("Authorization: {authorization}\r\n"));
+        }
+        lines
+    }
+
     /// A manifest that we saw has told how long this is: containerd fails a pull on any other length.
     fn check_length(&self, key: &Key, length: u64) -> Result<(), PeerError> {
         match key {
@@ -515,6 +521,21 @@ async fn read_to_length(response: &mut PeerResponse) -> Result<Bytes, PeerError>
 
 fn kib(bytes: u64) -> u32 {
     u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).max(1)
+}
+
+/// Tells peers that what they sent is wrong, so that they look at what they have. Nothing waits for it.
+pub(super) fn complain(shared: &Arc<Shared>, peers: Vec<SocketAddr>, target: &str) {
+    let extra = format!("{}{COMPLAINT_HEADER}: true\r\n", shared.headers());
+    let request = PeerRequest { method: "HEAD", target: target.to_owned(), range: None, extra };
+    for peer in peers {
+        let Ok(permit) = Arc::clone(&shared.searches).try_acquire_owned() else { return };
+        let (shared, request) = (Arc::clone(shared), request.clone());
+        tokio::spawn(async move {
+            let _permit = permit;
+            // One that does not answer is barred all the same.
+            let _ = client::request(&shared.pool, &[peer], &request, shared.settings.timeouts).await;
+        });
+    }
 }
 
 /// What must hold for any head that a peer can send; panics where it does not.

@@ -23,6 +23,7 @@ use tracing::warn;
 
 use crate::oci::{Digest, Key};
 use crate::router::{Peer, Router};
+use crate::store::Change;
 use crate::zerocopy::Body;
 
 pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
@@ -32,6 +33,9 @@ pub use shelf::Verified;
 
 /// Marks a request between nodes: it is answered from local content only, so that no request goes in circles.
 pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
+
+/// Marks a peer's HEAD for a blob that says: what you sent of it is wrong.
+pub const COMPLAINT_HEADER: &str = "X-Spegel-Complaint";
 
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
@@ -67,7 +71,7 @@ impl Default for Settings {
         Self {
             resolve_timeout: Duration::from_millis(20),
             resolve_retries: 3,
-            timeouts: Timeouts { connect: Duration::from_secs(1), head: Duration::from_secs(3) },
+            timeouts: Timeouts { connect: Duration::from_secs(1), head: Duration::from_secs(2) },
             hedge: Duration::from_millis(200),
             stall: Duration::from_secs(5),
             floor: 32 << 10,
@@ -234,10 +238,17 @@ impl Mirror {
     }
 
     /// A client asks again for what it was given all of, and did not store: what peers sent was not what the digest says. They are not asked for
-    /// it any more, and one that this happens with three times is not asked for anything for a while.
-    pub fn complained(&self, digest: &Digest) {
+    /// it any more, and are told; one that this happens with three times is not asked for anything for a while. `target` is the request's path
+    /// and query.
+    pub fn complained(&self, digest: &Digest, target: &str) {
         let verdict = self.shared.blame.wrong(&Key::Digest(digest.clone()), Instant::now());
         self.shared.punish(digest, &verdict);
+        fetch::complain(&self.shared, verdict.barred, target);
+    }
+
+    /// This node does not have it after all.
+    pub fn withdraw(&self, key: Key) {
+        self.shared.router.announce(Change::Removed(vec![key]));
     }
 
     /// This node has stored these: whoever sent them sent what was right.

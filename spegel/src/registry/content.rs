@@ -16,7 +16,7 @@ use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
 use crate::store::Blob;
-use crate::zerocopy::Body;
+use crate::zerocopy::{Body, BodyEnd};
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub(super) struct Ask {
     pub(super) is_content: bool,
     pub(super) head_only: bool,
     pub(super) mirrored: bool,
+    /// A peer says that what it got of this is wrong.
+    pub(super) complains: bool,
     /// The operator's filters exclude what is asked for: then it is not looked for at peers.
     pub(super) excluded: bool,
     pub(super) path: String,
@@ -32,6 +34,8 @@ pub(super) struct Ask {
     pub(super) repository: Option<Repository>,
     pub(super) registry: Option<String>,
     pub(super) range: Option<RangeSpec>,
+    /// A range was asked for as containerd's parallel fetch does, and is not kept to.
+    pub(super) is_chunk: bool,
     pub(super) client: Client,
 }
 
@@ -149,6 +153,9 @@ impl Registry {
 
     /// What this node has. A store that fails is told in the log, and then peers are as good.
     async fn open(&self, ask: &Ask, digest: &Digest) -> Option<Blob> {
+        if self.audits.is_spoiled(digest) {
+            return None;
+        }
         match self.settings.store.open(digest, ask.repository.as_ref()).await {
             Ok(blob) => blob,
             Err(error) => {
@@ -171,7 +178,7 @@ impl Registry {
             && self.client_kind(&ask.client) == OWN
             && self.promises.is_complaint(&ask.client, digest, Instant::now())
         {
-            self.settings.mirror.complained(digest);
+            self.settings.mirror.complained(digest, &ask.target);
         }
         let wanted = Wanted {
             key: Key::Digest(digest.clone()),
@@ -189,6 +196,9 @@ impl Registry {
 
     /// A blob of this node. What peers may take of it is bounded, what clients may is not.
     fn local_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
+        if ask.mirrored && ask.complains {
+            self.audits.hear(digest, Arc::clone(&blob.file), blob.size, Instant::now());
+        }
         let mut upload = None;
         if ask.mirrored && !ask.head_only {
             let length = match ask.range.map_or(RangeOutcome::Whole, |range| range.resolve(blob.size)) {
@@ -203,7 +213,14 @@ impl Registry {
         }
         let body = |start, end: u64| Body::file(Arc::clone(&blob.file), start, end - start);
         let Answer { response, source } = self.give(ask, digest, blob.size, Source::Local, body);
-        Answer { response: response.map(|body| body.with_end(move |_| drop(upload))), source }
+        let (audits, of, file, size) = (Arc::clone(&self.audits), digest.clone(), Arc::clone(&blob.file), blob.size);
+        let ended = move |end: BodyEnd| {
+            drop(upload);
+            if !end.complete {
+                audits.cut_short(&of, &file, size);
+            }
+        };
+        Answer { response: response.map(|body| body.with_end(ended)), source }
     }
 
     /// Sends a peer elsewhere.
@@ -284,7 +301,8 @@ impl Registry {
 
     /// A refusal that is not an error status, where one would fail the client's pull.
     pub(super) async fn refuse(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
-        if ask.head_only {
+        // A client that is kept to one request a blob has no other chunk that an error status could fail.
+        if ask.head_only || ask.is_chunk {
             return None;
         }
         let first = ask.first_byte()?;

@@ -3,7 +3,9 @@
 //! The paths are those of the [OCI distribution specification](https://github.com/opencontainers/distribution-spec/blob/main/spec.md#endpoints)
 //! that read; what writes is refused. How a refusal is said follows what containerd makes of it, see `promises`.
 
+mod audit;
 mod auth;
+mod chunks;
 mod content;
 mod metrics;
 mod promises;
@@ -14,6 +16,7 @@ mod uploads;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use http::request::Parts;
 use http::{Response, StatusCode, header};
@@ -21,7 +24,7 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
-use crate::mirror::{MIRRORED_HEADER, Mirror};
+use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror};
 use crate::oci::{ErrorCode, Filters, Key, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
 use crate::store::{Health, Store};
@@ -71,6 +74,8 @@ pub struct Registry {
     promises: Arc<Promises>,
     turns: Arc<turns::Turns>,
     uploads: Arc<uploads::Uploads>,
+    audits: Arc<audit::Audits>,
+    chunked: chunks::Chunked,
     /// The router was ready once.
     joined: AtomicBool,
     /// New requests are refused.
@@ -84,7 +89,9 @@ impl Registry {
     pub fn new(settings: Settings) -> Self {
         Self {
             uploads: Arc::new(uploads::Uploads::new(settings.uploads)),
+            audits: Arc::new(audit::Audits::new(settings.mirror.clone())),
             settings,
+            chunked: chunks::Chunked::default(),
             promises: Arc::default(),
             turns: Arc::default(),
             joined: AtomicBool::new(false),
@@ -112,6 +119,7 @@ impl Registry {
     /// Hears what this node's store has from now on: content that was relayed and is stored is what its digest says.
     pub fn stored(&self, keys: &[Key]) {
         self.settings.mirror.confirmed(keys);
+        self.audits.stored(keys);
     }
 
     /// Refuses new requests from now on, in the way that makes containerd look elsewhere; what is under way goes on.
@@ -189,7 +197,10 @@ impl Registry {
             Some(name) => Client::Node(name.into()),
             None => Client::Address(remote),
         };
+        let range = text("range").and_then(crate::oci::RangeSpec::parse);
+        let is_chunk = self.chunked.is_chunk(&client, text("user-agent"), range, Instant::now());
         Ask {
+            is_chunk,
             excluded: self.is_excluded(parsed),
             is_content: matches!(parsed, Request::Manifest { .. } | Request::Blob { .. }),
             head_only: request.method == http::Method::HEAD,
@@ -197,8 +208,9 @@ impl Registry {
             repository: parsed.repository(),
             registry: parsed.ns().map(str::to_owned),
             path: request.uri.path().to_owned(),
+            complains: text(COMPLAINT_HEADER).is_some(),
             mirrored: text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true")),
-            range: text("range").and_then(crate::oci::RangeSpec::parse),
+            range: range.filter(|_| !is_chunk),
             client,
         }
     }

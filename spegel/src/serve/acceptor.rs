@@ -1,5 +1,6 @@
 //! Takes connections from a listener and hands them to the data runtimes.
 
+use std::fs::File;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -18,14 +19,18 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 /// Refusals under way; beyond these a connection is closed without an answer.
 const REFUSALS: usize = 64;
 
-/// containerd goes upstream on a 503 at once.
-const REFUSAL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+/// containerd goes upstream on a 503 at once, and a probe of /readyz is told the reason.
+const REFUSAL: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 53\r\n\
+connection: close\r\n\r\nnot ready: as many connections are open as there may\n";
 
 pub(super) struct Acceptor {
     listener: TcpListener,
     engines: Vec<Arc<Engine>>,
     shared: Arc<Shared>,
     refusals: Arc<Semaphore>,
+    /// A descriptor to give up when there is no other, so that a client can be refused instead of left waiting.
+    reserve: Option<File>,
 }
 
 // === impl Acceptor ===
@@ -37,10 +42,10 @@ impl Acceptor {
         shared: Arc<Shared>,
     ) -> io::Result<Self> {
         let listener = TcpListener::from_std(listener)?;
-        Ok(Self { listener, engines, shared, refusals: Arc::new(Semaphore::new(REFUSALS)) })
+        Ok(Self { listener, engines, shared, refusals: Arc::new(Semaphore::new(REFUSALS)), reserve: reserve() })
     }
 
-    pub(super) async fn run(self) {
+    pub(super) async fn run(mut self) {
         let stop = self.shared.stop.accepting.clone();
         tokio::select! {
             () = stop.cancelled() => {}
@@ -48,21 +53,30 @@ impl Acceptor {
         }
     }
 
-    async fn accept_all(&self) {
+    async fn accept_all(&mut self) {
         let mut failing = false;
         loop {
             match self.accept().await {
                 Ok((stream, remote)) => {
                     failing = false;
+                    if self.reserve.is_none() {
+                        self.reserve = reserve();
+                    }
                     self.place(stream, remote);
                 }
                 // The client left before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     if !std::mem::replace(&mut failing, true) {
-                        tracing::warn!(%error, "cannot accept connections for now");
+                        tracing::warn!(%error, "cannot accept connections for now: new ones are refused");
+                    }
+                    if self.reserve.take().is_some()
+                        && let Ok((stream, _)) = self.accept().await
+                    {
+                        self.turn_away(stream);
                     }
                     tokio::time::sleep(BACK_OFF).await;
+                    self.reserve = reserve();
                 }
             }
         }
@@ -82,7 +96,12 @@ impl Acceptor {
             let engine = self.engines.iter().min_by_key(|engine| engine.load());
             engine.and_then(|engine| engine.push(stream, remote, &self.shared).err())
         };
-        let Some(stream) = refused else { return };
+        if let Some(stream) = refused {
+            self.turn_away(stream);
+        }
+    }
+
+    fn turn_away(&self, stream: TcpStream) {
         self.shared.metrics.refuse();
         if let Ok(permit) = self.refusals.clone().try_acquire_owned() {
             let limit = self.shared.limits.linger;
@@ -93,6 +112,10 @@ impl Acceptor {
             });
         }
     }
+}
+
+fn reserve() -> Option<File> {
+    File::open("/dev/null").ok()
 }
 
 /// Answers 503 once the request begins: Go's client discards a response that comes before.

@@ -327,3 +327,68 @@ async fn a_busy_peer_names_another_and_clients_are_never_refused() {
     assert!(own.status == 200 && own.body == bytes, "what has not our header is a client's");
     drop(held);
 }
+
+/// A node whose disk has changed a blob gives it until somebody complains, and then no more.
+#[tokio::test]
+async fn content_that_is_wrong_here_is_withdrawn_when_a_peer_complains() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
+    let bytes = noise(26, 2 << 20);
+    let digest = digest_of(&bytes);
+    let mut damaged = bytes.clone();
+    damaged[1_000_000] ^= 1;
+    a.shelf.put_as(digest.clone(), &damaged);
+    a.announce(Key::Digest(digest.clone()));
+    let own = [("X-Spegel-Node", "b")];
+    assert!(b.ask("GET", &target(&digest), &own).await.body == damaged, "nobody looks while it is relayed");
+    let reply = b.ask("GET", &target(&digest), &own).await;
+    assert!(reply.body.is_empty() && reply.orderly, "the client found it wrong");
+    let found = || network.join("observer", "127.0.0.1:1".parse().unwrap()).lookup(&Key::Digest(digest.clone()));
+    let deadline = Instant::now() + super::PATIENCE;
+    while found().recv().await.is_some() {
+        assert!(Instant::now() < deadline, "never withdrawn");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let mirrored = [("X-Spegel-Mirrored", "true")];
+    assert_eq!(a.ask("GET", &target(&digest), &mirrored).await.status, 404);
+    a.shelf.put(&bytes);
+    a.registry.stored(&[Key::Digest(digest.clone())]);
+    assert!(a.ask("GET", &target(&digest), &mirrored).await.body == bytes, "stored anew");
+}
+
+#[tokio::test]
+async fn a_complaint_of_what_is_right_changes_nothing() {
+    let network = MemoryNetwork::new();
+    let a = Node::join(&network, "a");
+    let bytes = noise(27, 100_000);
+    let digest = a.offer(&bytes);
+    let complaint = [("X-Spegel-Mirrored", "true"), ("X-Spegel-Complaint", "true")];
+    for _ in 0..3 {
+        assert_eq!(a.ask("HEAD", &target(&digest), &complaint).await.status, 200);
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(a.ask("GET", &target(&digest), &[("X-Spegel-Mirrored", "true")]).await.body == bytes);
+}
+
+#[tokio::test]
+async fn a_file_that_gets_shorter_ends_in_order_and_is_withdrawn() {
+    let network = MemoryNetwork::new();
+    let a = Node::join(&network, "a");
+    let bytes = noise(28, 8 << 20);
+    let digest = a.offer(&bytes);
+    let mirrored = [("X-Spegel-Mirrored", "true")];
+    let mut stream = tokio::net::TcpStream::connect(a.address()).await.unwrap();
+    let request = format!("GET {} HTTP/1.1\r\nHost: a\r\nX-Spegel-Mirrored: true\r\n\r\n", target(&digest));
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream.read_exact(&mut vec![0; 100_000]).await.unwrap();
+    a.shelf.file(&digest).set_len(1000).unwrap();
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.expect("an orderly end");
+    assert!(rest.len() < 8 << 20);
+    let deadline = Instant::now() + super::PATIENCE;
+    while a.ask("GET", &target(&digest), &mirrored).await.status != 404 {
+        assert!(Instant::now() < deadline, "still given");
+    }
+    let observer = network.join("observer", "127.0.0.1:1".parse().unwrap());
+    assert!(observer.lookup(&Key::Digest(digest)).recv().await.is_none());
+}
