@@ -3,7 +3,7 @@
 //! | level | rooms | may import |
 //! |---|---|---|
 //! | 0 | [`oci`], [`metrics`] | nothing of ours |
-//! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`] | level 0 |
+//! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`], [`kube`] | level 0 |
 //! | 2 | [`store`], [`router`] | below; `router` takes `store`'s [`store::Change`] only |
 //! | 3 | [`mirror`] | below |
 //! | 4 | [`registry`] | below |
@@ -19,6 +19,7 @@ pub mod cli;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod hosts;
+pub mod kube;
 pub mod metrics;
 pub mod mirror;
 pub mod oci;

@@ -6,6 +6,7 @@ mod containerd;
 mod index;
 mod metrics;
 mod oci_layout;
+mod small;
 mod state;
 mod tree;
 
@@ -22,6 +23,7 @@ pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings};
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
+pub use small::Small;
 
 /// A complete piece of content, open for reading. Immutable: a later delete or rename does not touch it.
 #[derive(Clone, Debug)]
@@ -30,6 +32,8 @@ pub struct Blob {
     pub file: Arc<File>,
     /// Its length in bytes, as found when it was opened.
     pub size: u64,
+    /// All of its bytes, verified, if it is small.
+    pub small: Option<Arc<Small>>,
 }
 
 /// A change of what this node can serve. The keys are never empty texts, and each is reported once until it changes back.

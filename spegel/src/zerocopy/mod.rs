@@ -19,6 +19,7 @@ mod region;
 mod relay;
 mod stage;
 mod traffic;
+mod warm;
 
 pub use body::{Body, BodyEnd, BoundBody, Chunk};
 pub use error::BodyError;
@@ -27,3 +28,4 @@ pub use ops::{Activity, Ops, Settings, Transfer};
 pub use pipe::PipePool;
 pub use relay::{Relay, RelayEnd, Resume};
 pub use traffic::{Traffic, TrafficLabels, Way};
+pub use warm::{RingWarmer, ThreadWarmer, Warm, Window};

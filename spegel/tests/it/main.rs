@@ -4,6 +4,7 @@ mod cleanup;
 mod e2e;
 mod fuzz;
 mod hosts;
+mod kube;
 mod oci;
 mod registry;
 mod router;

@@ -16,7 +16,7 @@ fn limited(limits: Limits) -> Fixture {
 
 #[tokio::test]
 async fn a_64_kib_header_is_answered_431() {
-    let fixture = Fixture::new(Transfer::Zerocopy);
+    let fixture = Fixture::new(Mode::default());
     let mut client = fixture.connect().await;
     client.send(format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(64 << 10)).as_bytes()).await;
     assert_eq!(client.head().await.status(), 431);
@@ -85,8 +85,7 @@ async fn one_connection_too_many_is_refused() {
     let mut three = fixture.connect().await;
     three.get().await;
     assert_eq!(three.head().await.status(), 503);
-    let (said, ended) = three.rest().await;
-    assert_eq!((String::from_utf8_lossy(&said).contains("not ready"), ended), (true, Ended::Fin));
+    assert_eq!(three.rest().await, (Vec::new(), Ended::Fin));
     assert_eq!(fixture.server.metrics().refused(), 1);
     drop(one);
     until("a place is free", || fixture.server.metrics().open() == 1).await;
