@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: figures of the whole process.
 
+mod hop;
 mod idle;
 
 use std::path::PathBuf;
@@ -25,6 +26,8 @@ pub(crate) struct Bench {
 
 #[derive(Clone, Copy, Debug, Subcommand)]
 enum Name {
+    /// A layer that is still arriving: the latency of a hop, and CPU beside a complete one
+    Hop,
     /// Three idle nodes: time until they are ready, memory, time to a 404, size of the program
     Idle,
 }
@@ -45,6 +48,7 @@ impl Bench {
             None => crate::build::spegel("release")?,
         };
         let figures = match self.name {
+            Name::Hop => hop::run(&program)?,
             Name::Idle => idle::run(&program)?,
         };
         let table = figures.table();

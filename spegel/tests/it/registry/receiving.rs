@@ -213,3 +213,40 @@ async fn a_writer_that_gave_up_ends_in_an_orderly_close_where_nobody_goes_on() {
     let reply = pulled.await.unwrap();
     assert!(reply.orderly && reply.body == writer.bytes[..2 * MIB + 5], "{} bytes", reply.body.len());
 }
+
+/// B follows A through an image: for the second layer it waits at A, where nothing is offered yet.
+#[tokio::test]
+async fn who_follows_a_node_waits_there_for_the_next_blob_and_only_within_bounds() {
+    let network = MemoryNetwork::new();
+    let hold = Duration::from_millis(400);
+    let patient = MirrorSettings { hold, ..MirrorSettings::default() };
+    let a = Node::join(&network, "a");
+    let b = Node::with(&network, "b", Setup { mirror: Some(patient), ..Setup::default() });
+    let (one, two, three) = (noise(8, 2 * MIB), noise(9, 2 * MIB), noise(10, 2 * MIB));
+    let target = |bytes: &[u8]| format!("/v2/app/blobs/{}?ns=registry.test", digest_of(bytes));
+    a.shelf.expected.lock().unwrap().extend([digest_of(&two), digest_of(&three)]);
+    let timed = async |bytes: &[u8]| {
+        let start = std::time::Instant::now();
+        (ask_as(&b, "b", &target(bytes)).await.status, start.elapsed())
+    };
+    let (status, took) = timed(&two).await;
+    assert!(status == 404 && took < hold, "B follows nobody: {status} after {took:?}");
+
+    a.offer(&one);
+    assert_eq!(timed(&one).await.0, 200);
+    let waiting = pull(&b, "b", &target(&two));
+    tokio::time::sleep(hold / 4).await;
+    assert!(!waiting.is_finished());
+    let writer = Writer::at(&a, &two);
+    writer.write_to(MIB);
+    a.shelf.expected.lock().unwrap().remove(&writer.digest);
+    tokio::time::sleep(hold).await;
+    writer.write_to(2 * MIB);
+    let reply = waiting.await.unwrap();
+    assert!(reply.status == 200 && reply.body == two, "{}", reply.status);
+
+    let (status, took) = timed(&three).await;
+    assert!(status == 404 && took >= hold && took < hold * 5, "in vain: {status} after {took:?}");
+    let (status, took) = timed(&three).await;
+    assert!(status == 404 && took < hold, "and not again: {status} after {took:?}");
+}
