@@ -26,10 +26,13 @@ const PEERS: usize = 3;
 /// What an answer may take beyond the time for which it was asked to wait.
 const ON_THE_WAY: Duration = Duration::from_secs(1);
 
+/// Peers and when the last of them gave something, by pull.
+type Pulls = HashMap<Arc<str>, (Vec<Peer>, Instant)>;
+
 /// The peers that gave blobs, by pull; and the blobs that are waited for now.
 #[derive(Debug, Default)]
 pub(super) struct Siblings {
-    pulls: Mutex<HashMap<Arc<str>, (Vec<Peer>, Instant)>>,
+    pulls: Mutex<Pulls>,
     waiting: Mutex<HashMap<Digest, usize>>,
 }
 
@@ -82,7 +85,7 @@ impl Siblings {
         Waiting { siblings: self, digest }
     }
 
-    fn pulls(&self) -> MutexGuard<'_, HashMap<Arc<str>, (Vec<Peer>, Instant)>> {
+    fn pulls(&self) -> MutexGuard<'_, Pulls> {
         self.pulls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -1,7 +1,6 @@
 //! A file that somebody is still writing as the source of a body.
 
 use std::fs::File;
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -102,11 +101,9 @@ struct News {
 
 type Told = (watch::Receiver<Progress>, Result<(), watch::error::RecvError>);
 
-fn changed(mut progress: watch::Receiver<Progress>) -> impl Future<Output = Told> + Send {
-    async move {
-        let told = progress.changed().await;
-        (progress, told)
-    }
+async fn changed(mut progress: watch::Receiver<Progress>) -> Told {
+    let told = progress.changed().await;
+    (progress, told)
 }
 
 impl News {
