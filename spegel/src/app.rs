@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod handler;
+mod node;
 mod trace;
 
 use std::io::Write as _;
@@ -15,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::bootstrap::{Bootstrap, DnsBootstrap};
+use crate::bootstrap::{Bootstrap, DnsBootstrap, HttpEndpoint, RememberedPeers};
 use crate::cli::{self, Command, Content, RegistrySettings, VersionFormat};
 use crate::mirror::{Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
@@ -107,11 +108,16 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let _stop_all = stop.clone().drop_guard();
     let mut stop_signal = StopSignal::listen()?;
-    raise_open_files();
+    let open_files = limit_open_files(settings.serve.open_files);
     let mut figures = metrics::registry();
+    let zone = node::zone(&settings.zone, &settings.node_name).await;
+    metrics::register_node(&mut figures, &settings.node_name, zone.as_deref());
 
     let (store, mut store_task) = open_store(&settings, &stop)?;
-    let router = start_router(&settings, &stop)?;
+    let router = start_router(&settings, zone.clone(), &stop)?;
+    if let Some(endpoint) = &settings.bootstrap_endpoint {
+        serve_bootstrap(endpoint, &router, &stop)?;
+    }
     let mirror = Mirror::new(router.clone(), settings.mirror.clone(), MirrorMetrics::register(&mut figures));
     let registry = Arc::new(Registry::new(crate::registry::Settings {
         store: store.clone(),
@@ -123,16 +129,23 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         metrics: RegistryMetrics::register(&mut figures),
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
-    let options = Options { metrics: ServeMetrics::register(&mut figures), ..Options::default() };
+    let serve_metrics = ServeMetrics::register(&mut figures);
+    serve_metrics.set_open_files(open_files);
+    let options = Options { metrics: serve_metrics, ..settings.serve.options.clone() };
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(announce(store, router.clone()));
+    if let Some(taint) = settings.startup_taint {
+        let registry = Arc::clone(&registry);
+        tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
+    }
     info!(
         version = env!("CARGO_PKG_VERSION"),
         registry = ?server.addrs(),
         router = %router.peer_id(),
         node = settings.node_name,
+        zone,
         "spegel is up"
     );
 
@@ -185,26 +198,55 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
     }
 }
 
-fn start_router(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::Result<Arc<P2pRouter>> {
-    let sources = settings.bootstrap.iter().map(|kind| -> anyhow::Result<Arc<dyn Bootstrap>> {
-        Ok(match kind {
-            cli::Bootstrap::Dns(name) => Arc::new(DnsBootstrap::new(name).context("the name servers of this host")?),
-            cli::Bootstrap::Static(list) => Arc::new(list.clone()),
-        })
-    });
-    let identity = match &settings.data_dir {
-        Some(dir) => Identity::load_or_create(dir)?,
-        None => Identity::fresh(),
+fn start_router(
+    settings: &RegistrySettings,
+    zone: Option<String>,
+    stop: &CancellationToken,
+) -> anyhow::Result<Arc<P2pRouter>> {
+    let mut sources: Vec<Arc<dyn Bootstrap>> = Vec::new();
+    for kind in &settings.bootstrap {
+        match kind {
+            cli::Bootstrap::Dns(name) => {
+                sources.push(Arc::new(DnsBootstrap::new(name).context("the name servers of this host")?));
+            }
+            cli::Bootstrap::Static(list) => sources.push(Arc::new(list.clone())),
+            cli::Bootstrap::Http(url) => sources.push(Arc::new(url.clone())),
+            cli::Bootstrap::HttpEndpoint | cli::Bootstrap::Mdns => {}
+        }
+    }
+    let (identity, remembered) = match &settings.data_dir {
+        Some(dir) => (Identity::load_or_create(dir)?, Some(RememberedPeers::new(dir))),
+        None => (Identity::fresh(), None),
     };
     let p2p = P2pSettings {
         listen: router_addresses(settings.router_addr),
         registry_port: settings.registry_addr.port(),
         identity,
-        bootstrap: sources.collect::<anyhow::Result<_>>()?,
+        bootstrap: sources,
+        remembered,
+        mdns: settings.bootstrap.iter().any(|kind| matches!(kind, cli::Bootstrap::Mdns)),
+        advertise: settings.peers.advertise.clone(),
+        peer_networks: settings.peers.networks.clone(),
+        network_key: settings.peers.network_key.clone(),
+        zone,
         advertise_ttl: P2pSettings::ADVERTISE_TTL,
-        max_records: P2pSettings::MAX_RECORDS,
+        max_records: settings.peers.max_records,
     };
     Ok(P2pRouter::start(p2p, stop)?)
+}
+
+/// Serves this node's addresses, and some of its peers', to those who bootstrap by HTTP.
+fn serve_bootstrap(
+    endpoint: &cli::BootstrapEndpoint,
+    router: &Arc<P2pRouter>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let listener = crate::serve::listen(endpoint.addr)?;
+    let router = Arc::downgrade(router);
+    let peers = move || router.upgrade().map(|router| router.bootstrap_peers()).unwrap_or_default();
+    let endpoint = HttpEndpoint::new(listener, endpoint.certificates.clone(), Arc::new(peers))?;
+    tokio::spawn(endpoint.serve(stop.clone()));
+    Ok(())
 }
 
 /// The router listens on each family by itself.
@@ -237,14 +279,20 @@ async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>) {
     }
 }
 
-/// Each connection may need two descriptors and a pipe: take what the administrator allows.
-fn raise_open_files() {
+/// Takes what the administrator allows of open files, since each connection may need two descriptors and a pipe, or less where that
+/// is asked for. Returns the bound in effect.
+fn limit_open_files(asked: Option<u64>) -> u64 {
     use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        warn!(%error, "cannot raise the bound of open files");
+    let before = getrlimit(Resource::Nofile);
+    let allowed = before.maximum.unwrap_or(u64::MAX);
+    if let Some(asked) = asked.filter(|asked| *asked > allowed) {
+        warn!(asked, allowed, "--max-open-files is more than the administrator allows");
     }
+    let limit = rustix::process::Rlimit { current: Some(asked.unwrap_or(allowed).min(allowed)), ..before };
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        warn!(%error, "cannot change the bound of open files");
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 /// The signals that ask a daemon to end.

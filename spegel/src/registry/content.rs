@@ -107,6 +107,12 @@ fn source_of(found: &Found) -> Source {
     }
 }
 
+/// A part of bytes in memory.
+fn slice(bytes: &Bytes, start: u64, end: u64) -> Body {
+    let to_index = |offset| usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+    Body::bytes(bytes.slice(to_index(start)..to_index(end)))
+}
+
 impl Registry {
     pub(super) async fn manifest(&self, ask: &Ask, reference: &TagOrDigest) -> Result<Answer, OciError> {
         let key = match reference {
@@ -153,6 +159,11 @@ impl Registry {
         if blob.size > MAX_MANIFEST_BYTES as u64 {
             let message = "a manifest has no more than 4 MiB";
             return Err(OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, message));
+        }
+        if let Some(small) = &blob.small {
+            let Some(media_type) = small.media_type() else { return Ok(None) };
+            let response = respond::manifest(digest, media_type.as_str(), Body::bytes(small.bytes().clone()));
+            return Ok(Some(Answer::from(response, Source::Local)));
         }
         let mut bytes = vec![0; usize::try_from(blob.size).unwrap_or_default()];
         if let Err(error) = blob.file.read_exact_at(&mut bytes, 0) {
@@ -210,7 +221,10 @@ impl Registry {
         };
         match found? {
             Local::Complete(blob) => {
-                let body = |start, end: u64| Body::file(Arc::clone(&blob.file), start, end - start);
+                let body = |start, end: u64| match &blob.small {
+                    Some(small) => slice(small.bytes(), start, end),
+                    None => Body::file(Arc::clone(&blob.file), start, end - start),
+                };
                 Some(self.give(ask, digest, blob.size, Source::Local, body))
             }
             Local::Receiving(Receiving { growing, total }) => {
@@ -304,11 +318,7 @@ impl Registry {
         match found.content {
             Content::Verified(verified) => {
                 let bytes: Bytes = verified.bytes;
-                let slice = |start: u64, end: u64| {
-                    let to_index = |offset| usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
-                    Body::bytes(bytes.slice(to_index(start)..to_index(end)))
-                };
-                self.give(ask, digest, bytes.len() as u64, source, slice)
+                self.give(ask, digest, bytes.len() as u64, source, |start, end| slice(&bytes, start, end))
             }
             Content::Relay { body, part } => {
                 let (start, total) = part.unwrap_or((0, body.len()));

@@ -7,6 +7,7 @@ mod index;
 mod ingest;
 mod metrics;
 mod oci_layout;
+mod small;
 mod state;
 mod tree;
 
@@ -25,6 +26,7 @@ pub use containerd::{Containerd, ContainerdSettings};
 pub use ingest::Receiving;
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
+pub use small::Small;
 
 /// A complete piece of content, open for reading. Immutable: a later delete or rename does not touch it.
 #[derive(Clone, Debug)]
@@ -33,6 +35,8 @@ pub struct Blob {
     pub file: Arc<File>,
     /// Its length in bytes, as found when it was opened.
     pub size: u64,
+    /// All of its bytes, verified, if it is small.
+    pub small: Option<Arc<Small>>,
 }
 
 /// Content of this node.

@@ -112,9 +112,13 @@ impl Body {
         let end = EndHooks { hooks: self.hooks, sent: 0, len };
         let (bytes, source) = match self.kind {
             Kind::Bytes(bytes) => (Some(bytes).filter(|bytes| !bytes.is_empty()), None),
-            Kind::File { file, offset, .. } => (None, Some(Source::File(FileSource::new(file, offset, len, transfer)))),
+            Kind::File { file, offset, .. } => {
+                let warmer = shared.settings.warmer.clone();
+                (None, Some(Source::File(Box::new(FileSource::new(file, offset, len, transfer, warmer)))))
+            }
             Kind::Growing { growing, offset, .. } => {
-                (None, Some(Source::Growing(Box::new(growing.into_source(offset, len, transfer)))))
+                let warmer = shared.settings.warmer.clone();
+                (None, Some(Source::Growing(Box::new(growing.into_source(offset, len, transfer, warmer)))))
             }
             Kind::Relay(relay) => {
                 (None, Some(Source::Relay(Box::new(relay.into_source(transfer, &shared.settings.pipes)))))

@@ -1,6 +1,7 @@
 //! Why a body ended before its length.
 
 use std::io;
+use std::time::Duration;
 
 /// Why a body ended early. It reaches whoever drives the connection inside the [`io::Error`] that ended it.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -20,6 +21,12 @@ pub enum BodyError {
     Abandoned {
         /// Bytes promised and not sent.
         missing: u64,
+    },
+    /// The disk gave none of the bytes that were asked of it. This node's fault.
+    #[error("the disk has not given the next bytes within {waited:?}")]
+    Disk {
+        /// How long was waited.
+        waited: Duration,
     },
     /// The peer that we relay from failed, stalled or closed, and nobody could go on. The peer's fault.
     #[error("the peer failed after {sent} bytes: {reason}")]
@@ -62,6 +69,7 @@ impl From<BodyError> for io::Error {
             BodyError::Truncated { .. } | BodyError::Abandoned { .. } | BodyError::Peer { .. } => {
                 io::ErrorKind::UnexpectedEof
             }
+            BodyError::Disk { .. } => io::ErrorKind::TimedOut,
             BodyError::OutOfStep => io::ErrorKind::InvalidData,
         };
         Self::new(kind, error)

@@ -12,6 +12,7 @@ use tokio_util::sync::ReusableBoxFuture;
 use super::error::BodyError;
 use super::file::FileSource;
 use super::ops::{Client, Push, Transfer};
+use super::warm::Warm;
 
 /// How far a file has been written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,10 +45,10 @@ impl Growing {
         *self.progress.borrow()
     }
 
-    pub(super) fn into_source(self, offset: u64, len: u64, transfer: Transfer) -> GrowingSource {
+    pub(super) fn into_source(self, offset: u64, len: u64, transfer: Transfer, warmer: Arc<dyn Warm>) -> GrowingSource {
         let Self { file, progress } = self;
         let news = News { waiting: ReusableBoxFuture::new(changed(progress.clone())), progress };
-        GrowingSource { file: FileSource::new(file, offset, len, transfer), end: offset + len, news }
+        GrowingSource { file: FileSource::new(file, offset, len, transfer, warmer), end: offset + len, news }
     }
 }
 
@@ -67,12 +68,12 @@ impl GrowingSource {
 
     /// Whether bytes are there now; else the task is woken once they are.
     pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
-        matches!(self.poll_there(cx), Poll::Ready(Ok(_)))
+        matches!(self.poll_there(cx), Poll::Ready(Ok(_))) && self.file.at_hand(cx)
     }
 
     pub(super) fn push(&mut self, cx: &mut Context<'_>, client: &Client<'_>, max: usize) -> io::Result<Push> {
         match self.poll_there(cx) {
-            Poll::Ready(Ok(there)) => self.file.push(client, usize::try_from(there).unwrap_or(usize::MAX).min(max)),
+            Poll::Ready(Ok(there)) => self.file.push(cx, client, usize::try_from(there).unwrap_or(usize::MAX).min(max)),
             Poll::Ready(Err(error)) => Err(error.into()),
             Poll::Pending => Ok(Push::Waiting),
         }

@@ -20,6 +20,7 @@ mod region;
 mod relay;
 mod stage;
 mod traffic;
+mod warm;
 
 pub use body::{Body, BodyEnd, BoundBody, Chunk};
 pub use error::BodyError;
@@ -29,3 +30,4 @@ pub use ops::{Activity, Ops, Settings, Transfer};
 pub use pipe::PipePool;
 pub use relay::{Relay, RelayEnd, Resume};
 pub use traffic::{Traffic, TrafficLabels, Way};
+pub use warm::{RingWarmer, ThreadWarmer, Warm, Window};

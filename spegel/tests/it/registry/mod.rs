@@ -89,7 +89,7 @@ impl Store for Shelf {
 
     async fn open(&self, digest: &Digest, _: Option<&Repository>) -> Result<Option<Blob>, StoreError> {
         let file = self.blobs.lock().unwrap().get(digest).cloned();
-        Ok(file.map(|file| Blob { size: file.metadata().unwrap().len(), file }))
+        Ok(file.map(|file| Blob { size: file.metadata().unwrap().len(), file, small: None }))
     }
 
     async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {
