@@ -12,7 +12,7 @@ use tracing::{debug, info};
 
 use super::fetch::{Streamed, Taken, race};
 use super::metrics::End;
-use super::{Shared, Wanted, health, lineage};
+use super::{Shared, Wanted, fetch, health, lineage};
 use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
@@ -29,6 +29,8 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
+    /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it.
+    position: Option<u64>,
     /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
     fed: Option<lineage::Fed>,
     /// Peers that broke off: they are not asked for the rest.
@@ -40,8 +42,13 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     let Streamed { address, response, part, chain } = streamed;
     let length = response.head.content_length;
     let start = part.map_or(0, |(start, _)| start);
-    let state =
-        State { address, keep_alive: response.head.keep_alive, fed: shared.fed(wanted, chain), broken: HashSet::new() };
+    let state = State {
+        address,
+        keep_alive: response.head.keep_alive,
+        position: response.head.receiving,
+        fed: shared.fed(wanted, chain),
+        broken: HashSet::new(),
+    };
     let chain = Arc::new(Chain {
         shared: Arc::clone(shared),
         wanted: wanted.clone(),
@@ -49,9 +56,10 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         end: start + length,
         state: Mutex::new(state),
     });
-    let ending = Arc::clone(&chain);
+    let (ending, asking) = (Arc::clone(&chain), Arc::clone(&chain));
     let relay = Relay::new(response.stream, response.leftover, length, Box::new(move |end| ending.ended(end)))
         .stall_timeout(shared.settings.stall)
+        .excuse(Box::new(move || Chain::still_growing(Arc::clone(&asking))))
         .resume(Box::new(move |offset| Chain::resume(Arc::clone(&chain), offset)));
     Body::relay(relay)
 }
@@ -92,6 +100,22 @@ impl Chain {
         self.shared.metrics.relayed(end);
     }
 
+    /// Whether the peer has got more of the blob since this was last asked. One that is still receiving it cannot send what it has not
+    /// got; a part that lies ahead of all others may be long in coming.
+    fn still_growing(chain: Arc<Self>) -> BoxFuture<'static, bool> {
+        Box::pin(async move {
+            let (address, before) = {
+                let state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
+                (state.address, state.position)
+            };
+            let Some(before) = before else { return false };
+            let Some(now) = fetch::position(&chain.shared, &chain.wanted, address).await else { return false };
+            let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.position = Some(now);
+            now > before
+        })
+    }
+
     /// Finds another peer for the bytes from `offset` of the body on.
     fn resume(chain: Arc<Self>, offset: u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
         Box::pin(async move {
@@ -107,6 +131,7 @@ impl Chain {
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
+            state.position = response.head.receiving;
             state.fed = chain.shared.fed(&wanted, lineage);
             Some((response.stream, response.leftover))
         })

@@ -45,6 +45,10 @@ pub enum RelayEnd {
 /// stall timeout. It is not called twice without a byte gained in between.
 pub type Resume = Box<dyn FnMut(u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> + Send>;
 
+/// Says whether a peer that has sent nothing for the stall timeout is worth waiting for as long again: it has no more to send yet, and
+/// gets on by itself. Has to bound its own time.
+pub type Excuse = Box<dyn FnMut() -> BoxFuture<'static, bool> + Send>;
+
 type OnEnd = Box<dyn FnOnce(RelayEnd) + Send>;
 
 /// A peer's response body on its way to a client, exactly `len` bytes of it.
@@ -54,6 +58,7 @@ pub struct Relay {
     len: u64,
     stall: Duration,
     resume: Option<Resume>,
+    excuse: Option<Excuse>,
     on_end: EndHook,
 }
 
@@ -64,7 +69,7 @@ impl Relay {
     #[must_use]
     pub fn new(peer: TcpStream, prefetched: Bytes, len: u64, on_end: Box<dyn FnOnce(RelayEnd) + Send>) -> Self {
         let on_end = EndHook { hook: Some(on_end), sent: 0 };
-        Self { peer, prefetched, len, stall: Duration::from_secs(5), resume: None, on_end }
+        Self { peer, prefetched, len, stall: Duration::from_secs(5), resume: None, excuse: None, on_end }
     }
 
     /// How long the peer may send nothing while the client waits, 5 s by default.
@@ -81,13 +86,20 @@ impl Relay {
         self
     }
 
+    /// Whom to ask whether a peer that sends nothing has stalled.
+    #[must_use]
+    pub fn excuse(mut self, excuse: Excuse) -> Self {
+        self.excuse = Some(excuse);
+        self
+    }
+
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
     /// A source that reads from the runtime that this is called on.
     pub(super) fn into_source(self, transfer: Transfer, pipes: &Arc<PipePool>) -> RelaySource {
-        let Self { peer, prefetched, len, stall, resume, on_end } = self;
+        let Self { peer, prefetched, len, stall, resume, excuse, on_end } = self;
         let mut source = RelaySource {
             peer: None,
             pending: Bytes::new(),
@@ -98,6 +110,8 @@ impl Relay {
             pipes: pipes.clone(),
             stall: Stall { after: stall, since: None, timer: None },
             resume,
+            excuse,
+            excusing: None,
             resuming: None,
             resumed_at: None,
             failed: None,
@@ -156,6 +170,9 @@ pub(super) struct RelaySource {
     pipes: Arc<PipePool>,
     stall: Stall,
     resume: Option<Resume>,
+    excuse: Option<Excuse>,
+    /// The peer has sent nothing for the stall timeout, and it is being asked after.
+    excusing: Option<BoxFuture<'static, bool>>,
     resuming: Option<Resuming>,
     resumed_at: Option<u64>,
     failed: Option<io::Error>,
@@ -291,17 +308,19 @@ impl RelaySource {
                 }
             }
             let error = match self.read(cx) {
-                Poll::Pending if self.stall.is_over(cx) => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending if !self.has_stalled(cx) => return Poll::Pending,
+                Poll::Pending => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
                 Poll::Ready(Ok(0)) => io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed early"),
                 Poll::Ready(Ok(n)) => {
                     self.unread -= n as u64;
+                    self.excusing = None;
                     self.stall.restart();
                     return Poll::Ready(Ok(()));
                 }
                 Poll::Ready(Err(error)) => error,
             };
             self.peer = None;
+            self.excusing = None;
             let sent = self.on_end.sent;
             match &mut self.resume {
                 Some(resume) if self.resumed_at != Some(sent) => {
@@ -310,6 +329,27 @@ impl RelaySource {
                     self.stall.restart();
                 }
                 _ => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Whether the peer has sent nothing for too long, and has no excuse; else the task is woken when that may have changed.
+    fn has_stalled(&mut self, cx: &mut Context<'_>) -> bool {
+        loop {
+            if let Some(excusing) = &mut self.excusing {
+                match excusing.as_mut().poll(cx) {
+                    Poll::Ready(false) => return true,
+                    Poll::Ready(true) => {
+                        self.excusing = None;
+                        self.stall.restart();
+                    }
+                    Poll::Pending => return false,
+                }
+            }
+            match (self.stall.is_over(cx), &mut self.excuse) {
+                (false, _) => return false,
+                (true, Some(excuse)) => self.excusing = Some(excuse()),
+                (true, None) => return true,
             }
         }
     }

@@ -250,3 +250,39 @@ async fn who_follows_a_node_waits_there_for_the_next_blob_and_only_within_bounds
     let (status, took) = timed(&three).await;
     assert!(status == 404 && took < hold, "and not again: {status} after {took:?}");
 }
+
+/// A part that lies ahead waits longer than the stall bound, as long as the peer gets on; one that does not is given up.
+#[tokio::test]
+async fn a_stall_is_judged_by_the_growth_of_who_receives_it() {
+    let network = MemoryNetwork::new();
+    let stall = Duration::from_millis(300);
+    let a = Node::join(&network, "a");
+    let hasty = MirrorSettings { stall, ..MirrorSettings::default() };
+    let b = Node::with(&network, "b", Setup { mirror: Some(hasty), ..Setup::default() });
+    let writer = Writer::at(&a, &noise(11, 8 * MIB));
+    writer.write_to(1);
+    let (address, target) = (b.address(), writer.target.clone());
+    let ahead = |range: &'static str| {
+        let target = target.clone();
+        tokio::spawn(async move {
+            let headers = [("X-Spegel-Node", "b"), ("Range", range)];
+            tokio::time::timeout(PATIENCE, exchange(address, "GET", &target, &headers)).await.expect("an answer")
+        })
+    };
+    let part = ahead("bytes=6291456-8388607");
+    for n in 1..=20 {
+        tokio::time::sleep(stall / 4).await;
+        writer.write_to(n * 100_000);
+    }
+    assert!(!part.is_finished(), "five times the stall bound, and A got on all the time");
+    writer.write_to(8 * MIB);
+    let reply = part.await.unwrap();
+    assert!(reply.status == 206 && reply.body == writer.bytes[6 * MIB..], "{}", reply.body.len());
+
+    let still = Writer::at(&a, &noise(12, 8 * MIB));
+    still.write_to(MIB);
+    let start = std::time::Instant::now();
+    let reply = pull(&b, "b", &still.target).await.unwrap();
+    assert!(reply.orderly && reply.body == still.bytes[..MIB], "{} bytes", reply.body.len());
+    assert!(start.elapsed() < stall * 15, "{:?}", start.elapsed());
+}
