@@ -6,6 +6,7 @@
 pub mod bare;
 pub mod containerd;
 pub mod daemon;
+pub mod faults;
 pub mod gopeer;
 pub mod http;
 pub mod image;

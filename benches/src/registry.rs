@@ -121,6 +121,18 @@ impl Registry {
             .count()
     }
 
+    /// How many bytes of bodies it has sent for GETs of a path that contains `part` since it first started.
+    pub fn bytes_sent(&self, part: &str) -> u64 {
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines = log.lines().filter_map(|line| line.split_once("\"GET ")?.1.split_once("\" "));
+        lines
+            .filter(|(target, status)| {
+                target.contains(part) && (status.starts_with("200") || status.starts_with("206"))
+            })
+            .filter_map(|(_, rest)| rest.split_whitespace().nth(1)?.parse::<u64>().ok())
+            .sum()
+    }
+
     fn log_path(&self) -> PathBuf {
         self.folder.path().join("log")
     }

@@ -22,7 +22,7 @@ use crate::mirror::{Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
-use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
+use crate::store::{Change, Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
 use crate::web::Web;
 use crate::{hosts, metrics};
 
@@ -126,6 +126,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         filters: settings.filters.clone(),
         basic_auth: settings.basic_auth.clone(),
         node_name: Some(settings.node_name.clone()),
+        uploads: settings.uploads,
         metrics: RegistryMetrics::register(&mut figures),
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
@@ -135,7 +136,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
-    tokio::spawn(announce(store, router.clone()));
+    tokio::spawn(announce(store, router.clone(), Arc::clone(&registry)));
     if let Some(taint) = settings.startup_taint {
         let registry = Arc::clone(&registry);
         tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
@@ -271,10 +272,13 @@ async fn stop_serving(registry: &Registry, server: Server, bound: Duration) -> u
 }
 
 /// Tells the network what the store has, as that changes.
-async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>) {
+async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>, registry: Arc<Registry>) {
     let mut changes = store.subscribe();
     drop(store);
     while let Some(change) = changes.next().await {
+        if let Change::Added(keys) = &change {
+            registry.stored(keys);
+        }
         router.announce(change);
     }
 }

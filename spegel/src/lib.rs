@@ -8,7 +8,7 @@
 //! | 3 | [`mirror`] | below |
 //! | 4 | [`registry`] | below |
 //! | 5 | [`serve`], [`web`], [`cleanup`] | below |
-//! | 6 | [`app`], [`cli`] | all |
+//! | 6 | [`app`], [`cli`], [`fuzz`] | all |
 //!
 //! `cargo xtask tidy` fails on an import that climbs.
 
@@ -16,6 +16,8 @@ pub mod app;
 pub mod bootstrap;
 pub mod cleanup;
 pub mod cli;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod hosts;
 pub mod kube;
 pub mod metrics;

@@ -7,9 +7,11 @@ mod chart;
 mod cluster;
 mod demo;
 mod dist;
+mod faults;
 mod helm;
 mod image;
 mod protoc;
+mod soak;
 mod suites;
 mod test;
 mod tidy;
@@ -43,6 +45,10 @@ enum Command {
     Tidy,
     /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
     Demo(demo::Demo),
+    /// A containerd pulls while one thing after the other fails, and what becomes of it; needs root
+    Faults(faults::Faults),
+    /// Three containerds pull random images while faults come and go; needs root
+    Soak(soak::Soak),
     /// Write the chart's values.yaml and README from its schema
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
@@ -74,6 +80,8 @@ fn run(command: Command) -> Result<bool> {
         Command::BenchHelper(helper) => helper.run(),
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
+        Command::Faults(faults) => faults.run(),
+        Command::Soak(soak) => soak.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
         Command::ClusterTest(test) => test.run(root()),

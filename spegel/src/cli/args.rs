@@ -199,6 +199,12 @@ pub(super) struct RegistryArgs {
     /// How long a peer may send nothing before it is given up
     #[arg(long, env, default_value = "5s", value_parser = duration, value_name = "DURATION")]
     pub(super) mirror_stall_timeout: Duration,
+    /// How many blobs peers may fetch from this node at once; 0: no bound
+    #[arg(long, env, default_value_t = 0, value_name = "NUMBER")]
+    pub(super) max_uploads: usize,
+    /// How many bytes a second this node gives its peers on average; 0: no bound
+    #[arg(long, env, default_value_t = 0, value_name = "BYTES")]
+    pub(super) upload_rate: u64,
     /// How long responses under way may go on after SIGTERM
     #[arg(long, env, default_value = "20s", value_parser = duration, value_name = "DURATION")]
     pub(super) drain_timeout: Duration,

@@ -17,7 +17,7 @@ use super::serve::ServeSettings;
 use crate::bootstrap::{Certificates, HttpBootstrap, StaticBootstrap};
 use crate::kube::{ApiSettings, StartupTaint};
 use crate::oci::Filters;
-use crate::registry::BasicAuth;
+use crate::registry::{BasicAuth, UploadLimits};
 use crate::router::NetworkKey;
 use crate::serve::ListenAddr;
 use crate::{hosts, mirror};
@@ -45,6 +45,8 @@ pub struct RegistrySettings {
     pub filters: Filters,
     /// How patient the mirror is.
     pub mirror: mirror::Settings,
+    /// How much peers may fetch.
+    pub uploads: UploadLimits,
     /// Who may fetch.
     pub basic_auth: Option<BasicAuth>,
     /// This node's name.
@@ -159,6 +161,7 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         registry_addr: listen("--registry-addr", &args.registry_addr)?,
         filters,
         mirror,
+        uploads: UploadLimits { count: args.max_uploads, rate: args.upload_rate },
         basic_auth,
         node_name: node_name(&args.node),
         zone: zone(&args)?,

@@ -180,6 +180,11 @@ fn remove_with(config_path: &Path, hook: Hook<'_>) -> Result<Report, HostsError>
     Ok(run.report)
 }
 
+/// What must hold for any file that is there before us; panics where it does not.
+pub(crate) fn check_existing(existing: &[u8]) {
+    render::check_existing(existing);
+}
+
 fn check(configuration: &Configuration) -> Result<(), HostsError> {
     let node = &configuration.node_name;
     if node.is_empty() || !node.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b)) {

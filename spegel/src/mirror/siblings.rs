@@ -12,7 +12,8 @@ use futures::stream::{FuturesUnordered, StreamExt as _};
 use tracing::debug;
 
 use super::client::Timeouts;
-use super::fetch::{Taken, attempt};
+use super::fetch::{Taken, Use, attempt};
+use super::peers::Leave;
 use super::{NodeId, Shared, Wanted};
 use crate::oci::{Digest, Key};
 use crate::router::Peer;
@@ -107,11 +108,11 @@ impl Drop for Waiting<'_> {
 }
 
 /// Asks those who gave the blobs before this one to answer once they get it.
-pub(super) async fn wait(shared: &Shared, wanted: &Wanted) -> Option<(Peer, Taken)> {
+pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer, Taken)> {
     let (Some(pull), Key::Digest(digest)) = (&wanted.pull, &wanted.key) else { return None };
     let now = Instant::now();
     let mut peers = shared.siblings.of(pull, now);
-    peers.retain(|peer| !peer.addresses.iter().all(|address| shared.health.is_set_aside(*address, now)));
+    peers.retain(|peer| peer.addresses.first().is_some_and(|first| shared.peers.may_ask(*first, now) == Leave::Ask));
     if peers.is_empty() {
         return None;
     }
@@ -121,7 +122,8 @@ pub(super) async fn wait(shared: &Shared, wanted: &Wanted) -> Option<(Peer, Take
     let timeouts = shared.settings.timeouts;
     let timeouts = Timeouts { head: timeouts.head.max(hold + ON_THE_WAY), ..timeouts };
     let ask = |peer: Peer| async {
-        let result = attempt(shared, &wanted, &peer, timeouts).await;
+        let use_of = Use::new(shared, peer.addresses[0]);
+        let result = attempt(shared, &wanted, &peer, timeouts, use_of).await;
         (peer, result)
     };
     let mut attempts: FuturesUnordered<_> = peers.into_iter().map(ask).collect();
@@ -144,7 +146,7 @@ mod tests {
     use super::*;
 
     fn peer(n: u8) -> Peer {
-        Peer { id: n.to_string().into(), addresses: vec![([127, 0, 0, n], 5000).into()] }
+        Peer { id: n.to_string().into(), addresses: vec![([127, 0, 0, n], 5000).into()], zone: None, load: None }
     }
 
     #[test]

@@ -10,13 +10,14 @@ use http::{Response, StatusCode};
 use tracing::warn;
 
 use super::promises::{Client, Refusal};
-use super::{Registry, SOURCE_HEADER, respond};
+use super::uploads::Upload;
+use super::{OWN, Registry, SOURCE_HEADER, respond};
 use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
 use crate::store::{Blob, Found as Local, Receiving};
-use crate::zerocopy::Body;
+use crate::zerocopy::{Body, BodyEnd};
 
 /// The longest that a peer is made to wait for what is about to be received.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -27,6 +28,8 @@ pub(super) struct Ask {
     pub(super) is_content: bool,
     pub(super) head_only: bool,
     pub(super) mirrored: bool,
+    /// A peer says that what it got of this is wrong.
+    pub(super) complains: bool,
     /// The operator's filters exclude what is asked for: then it is not looked for at peers.
     pub(super) excluded: bool,
     pub(super) path: String,
@@ -35,6 +38,8 @@ pub(super) struct Ask {
     pub(super) repository: Option<Repository>,
     pub(super) registry: Option<String>,
     pub(super) range: Option<RangeSpec>,
+    /// A range was asked for as containerd's parallel fetch does, and is not kept to.
+    pub(super) is_chunk: bool,
     pub(super) client: Client,
     /// A peer asks to wait for what is about to be received here.
     pub(super) wait: Option<Duration>,
@@ -177,6 +182,9 @@ impl Registry {
 
     /// What this node has. A store that fails is told in the log, and then peers are as good.
     async fn open(&self, ask: &Ask, digest: &Digest) -> Option<Blob> {
+        if self.audits.is_spoiled(digest) {
+            return None;
+        }
         match self.settings.store.open(digest, ask.repository.as_ref()).await {
             Ok(blob) => blob,
             Err(error) => {
@@ -193,6 +201,13 @@ impl Registry {
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
+        }
+        if !ask.head_only
+            && ask.first_byte() == Some(0)
+            && self.client_kind(&ask.client) == OWN
+            && self.promises.is_complaint(&ask.client, digest, Instant::now())
+        {
+            self.settings.mirror.complained(digest, &ask.target);
         }
         let wanted = Wanted {
             key: Key::Digest(digest.clone()),
@@ -220,17 +235,13 @@ impl Registry {
             Some(_) => self.find(ask, digest).await,
         };
         match found? {
-            Local::Complete(blob) => {
-                let body = |start, end: u64| match &blob.small {
-                    Some(small) => slice(small.bytes(), start, end),
-                    None => Body::file(Arc::clone(&blob.file), start, end - start),
-                };
-                Some(self.give(ask, digest, blob.size, Source::Local, body))
-            }
+            Local::Complete(blob) => Some(self.complete_blob(ask, digest, &blob)),
             Local::Receiving(Receiving { growing, total }) => {
+                let Some(upload) = self.upload(ask, total) else { return Some(self.busy(ask, digest)) };
                 let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
                 let mut answer = self.give(ask, digest, total, Source::Receiving, body);
                 respond::mark_receiving(&mut answer.response, growing.progress().position, total, &chain?);
+                answer.response = answer.response.map(|body| body.with_end(move |_| drop(upload)));
                 Some(answer)
             }
         }
@@ -287,6 +298,51 @@ impl Registry {
         }
     }
 
+    /// A blob of this node. What peers may take of it is bounded, what clients may is not.
+    fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
+        if ask.mirrored && ask.complains {
+            self.audits.hear(digest, Arc::clone(&blob.file), blob.size, Instant::now());
+        }
+        let Some(upload) = self.upload(ask, blob.size) else { return self.busy(ask, digest) };
+        let body = |start, end: u64| match &blob.small {
+            Some(small) => slice(small.bytes(), start, end),
+            None => Body::file(Arc::clone(&blob.file), start, end - start),
+        };
+        let Answer { response, source } = self.give(ask, digest, blob.size, Source::Local, body);
+        let (audits, of, file, size) = (Arc::clone(&self.audits), digest.clone(), Arc::clone(&blob.file), blob.size);
+        let ended = move |end: BodyEnd| {
+            drop(upload);
+            if !end.complete {
+                audits.cut_short(&of, &file, size);
+            }
+        };
+        Answer { response: response.map(|body| body.with_end(ended)), source }
+    }
+
+    /// The part of what peers may take that this answer needs: none for clients and heads. Nothing if it would be too much.
+    fn upload(&self, ask: &Ask, size: u64) -> Option<Option<Upload>> {
+        if !ask.mirrored || ask.head_only {
+            return Some(None);
+        }
+        let length = match ask.range.map_or(RangeOutcome::Whole, |range| range.resolve(size)) {
+            RangeOutcome::Part { start, end_exclusive } => end_exclusive - start,
+            RangeOutcome::Whole => size,
+            RangeOutcome::Unsatisfiable => 0,
+        };
+        self.uploads.begin(length, Instant::now()).map(Some)
+    }
+
+    /// Sends a peer elsewhere.
+    fn busy(&self, ask: &Ask, digest: &Digest) -> Answer {
+        self.settings.metrics.refused_upload();
+        let asker = match &ask.client {
+            Client::Address(address) => Some(*address),
+            Client::Node(_) => None,
+        };
+        let holders = self.settings.mirror.holders(&Key::Digest(digest.clone()), asker);
+        Answer { response: respond::busy(&holders), source: Source::Nobody }
+    }
+
     /// Holds back the end of a body that breaks off until it is the client's lowest one.
     fn gate(&self, ask: &Ask, digest: &Digest) -> Gate {
         let first = ask.first_byte().unwrap_or(0);
@@ -323,6 +379,8 @@ impl Registry {
             Content::Relay { body, part } => {
                 let (start, total) = part.unwrap_or((0, body.len()));
                 let body = self.promised(ask, digest, total, start, body);
+                let (promises, client, of) = (Arc::clone(&self.promises), ask.client.clone(), digest.clone());
+                let body = body.with_end(move |end| promises.relayed(&client, &of, start, start + end.sent));
                 Answer::from(respond::blob(digest, body, part), source)
             }
             Content::Head { length } => Answer::from(respond::blob_head(digest, length), source),
@@ -348,7 +406,8 @@ impl Registry {
 
     /// A refusal that is not an error status, where one would fail the client's pull.
     pub(super) async fn refuse(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
-        if ask.head_only {
+        // A client that is kept to one request a blob has no other chunk that an error status could fail.
+        if ask.head_only || ask.is_chunk {
             return None;
         }
         let first = ask.first_byte()?;

@@ -116,10 +116,15 @@ impl Body {
                 let warmer = shared.settings.warmer.clone();
                 (None, Some(Source::File(Box::new(FileSource::new(file, offset, len, transfer, warmer)))))
             }
-            Kind::Growing { growing, offset, .. } => {
-                let warmer = shared.settings.warmer.clone();
-                (None, Some(Source::Growing(Box::new(growing.into_source(offset, len, transfer, warmer)))))
-            }
+            Kind::Growing { growing, offset, .. } => (
+                None,
+                Some(Source::Growing(Box::new(growing.into_source(
+                    offset,
+                    len,
+                    transfer,
+                    shared.settings.warmer.clone(),
+                )))),
+            ),
             Kind::Relay(relay) => {
                 (None, Some(Source::Relay(Box::new(relay.into_source(transfer, &shared.settings.pipes)))))
             }

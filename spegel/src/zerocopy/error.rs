@@ -15,18 +15,18 @@ pub enum BodyError {
         /// Bytes promised and not sent.
         missing: u64,
     },
+    /// The disk gave none of the bytes that were asked of it. This node's fault.
+    #[error("the disk has not given the next bytes within {waited:?}")]
+    Disk {
+        /// How long was waited.
+        waited: Duration,
+    },
     /// The file was not written to its end: its writer gave up, started over, or made no progress within its bound. Another
     /// source may help.
     #[error("the file was given up {missing} bytes before the promised length")]
     Abandoned {
         /// Bytes promised and not sent.
         missing: u64,
-    },
-    /// The disk gave none of the bytes that were asked of it. This node's fault.
-    #[error("the disk has not given the next bytes within {waited:?}")]
-    Disk {
-        /// How long was waited.
-        waited: Duration,
     },
     /// The peer that we relay from failed, stalled or closed, and nobody could go on. The peer's fault.
     #[error("the peer failed after {sent} bytes: {reason}")]

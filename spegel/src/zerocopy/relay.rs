@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -57,6 +57,7 @@ pub struct Relay {
     prefetched: Bytes,
     len: u64,
     stall: Duration,
+    floor: u64,
     resume: Option<Resume>,
     excuse: Option<Excuse>,
     on_end: EndHook,
@@ -69,13 +70,20 @@ impl Relay {
     #[must_use]
     pub fn new(peer: TcpStream, prefetched: Bytes, len: u64, on_end: Box<dyn FnOnce(RelayEnd) + Send>) -> Self {
         let on_end = EndHook { hook: Some(on_end), sent: 0 };
-        Self { peer, prefetched, len, stall: Duration::from_secs(5), resume: None, excuse: None, on_end }
+        Self { peer, prefetched, len, stall: Duration::from_secs(5), floor: 0, resume: None, excuse: None, on_end }
     }
 
     /// How long the peer may send nothing while the client waits, 5 s by default.
     #[must_use]
     pub fn stall_timeout(mut self, stall: Duration) -> Self {
         self.stall = stall;
+        self
+    }
+
+    /// How many bytes a second the peer must send on average over the stall timeout, counted while the client waits for it; none by default.
+    #[must_use]
+    pub fn floor(mut self, floor: u64) -> Self {
+        self.floor = floor;
         self
     }
 
@@ -99,7 +107,7 @@ impl Relay {
 
     /// A source that reads from the runtime that this is called on.
     pub(super) fn into_source(self, transfer: Transfer, pipes: &Arc<PipePool>) -> RelaySource {
-        let Self { peer, prefetched, len, stall, resume, excuse, on_end } = self;
+        let Self { peer, prefetched, len, stall, floor, resume, excuse, on_end } = self;
         let mut source = RelaySource {
             peer: None,
             pending: Bytes::new(),
@@ -108,7 +116,7 @@ impl Relay {
             stage: None,
             transfer,
             pipes: pipes.clone(),
-            stall: Stall { after: stall, since: None, timer: None },
+            stall: Stall::new(stall, floor),
             resume,
             excuse,
             excusing: None,
@@ -307,14 +315,18 @@ impl RelaySource {
                     Err(error) => return Poll::Ready(Err(error)),
                 }
             }
-            let error = match self.read(cx) {
-                Poll::Pending if !self.has_stalled(cx) => return Poll::Pending,
-                Poll::Pending => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
+            let read = if self.stall.too_slow() { Poll::Pending } else { self.read(cx) };
+            let error = match read {
+                Poll::Pending => match self.poll_stalled(cx) {
+                    Poll::Ready(true) => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
+                    Poll::Ready(false) => continue,
+                    Poll::Pending => return Poll::Pending,
+                },
                 Poll::Ready(Ok(0)) => io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed early"),
                 Poll::Ready(Ok(n)) => {
                     self.unread -= n as u64;
                     self.excusing = None;
-                    self.stall.restart();
+                    self.stall.gained(n);
                     return Poll::Ready(Ok(()));
                 }
                 Poll::Ready(Err(error)) => error,
@@ -333,25 +345,22 @@ impl RelaySource {
         }
     }
 
-    /// Whether the peer has sent nothing for too long, and has no excuse; else the task is woken when that may have changed.
-    fn has_stalled(&mut self, cx: &mut Context<'_>) -> bool {
-        loop {
-            if let Some(excusing) = &mut self.excusing {
-                match excusing.as_mut().poll(cx) {
-                    Poll::Ready(false) => return true,
-                    Poll::Ready(true) => {
-                        self.excusing = None;
-                        self.stall.restart();
-                    }
-                    Poll::Pending => return false,
-                }
-            }
+    /// Whether the peer has sent too little for too long: true if so, false if it has an excuse and the wait begins anew.
+    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        if self.excusing.is_none() {
             match (self.stall.is_over(cx), &mut self.excuse) {
-                (false, _) => return false,
+                (false, _) => return Poll::Pending,
                 (true, Some(excuse)) => self.excusing = Some(excuse()),
-                (true, None) => return true,
+                (true, None) => return Poll::Ready(true),
             }
         }
+        let Some(excusing) = &mut self.excusing else { return Poll::Ready(true) };
+        let is_excused = ready!(excusing.as_mut().poll(cx));
+        self.excusing = None;
+        if is_excused {
+            self.stall.restart();
+        }
+        Poll::Ready(!is_excused)
     }
 
     fn read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
@@ -400,22 +409,50 @@ fn splice_in(peer: &TcpStream, pipe: &mut Pipe, unread: u64) -> io::Result<usize
     Ok(n)
 }
 
-/// Notices that nothing has come for a while. Only time spent waiting counts: a slow client is not the peer's fault.
+/// Notices that nothing, or too little, has come for a while. Only time spent waiting counts: a slow client is not the peer's fault.
 struct Stall {
     after: Duration,
+    /// Bytes that `after` of waiting must bring.
+    least: u64,
     since: Option<Instant>,
     timer: Option<Pin<Box<Sleep>>>,
+    waited: Duration,
+    gained: u64,
+    too_slow: bool,
 }
 
 // === impl Stall ===
 
 impl Stall {
+    fn new(after: Duration, floor: u64) -> Self {
+        let least = floor.saturating_mul(after.as_secs().max(1));
+        Self { after, least, since: None, timer: None, waited: Duration::ZERO, gained: 0, too_slow: false }
+    }
+
     fn restart(&mut self) {
         self.since = None;
+        (self.waited, self.gained, self.too_slow) = (Duration::ZERO, 0, false);
+    }
+
+    /// So many bytes came.
+    fn gained(&mut self, bytes: usize) {
+        self.waited += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        self.gained += bytes as u64;
+        if self.waited >= self.after {
+            self.too_slow = self.gained < self.least;
+            (self.waited, self.gained) = (Duration::ZERO, 0);
+        }
+    }
+
+    fn too_slow(&self) -> bool {
+        self.too_slow
     }
 
     /// Whether the wait has lasted too long; else the task is woken when it has.
     fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.too_slow {
+            return true;
+        }
         let now = Instant::now();
         let deadline = *self.since.get_or_insert(now) + self.after;
         if now >= deadline {

@@ -11,6 +11,7 @@ mod cluster;
 mod cri;
 mod faults;
 mod layers;
+mod many;
 mod pulls;
 mod receiving;
 mod upstream;
