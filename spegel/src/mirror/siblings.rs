@@ -112,7 +112,10 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     let (Some(pull), Key::Digest(digest)) = (&wanted.pull, &wanted.key) else { return None };
     let now = Instant::now();
     let mut peers = shared.siblings.of(pull, now);
-    peers.retain(|peer| peer.addresses.first().is_some_and(|first| shared.peers.may_ask(*first, now) == Leave::Ask));
+    peers.retain(|peer| {
+        let is_barred = peer.addresses.iter().any(|address| shared.blame.is_barred(&wanted.key, *address, now));
+        !is_barred && peer.addresses.first().is_some_and(|first| shared.peers.may_ask(*first, now) == Leave::Ask)
+    });
     if peers.is_empty() {
         return None;
     }

@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -83,22 +82,22 @@ pub(super) fn run(program: &Path) -> Result<Figures> {
     for (hops, latencies) in [("one hop", &one), ("two hops", &two)] {
         for (which, times) in [("first", &latencies.first), ("last", &latencies.last)] {
             let (p50, p99) = (ms(percentile(times, 50)), ms(percentile(times, 99)));
-            rows.push((
+            rows.push(vec![
                 format!("{hops}, to the {which} byte of a MiB, p50 / p99"),
                 format!("{p50:.2} ms / {p99:.2} ms"),
-            ));
+            ]);
         }
     }
-    rows.push(("CPU for a growing GiB".into(), format!("{growing:.3} s")));
-    rows.push(("CPU for a complete GiB".into(), format!("{complete:.3} s")));
-    rows.push(("ratio".into(), format!("{:.2}", growing / complete)));
-    rows.push(("load of the machine at the end".into(), load.to_owned()));
+    rows.push(vec!["CPU for a growing GiB".into(), format!("{growing:.3} s")]);
+    rows.push(vec!["CPU for a complete GiB".into(), format!("{complete:.3} s")]);
+    rows.push(vec!["ratio".into(), format!("{:.2}", growing / complete)]);
+    rows.push(vec!["load of the machine at the end".into(), load.to_owned()]);
     let json = json!({
         "one_hop_last_byte_p50_ms": ms(percentile(&one.last, 50)), "one_hop_last_byte_p99_ms": ms(percentile(&one.last, 99)),
         "two_hops_last_byte_p50_ms": ms(percentile(&two.last, 50)), "two_hops_last_byte_p99_ms": ms(percentile(&two.last, 99)),
         "cpu_seconds_per_growing_gib": growing, "cpu_seconds_per_complete_gib": complete, "load": load,
     });
-    Ok(Figures { name: "hop", method: METHOD, rows, json })
+    Ok(Figures { name: "hop", method: METHOD.to_owned(), columns: vec!["what".into(), "figure".into()], rows, json })
 }
 
 fn ms(time: Duration) -> f64 {
