@@ -231,6 +231,7 @@ fn start_router(
         network_key: settings.peers.network_key.clone(),
         zone,
         advertise_ttl: P2pSettings::ADVERTISE_TTL,
+        join_timeout: P2pSettings::JOIN_TIMEOUT,
         max_records: settings.peers.max_records,
     };
     Ok(P2pRouter::start(p2p, stop)?)

@@ -48,6 +48,9 @@ pub enum Readiness {
     Joining,
     /// Every bootstrap source answered, and named nobody but us.
     Alone,
+    /// There may be others, and none could be reached within half a minute. The search goes on; what is here is served meanwhile,
+    /// and what is not gets its 404. Without this bound a rolling update to other ports would wait for its first pod for ever.
+    Isolated,
     /// At least one peer is connected.
     Connected,
 }

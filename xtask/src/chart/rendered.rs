@@ -70,7 +70,7 @@ fn difference(from: &str, to: &str) -> String {
         let mut told = BTreeSet::new();
         for line in source.lines().filter(|line| counts[line].signum() == want) {
             // The copy of the cleanup that a person may apply says again what the hook's own DaemonSet does.
-            if told.insert(line) && !line.trim_start().starts_with("spegel.dev/cleanup:") {
+            if told.insert(line) && !line.trim_start().starts_with("spegel-cleanup:") {
                 writeln!(text, "{sign} {}x {line}", counts[line].abs()).unwrap();
             }
         }

@@ -51,6 +51,9 @@ pub(super) struct Driver {
     /// Bootstrap peers of unknown identity that are being dialled or connected: they need no second call.
     pub(super) called: HashMap<ConnectionId, SocketAddr>,
     pub(super) redialled: HashMap<PeerId, Instant>,
+    /// How long the search for a first peer may keep this node from being ready, and since when it does.
+    pub(super) join_timeout: Duration,
+    pub(super) joining_since: tokio::time::Instant,
 }
 
 // === impl Driver ===
@@ -70,6 +73,7 @@ impl Driver {
                     self.mdns.into_iter().for_each(|source| self.joining.waited(source));
                 }
                 () = cancelled.cancelled() => return,
+                () = tokio::time::sleep_until(self.joining_since + self.join_timeout), if *self.readiness.borrow() == Readiness::Joining => {}
                 event = self.swarm.select_next_some() => self.on_event(event),
                 Some(answer) = self.answers.recv() => {
                     self.joining.answered(answer);
@@ -294,15 +298,29 @@ impl Driver {
         }
     }
 
+    /// Whether the search has been without success for so long that it is no reason any more to serve nothing.
+    fn joins_in_vain(&self) -> bool {
+        match *self.readiness.borrow() {
+            Readiness::Isolated => true,
+            Readiness::Joining => self.joining_since.elapsed() >= self.join_timeout,
+            Readiness::Alone | Readiness::Connected => false,
+        }
+    }
+
     fn settle(&mut self) {
         let readiness = if !self.table.read().is_empty() {
             Readiness::Connected
         } else if self.joining.is_alone() || *self.readiness.borrow() == Readiness::Alone {
             // Who was settled to be alone stays ready until somebody has come, named or not.
             Readiness::Alone
+        } else if self.joins_in_vain() {
+            Readiness::Isolated
         } else {
             Readiness::Joining
         };
+        if readiness == Readiness::Joining && *self.readiness.borrow() != Readiness::Joining {
+            self.joining_since = tokio::time::Instant::now();
+        }
         let changed = |current: &mut Readiness| std::mem::replace(current, readiness) != readiness;
         if self.readiness.send_if_modified(changed) {
             tracing::info!(?readiness, "the router");

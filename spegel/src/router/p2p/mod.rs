@@ -92,6 +92,8 @@ pub struct P2pSettings {
     pub zone: Option<String>,
     /// Within what time each key is told again. Other nodes keep it four minutes longer.
     pub advertise_ttl: Duration,
+    /// How long this node is not ready while none of the peers that are named can be reached.
+    pub join_timeout: Duration,
     /// How many records of other nodes are kept, at about 100 bytes each. When there are more the oldest go first.
     pub max_records: usize,
 }
@@ -131,6 +133,9 @@ pub struct P2pRouter {
 // === impl P2pSettings ===
 
 impl P2pSettings {
+    /// Longer than it takes for the pods of a new release to start, and short enough for a rolling update.
+    pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
+
     /// The time to live that all existing nodes use.
     pub const ADVERTISE_TTL: Duration = Duration::from_secs(15 * 60);
 
@@ -212,6 +217,8 @@ impl P2pRouter {
             mdns,
             called: HashMap::new(),
             redialled: HashMap::new(),
+            join_timeout: settings.join_timeout,
+            joining_since: tokio::time::Instant::now(),
         };
         driver.refresh_addresses();
         tokio::spawn(driver.run(cancelled.clone()));

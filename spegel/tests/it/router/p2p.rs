@@ -60,6 +60,7 @@ impl Loopback {
             network_key: None,
             zone: None,
             advertise_ttl: P2pSettings::ADVERTISE_TTL,
+            join_timeout: P2pSettings::JOIN_TIMEOUT,
             max_records: P2pSettings::MAX_RECORDS,
         }
     }
@@ -222,6 +223,21 @@ async fn node_whose_last_peer_left_settles_that_it_is_alone() {
     network.directory.0.lock().unwrap().retain(|peer| peer.addresses[0].ip == a.registry.ip());
     drop(b);
     reaches(&a, Readiness::Alone).await;
+}
+
+/// A rolling update to other ports waits for its first pod, which nobody of the old ones can answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn node_that_reaches_none_of_those_named_is_ready_after_a_while_and_joins_later() {
+    let mut network = Loopback::new();
+    let ip = network.address(9);
+    let named = BootstrapPeer { id: None, addresses: vec![BootstrapAddress { ip: ip.into(), port: None }] };
+    network.directory.0.lock().unwrap().push(named);
+    let a = network.start_named(1, |settings| settings.join_timeout = Duration::from_secs(1));
+    assert_eq!(*a.router.readiness().borrow(), Readiness::Joining);
+    reaches(&a, Readiness::Isolated).await;
+    let _b = network.start(ip);
+    reaches(&a, Readiness::Connected).await;
+    network.forget_all();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
