@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: figures of the whole process.
 
 mod helper;
+mod hop;
 mod idle;
 mod plane;
 
@@ -35,6 +36,8 @@ pub(crate) struct Bench {
 
 #[derive(Clone, Copy, Debug, Subcommand)]
 enum Name {
+    /// A layer that is still arriving: the latency of a hop, and CPU beside a complete one
+    Hop,
     /// Three idle nodes: time until they are ready, memory, time to a 404, size of the program
     Idle,
     /// A large blob from the page cache: spegel on each engine, nginx, a bare loop
@@ -70,6 +73,7 @@ impl Bench {
         };
         let settings = plane::Settings { program: program.clone(), rounds: self.rounds.max(1), mib: self.mib };
         let figures = match self.name {
+            Name::Hop => hop::run(&program)?,
             Name::Idle => idle::run(&program)?,
             Name::Serve => plane::serve(&settings)?,
             Name::Relay => plane::relay(&settings)?,

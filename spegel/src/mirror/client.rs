@@ -77,8 +77,8 @@ pub(super) struct PeerHead {
     pub(super) content_type: Option<String>,
     pub(super) content_range: Option<String>,
     pub(super) digest: Option<String>,
-    /// The peer is still receiving what it sends.
-    pub(super) receiving: bool,
+    /// How many bytes the peer has, if it is still receiving what it sends.
+    pub(super) receiving: Option<u64>,
     pub(super) chain: Option<String>,
     pub(super) holders: Vec<SocketAddr>,
     pub(super) keep_alive: bool,
@@ -221,7 +221,8 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
         } else if is("docker-content-digest") {
             head.digest = Some(value.to_owned());
         } else if is(RECEIVING_HEADER) {
-            head.receiving = true;
+            // What cannot be read is at least no growth.
+            head.receiving = Some(value.split('/').next().and_then(|position| position.parse().ok()).unwrap_or(0));
         } else if is(CHAIN_HEADER) {
             head.chain = Some(value.to_owned());
         } else if is(HOLDERS_HEADER) {

@@ -371,19 +371,7 @@ pub(super) async fn attempt(
 ) -> Result<Taken, PeerError> {
     // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
-    let mut extra = shared.headers();
-    if let Some(wait) = wanted.wait {
-        extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
-    }
-    if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
-        extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));
-    }
-    let request = PeerRequest {
-        method: if head_only { "HEAD" } else { "GET" },
-        target: wanted.target.clone(),
-        range: wanted.range.clone().filter(|_| !head_only && wanted.kind == Kind::Blob),
-        extra,
-    };
+    let request = request(shared, wanted, head_only);
     let (address, response) = client::request(&shared.pool, &peer.addresses, &request, timeouts).await?;
     match (wanted.kind, response.head.status) {
         (Kind::Manifest, 200) => {
@@ -404,6 +392,32 @@ pub(super) async fn attempt(
         (_, 503) => Err(PeerError::Busy(response.head.holders)),
         (_, status) => Err(PeerError::Status(status)),
     }
+}
+
+fn request(shared: &Shared, wanted: &Wanted, head_only: bool) -> PeerRequest {
+    let mut extra = shared.headers();
+    if let Some(wait) = wanted.wait {
+        extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
+    }
+    if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
+        extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));
+    }
+    PeerRequest {
+        method: if head_only { "HEAD" } else { "GET" },
+        target: wanted.target.clone(),
+        range: wanted.range.clone().filter(|_| !head_only && wanted.kind == Kind::Blob),
+        extra,
+    }
+}
+
+/// How many bytes of a blob a peer has now; none if it says nothing sensible.
+pub(super) async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
+    let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
+    let asked = client::request(&shared.pool, &[address], &request, shared.settings.timeouts).await;
+    let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
+    let position = response.head.receiving.unwrap_or(response.head.content_length);
+    shared.keep(address, response);
+    Some(position)
 }
 
 impl Shared {
@@ -500,7 +514,7 @@ async fn blob(
 
 /// The nodes above the one that gets the blob, if the peer is still receiving it. That one must not be among them.
 fn chain(wanted: &Wanted, head: &PeerHead) -> Result<Option<Chain>, PeerError> {
-    if !head.receiving {
+    if head.receiving.is_none() {
         return Ok(None);
     }
     let chain = head.chain.as_deref().and_then(|text| text.parse::<Chain>().ok());

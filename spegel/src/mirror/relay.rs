@@ -13,7 +13,7 @@ use tracing::{debug, info};
 use super::fetch::{Streamed, Taken, Use, race};
 use super::metrics::End;
 use super::peers::jitter;
-use super::{Shared, Wanted, lineage};
+use super::{Shared, Wanted, fetch, lineage};
 use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
@@ -32,6 +32,8 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
+    /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it.
+    position: Option<u64>,
     /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
     fed: Option<lineage::Fed>,
     /// Where the present peer went on, and when.
@@ -51,6 +53,7 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     let state = State {
         address,
         keep_alive: response.head.keep_alive,
+        position: response.head.receiving,
         since: (0, Instant::now()),
         senders: vec![address],
         fed: shared.fed(wanted, chain),
@@ -65,9 +68,10 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         total,
         state: Mutex::new(state),
     });
-    let ending = Arc::clone(&chain);
+    let (ending, asking) = (Arc::clone(&chain), Arc::clone(&chain));
     let relay = Relay::new(response.stream, response.leftover, length, Box::new(move |end| ending.ended(end)))
         .stall_timeout(shared.settings.stall)
+        .excuse(Box::new(move || Chain::still_growing(Arc::clone(&asking))))
         .floor(shared.settings.floor)
         .resume(Box::new(move |offset| Chain::resume(Arc::clone(&chain), offset)));
     Body::relay(relay)
@@ -121,6 +125,22 @@ impl Chain {
         self.shared.metrics.relayed(end);
     }
 
+    /// Whether the peer has got more of the blob since this was last asked. One that is still receiving it cannot send what it has not
+    /// got; a part that lies ahead of all others may be long in coming.
+    fn still_growing(chain: Arc<Self>) -> BoxFuture<'static, bool> {
+        Box::pin(async move {
+            let (address, before) = {
+                let state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
+                (state.address, state.position)
+            };
+            let Some(before) = before else { return false };
+            let Some(now) = fetch::position(&chain.shared, &chain.wanted, address).await else { return false };
+            let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.position = Some(now);
+            now > before
+        })
+    }
+
     /// Finds another peer for the bytes from `offset` of the body on.
     fn resume(chain: Arc<Self>, offset: u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
         Box::pin(async move {
@@ -141,6 +161,7 @@ impl Chain {
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
+            state.position = response.head.receiving;
             state.fed = chain.shared.fed(&wanted, lineage);
             (state.since, state._use_of) = ((offset, Instant::now()), use_of);
             if !state.senders.contains(&address) {

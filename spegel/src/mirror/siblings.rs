@@ -27,10 +27,13 @@ const PEERS: usize = 3;
 /// What an answer may take beyond the time for which it was asked to wait.
 const ON_THE_WAY: Duration = Duration::from_secs(1);
 
+/// Peers and when the last of them gave something, by pull.
+type Pulls = HashMap<Arc<str>, (Vec<Peer>, Instant)>;
+
 /// The peers that gave blobs, by pull; and the blobs that are waited for now.
 #[derive(Debug, Default)]
 pub(super) struct Siblings {
-    pulls: Mutex<HashMap<Arc<str>, (Vec<Peer>, Instant)>>,
+    pulls: Mutex<Pulls>,
     waiting: Mutex<HashMap<Digest, usize>>,
 }
 
@@ -83,7 +86,7 @@ impl Siblings {
         Waiting { siblings: self, digest }
     }
 
-    fn pulls(&self) -> MutexGuard<'_, HashMap<Arc<str>, (Vec<Peer>, Instant)>> {
+    fn pulls(&self) -> MutexGuard<'_, Pulls> {
         self.pulls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -109,7 +112,10 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     let (Some(pull), Key::Digest(digest)) = (&wanted.pull, &wanted.key) else { return None };
     let now = Instant::now();
     let mut peers = shared.siblings.of(pull, now);
-    peers.retain(|peer| peer.addresses.first().is_some_and(|first| shared.peers.may_ask(*first, now) == Leave::Ask));
+    peers.retain(|peer| {
+        let is_barred = peer.addresses.iter().any(|address| shared.blame.is_barred(&wanted.key, *address, now));
+        !is_barred && peer.addresses.first().is_some_and(|first| shared.peers.may_ask(*first, now) == Leave::Ask)
+    });
     if peers.is_empty() {
         return None;
     }

@@ -394,3 +394,62 @@ fn a_manifest_that_cannot_be_read_is_content_all_the_same() {
     let delta = index().put(APP, blobs.walk(&top));
     assert_eq!(delta.added, [top.into()]);
 }
+
+#[test]
+fn what_is_being_received_is_offered_until_it_is_not() {
+    let mut index = index();
+    let layer = digest_of("a layer");
+    assert_eq!(index.set_receiving(&layer, true).added, [layer.clone().into()]);
+    assert_eq!(index.set_receiving(&layer, true), Delta::default());
+    assert_eq!(index.offered_keys().count(), 1);
+    assert_eq!(index.verdict(&layer, None), Verdict::Unknown, "it is not here");
+    assert_eq!(index.set_receiving(&layer, false).removed, [layer.clone().into()]);
+    assert_eq!(index.set_receiving(&layer, false), Delta::default());
+    assert!(index.contents.is_empty());
+}
+
+#[test]
+fn what_arrived_is_offered_until_its_image_speaks_for_it() {
+    let mut blobs = Blobs::default();
+    let image = blobs.image(&["a layer"]);
+    let layer = digest_of("a layer");
+    let mut index = index();
+    index.set_receiving(&layer, true);
+    assert_eq!(index.set_arrived(&layer), Delta::default(), "offered all along");
+    assert_eq!(index.set_receiving(&layer, false), Delta::default());
+    assert_eq!(index.arrived(), std::slice::from_ref(&layer));
+
+    let delta = index.put("registry.test/app:v1", blobs.walk(&image));
+    assert!(!delta.added.contains(&layer.clone().into()), "offered all along");
+    assert!(index.arrived().is_empty());
+    assert!(index.remove("registry.test/app:v1").removed.contains(&layer.clone().into()));
+
+    index.set_arrived(&layer);
+    assert_eq!(index.set_absent(&layer).removed, [layer.clone().into()]);
+    assert!(index.contents.is_empty());
+}
+
+#[test]
+fn what_the_filters_keep_back_is_not_offered_while_it_comes_again() {
+    let mut blobs = Blobs::default();
+    let image = blobs.image(&["a layer"]);
+    let layer = digest_of("a layer");
+    let mut index = index_without(&["^registry\\.test/secret"]);
+    index.set_arrived(&layer);
+    index.set_receiving(&layer, true);
+    let delta = index.put("registry.test/secret:v1", blobs.walk(&image));
+    assert_eq!(delta.removed, [layer.clone().into()]);
+    assert_eq!(index.verdict(&layer, Some(&repository("registry.test/open"))), Verdict::Refuse);
+}
+
+#[test]
+fn memory_of_what_arrived_is_bounded() {
+    let mut index = index();
+    let digest = |n: usize| -> Digest { format!("sha256:{n:064x}").parse().unwrap() };
+    let mut removed = Vec::new();
+    for n in 0..=MAX_ARRIVED {
+        removed.extend(index.set_arrived(&digest(n)).removed);
+    }
+    assert_eq!(removed, [digest(0).into()]);
+    assert_eq!((index.arrivals.len(), index.contents.len()), (MAX_ARRIVED, MAX_ARRIVED));
+}

@@ -1,7 +1,6 @@
 //! A file that somebody is still writing as the source of a body.
 
 use std::fs::File;
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -69,7 +68,7 @@ impl GrowingSource {
 
     /// Whether bytes are there now; else the task is woken once they are.
     pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
-        matches!(self.poll_there(cx), Poll::Ready(Ok(_)))
+        matches!(self.poll_there(cx), Poll::Ready(Ok(_))) && self.file.at_hand(cx)
     }
 
     pub(super) fn push(&mut self, cx: &mut Context<'_>, client: &Client<'_>, max: usize) -> io::Result<Push> {
@@ -103,11 +102,9 @@ struct News {
 
 type Told = (watch::Receiver<Progress>, Result<(), watch::error::RecvError>);
 
-fn changed(mut progress: watch::Receiver<Progress>) -> impl Future<Output = Told> + Send {
-    async move {
-        let told = progress.changed().await;
-        (progress, told)
-    }
+async fn changed(mut progress: watch::Receiver<Progress>) -> Told {
+    let told = progress.changed().await;
+    (progress, told)
 }
 
 impl News {

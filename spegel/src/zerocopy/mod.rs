@@ -28,6 +28,6 @@ pub use growing::{Growing, Progress};
 pub use io::Io;
 pub use ops::{Activity, Ops, Settings, Transfer};
 pub use pipe::PipePool;
-pub use relay::{Relay, RelayEnd, Resume};
+pub use relay::{Excuse, Relay, RelayEnd, Resume};
 pub use traffic::{Traffic, TrafficLabels, Way};
 pub use warm::{RingWarmer, ThreadWarmer, Warm, Window};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -45,6 +45,10 @@ pub enum RelayEnd {
 /// stall timeout. It is not called twice without a byte gained in between.
 pub type Resume = Box<dyn FnMut(u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> + Send>;
 
+/// Says whether a peer that has sent nothing for the stall timeout is worth waiting for as long again: it has no more to send yet, and
+/// gets on by itself. Has to bound its own time.
+pub type Excuse = Box<dyn FnMut() -> BoxFuture<'static, bool> + Send>;
+
 type OnEnd = Box<dyn FnOnce(RelayEnd) + Send>;
 
 /// A peer's response body on its way to a client, exactly `len` bytes of it.
@@ -55,6 +59,7 @@ pub struct Relay {
     stall: Duration,
     floor: u64,
     resume: Option<Resume>,
+    excuse: Option<Excuse>,
     on_end: EndHook,
 }
 
@@ -65,7 +70,7 @@ impl Relay {
     #[must_use]
     pub fn new(peer: TcpStream, prefetched: Bytes, len: u64, on_end: Box<dyn FnOnce(RelayEnd) + Send>) -> Self {
         let on_end = EndHook { hook: Some(on_end), sent: 0 };
-        Self { peer, prefetched, len, stall: Duration::from_secs(5), floor: 0, resume: None, on_end }
+        Self { peer, prefetched, len, stall: Duration::from_secs(5), floor: 0, resume: None, excuse: None, on_end }
     }
 
     /// How long the peer may send nothing while the client waits, 5 s by default.
@@ -89,13 +94,20 @@ impl Relay {
         self
     }
 
+    /// Whom to ask whether a peer that sends nothing has stalled.
+    #[must_use]
+    pub fn excuse(mut self, excuse: Excuse) -> Self {
+        self.excuse = Some(excuse);
+        self
+    }
+
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
     /// A source that reads from the runtime that this is called on.
     pub(super) fn into_source(self, transfer: Transfer, pipes: &Arc<PipePool>) -> RelaySource {
-        let Self { peer, prefetched, len, stall, floor, resume, on_end } = self;
+        let Self { peer, prefetched, len, stall, floor, resume, excuse, on_end } = self;
         let mut source = RelaySource {
             peer: None,
             pending: Bytes::new(),
@@ -106,6 +118,8 @@ impl Relay {
             pipes: pipes.clone(),
             stall: Stall::new(stall, floor),
             resume,
+            excuse,
+            excusing: None,
             resuming: None,
             resumed_at: None,
             failed: None,
@@ -164,6 +178,9 @@ pub(super) struct RelaySource {
     pipes: Arc<PipePool>,
     stall: Stall,
     resume: Option<Resume>,
+    excuse: Option<Excuse>,
+    /// The peer has sent nothing for the stall timeout, and it is being asked after.
+    excusing: Option<BoxFuture<'static, bool>>,
     resuming: Option<Resuming>,
     resumed_at: Option<u64>,
     failed: Option<io::Error>,
@@ -300,17 +317,22 @@ impl RelaySource {
             }
             let read = if self.stall.too_slow() { Poll::Pending } else { self.read(cx) };
             let error = match read {
-                Poll::Pending if self.stall.is_over(cx) => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => match self.poll_stalled(cx) {
+                    Poll::Ready(true) => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
+                    Poll::Ready(false) => continue,
+                    Poll::Pending => return Poll::Pending,
+                },
                 Poll::Ready(Ok(0)) => io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed early"),
                 Poll::Ready(Ok(n)) => {
                     self.unread -= n as u64;
+                    self.excusing = None;
                     self.stall.gained(n);
                     return Poll::Ready(Ok(()));
                 }
                 Poll::Ready(Err(error)) => error,
             };
             self.peer = None;
+            self.excusing = None;
             let sent = self.on_end.sent;
             match &mut self.resume {
                 Some(resume) if self.resumed_at != Some(sent) => {
@@ -321,6 +343,24 @@ impl RelaySource {
                 _ => return Poll::Ready(Err(error)),
             }
         }
+    }
+
+    /// Whether the peer has sent too little for too long: true if so, false if it has an excuse and the wait begins anew.
+    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        if self.excusing.is_none() {
+            match (self.stall.is_over(cx), &mut self.excuse) {
+                (false, _) => return Poll::Pending,
+                (true, Some(excuse)) => self.excusing = Some(excuse()),
+                (true, None) => return Poll::Ready(true),
+            }
+        }
+        let Some(excusing) = &mut self.excusing else { return Poll::Ready(true) };
+        let is_excused = ready!(excusing.as_mut().poll(cx));
+        self.excusing = None;
+        if is_excused {
+            self.stall.restart();
+        }
+        Poll::Ready(!is_excused)
     }
 
     fn read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {

@@ -97,7 +97,7 @@ impl Tracker {
             None if !reception.is_new => {}
             Some(before) if before.inode != sight.inode || sight.position < before.position => reception.give_up(),
             before if sight.position > before.map_or(0, |before| before.position) => {
-                reception.grew(sight.position, now)
+                reception.grew(sight.position, now);
             }
             _ => {}
         }

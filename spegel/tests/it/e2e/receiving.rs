@@ -267,7 +267,7 @@ impl Pull {
             let cancelled = async {
                 // Who drops the sender wants the pull to go on.
                 if cancelled.await.is_err() {
-                    std::future::pending().await
+                    std::future::pending::<()>().await;
                 }
             };
             cri::pull_unless(&socket, &reference, cancelled)

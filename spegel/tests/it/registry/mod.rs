@@ -7,7 +7,7 @@ mod peers;
 mod receiving;
 mod refusals;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Seek as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -47,6 +47,8 @@ const MANIFEST: &[u8] = br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.
 struct Shelf {
     blobs: Mutex<HashMap<Digest, Arc<std::fs::File>>>,
     receiving: Mutex<HashMap<Digest, Receiving>>,
+    /// What was asked for and has not begun to arrive.
+    expected: Mutex<HashSet<Digest>>,
     tags: Mutex<HashMap<TagName, Digest>>,
     health: watch::Sender<Health>,
 }
@@ -56,6 +58,7 @@ impl Shelf {
         Arc::new(Self {
             blobs: Mutex::default(),
             receiving: Mutex::default(),
+            expected: Mutex::default(),
             tags: Mutex::default(),
             health: watch::channel(Health::Ready).0,
         })
@@ -96,6 +99,19 @@ impl Store for Shelf {
             return Ok(Some(Found::Complete(blob)));
         }
         Ok(self.receiving.lock().unwrap().get(digest).cloned().map(Found::Receiving))
+    }
+
+    async fn expect(
+        &self,
+        digest: &Digest,
+        asked: Option<&Repository>,
+        patience: Duration,
+    ) -> Result<Option<Found>, StoreError> {
+        let end = tokio::time::Instant::now() + patience;
+        while self.expected.lock().unwrap().contains(digest) && tokio::time::Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.find(digest, asked).await
     }
 
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {

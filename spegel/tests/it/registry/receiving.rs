@@ -213,3 +213,76 @@ async fn a_writer_that_gave_up_ends_in_an_orderly_close_where_nobody_goes_on() {
     let reply = pulled.await.unwrap();
     assert!(reply.orderly && reply.body == writer.bytes[..2 * MIB + 5], "{} bytes", reply.body.len());
 }
+
+/// B follows A through an image: for the second layer it waits at A, where nothing is offered yet.
+#[tokio::test]
+async fn who_follows_a_node_waits_there_for_the_next_blob_and_only_within_bounds() {
+    let network = MemoryNetwork::new();
+    let hold = Duration::from_millis(400);
+    let patient = MirrorSettings { hold, ..MirrorSettings::default() };
+    let a = Node::join(&network, "a");
+    let b = Node::with(&network, "b", Setup { mirror: Some(patient), ..Setup::default() });
+    let (one, two, three) = (noise(8, 2 * MIB), noise(9, 2 * MIB), noise(10, 2 * MIB));
+    let target = |bytes: &[u8]| format!("/v2/app/blobs/{}?ns=registry.test", digest_of(bytes));
+    a.shelf.expected.lock().unwrap().extend([digest_of(&two), digest_of(&three)]);
+    let timed = async |bytes: &[u8]| {
+        let start = std::time::Instant::now();
+        (ask_as(&b, "b", &target(bytes)).await.status, start.elapsed())
+    };
+    let (status, took) = timed(&two).await;
+    assert!(status == 404 && took < hold, "B follows nobody: {status} after {took:?}");
+
+    a.offer(&one);
+    assert_eq!(timed(&one).await.0, 200);
+    let waiting = pull(&b, "b", &target(&two));
+    tokio::time::sleep(hold / 4).await;
+    assert!(!waiting.is_finished());
+    let writer = Writer::at(&a, &two);
+    writer.write_to(MIB);
+    a.shelf.expected.lock().unwrap().remove(&writer.digest);
+    tokio::time::sleep(hold).await;
+    writer.write_to(2 * MIB);
+    let reply = waiting.await.unwrap();
+    assert!(reply.status == 200 && reply.body == two, "{}", reply.status);
+
+    let (status, took) = timed(&three).await;
+    assert!(status == 404 && took >= hold && took < hold * 5, "in vain: {status} after {took:?}");
+    let (status, took) = timed(&three).await;
+    assert!(status == 404 && took < hold, "and not again: {status} after {took:?}");
+}
+
+/// A part that lies ahead waits longer than the stall bound, as long as the peer gets on; one that does not is given up.
+#[tokio::test]
+async fn a_stall_is_judged_by_the_growth_of_who_receives_it() {
+    let network = MemoryNetwork::new();
+    let stall = Duration::from_millis(300);
+    let a = Node::join(&network, "a");
+    let hasty = MirrorSettings { stall, ..MirrorSettings::default() };
+    let b = Node::with(&network, "b", Setup { mirror: Some(hasty), ..Setup::default() });
+    let writer = Writer::at(&a, &noise(11, 8 * MIB));
+    writer.write_to(1);
+    let (address, target) = (b.address(), writer.target.clone());
+    let ahead = |range: &'static str| {
+        let target = target.clone();
+        tokio::spawn(async move {
+            let headers = [("X-Spegel-Node", "b"), ("Range", range)];
+            tokio::time::timeout(PATIENCE, exchange(address, "GET", &target, &headers)).await.expect("an answer")
+        })
+    };
+    let part = ahead("bytes=6291456-8388607");
+    for n in 1..=20 {
+        tokio::time::sleep(stall / 4).await;
+        writer.write_to(n * 100_000);
+    }
+    assert!(!part.is_finished(), "five times the stall bound, and A got on all the time");
+    writer.write_to(8 * MIB);
+    let reply = part.await.unwrap();
+    assert!(reply.status == 206 && reply.body == writer.bytes[6 * MIB..], "{}", reply.body.len());
+
+    let still = Writer::at(&a, &noise(12, 8 * MIB));
+    still.write_to(MIB);
+    let start = std::time::Instant::now();
+    let reply = pull(&b, "b", &still.target).await.unwrap();
+    assert!(reply.orderly && reply.body == still.bytes[..MIB], "{} bytes", reply.body.len());
+    assert!(start.elapsed() < stall * 15, "{:?}", start.elapsed());
+}

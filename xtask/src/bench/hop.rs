@@ -1,0 +1,264 @@
+//! What it costs to pass on a layer that is still arriving: the latency of a hop, and the CPU beside that of a complete layer.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+use spegel_benches::containerd::{Binaries, Containerd, NAMESPACE, Options, Version};
+use spegel_benches::daemon::output;
+use spegel_benches::netns::{Lab, Node};
+use spegel_benches::spegel::{Settings, Spegel};
+
+use super::Figures;
+
+/// What containerd writes at a time.
+const STEP: usize = 1 << 20;
+/// Steps whose latency is taken, and the time between two.
+const STEPS: usize = 600;
+const PAUSE: Duration = Duration::from_millis(10);
+/// Steps of the layer whose CPU time is taken: 1 GiB.
+const LARGE: usize = 1024;
+/// How often that is done.
+const ROUNDS: usize = 5;
+/// What a growing layer gets of a busy network: 400 MiB/s, about what containerd can hash.
+const LARGE_PAUSE: Duration = Duration::from_micros(2500);
+/// The longest that anything may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+const METHOD: &str = "Two nodes in network namespaces (reno), each with a containerd and a `spegel registry`; what follows is done in the \
+first one's content directory as containerd does it: a folder in `ingest`, `data` that grows by 1 MiB at a time, and its rename. One hop: \
+a client of the first node asks it as a peer would. Two: a client of the second node asks that one as its containerd would, which \
+relays. Latency: from the return of write(2) to the first and to the last byte of that MiB at the client, 600 times, one every 10 ms. CPU: \
+of the first node's process for 1 GiB to one client that follows the growth at 400 MiB/s, and to one that asks for the complete blob \
+right after, alternately, the median of five.";
+
+/// Both nodes.
+struct Bench {
+    spegels: [Spegel; 2],
+    containerd: Containerd,
+    _other: Containerd,
+    _folder: tempfile::TempDir,
+    _lab: Lab,
+    /// Layers so far.
+    layers: u64,
+}
+
+/// A layer that "containerd" is receiving.
+struct Ingest {
+    folder: PathBuf,
+    data: File,
+    blob: PathBuf,
+    digest: String,
+}
+
+/// The latencies of one run, sorted.
+struct Latencies {
+    first: Vec<Duration>,
+    last: Vec<Duration>,
+}
+
+pub(super) fn run(program: &Path) -> Result<Figures> {
+    let mut bench = Bench::start(program)?;
+    let one = bench.latencies(0)?;
+    let two = bench.latencies(1)?;
+    let mut growing = Vec::new();
+    let mut complete = Vec::new();
+    for _ in 0..ROUNDS {
+        let (while_growing, when_complete) = bench.cpu()?;
+        growing.push(while_growing);
+        complete.push(when_complete);
+    }
+    growing.sort();
+    complete.sort();
+    let (growing, complete) = (growing[ROUNDS / 2].as_secs_f64(), complete[ROUNDS / 2].as_secs_f64());
+    let load = fs::read_to_string("/proc/loadavg")?;
+    let load = load.split(' ').next().unwrap_or_default();
+    let mut rows = Vec::new();
+    for (hops, latencies) in [("one hop", &one), ("two hops", &two)] {
+        for (which, times) in [("first", &latencies.first), ("last", &latencies.last)] {
+            let (p50, p99) = (ms(percentile(times, 50)), ms(percentile(times, 99)));
+            rows.push(vec![
+                format!("{hops}, to the {which} byte of a MiB, p50 / p99"),
+                format!("{p50:.2} ms / {p99:.2} ms"),
+            ]);
+        }
+    }
+    rows.push(vec!["CPU for a growing GiB".into(), format!("{growing:.3} s")]);
+    rows.push(vec!["CPU for a complete GiB".into(), format!("{complete:.3} s")]);
+    rows.push(vec!["ratio".into(), format!("{:.2}", growing / complete)]);
+    rows.push(vec!["load of the machine at the end".into(), load.to_owned()]);
+    let json = json!({
+        "one_hop_last_byte_p50_ms": ms(percentile(&one.last, 50)), "one_hop_last_byte_p99_ms": ms(percentile(&one.last, 99)),
+        "two_hops_last_byte_p50_ms": ms(percentile(&two.last, 50)), "two_hops_last_byte_p99_ms": ms(percentile(&two.last, 99)),
+        "cpu_seconds_per_growing_gib": growing, "cpu_seconds_per_complete_gib": complete, "load": load,
+    });
+    Ok(Figures { name: "hop", method: METHOD.to_owned(), columns: vec!["what".into(), "figure".into()], rows, json })
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn percentile(sorted: &[Duration], percent: usize) -> Duration {
+    sorted[(sorted.len() - 1) * percent / 100]
+}
+
+// === impl Bench ===
+
+impl Bench {
+    fn start(program: &Path) -> Result<Self> {
+        Lab::available().map_err(anyhow::Error::msg)?;
+        let found = Version::ALL.iter().rev().find_map(|version| version.find().ok());
+        let binaries = found.context("no containerd is installed: `cargo xtask test` does it")?;
+        let mut lab = Lab::new()?;
+        let nodes = [lab.add_node()?, lab.add_node()?];
+        let containerds = [containerd(&binaries, &nodes[0])?, containerd(&binaries, &nodes[1])?];
+        let folder = tempfile::Builder::new().prefix("spegel-bench-").tempdir()?;
+        let peers: Vec<IpAddr> = nodes.iter().map(|node| node.address().into()).collect();
+        let spawn = |n: usize| {
+            Settings::on_node(program, &containerds[n], &peers, &folder.path().join(format!("{n}.log"))).spawn()
+        };
+        let mut spegels = [spawn(0)?, spawn(1)?];
+        for spegel in &mut spegels {
+            spegel.wait_ready(LIMIT)?;
+        }
+        let [containerd, other] = containerds;
+        Ok(Self { spegels, containerd, _other: other, _folder: folder, _lab: lab, layers: 0 })
+    }
+
+    fn begin(&mut self, steps: usize) -> Result<Ingest> {
+        self.layers += 1;
+        let digest = format!("sha256:{:064x}", self.layers);
+        let content = self.containerd.content_path();
+        let folder = content.join("ingest").join(format!("{:064x}", self.layers));
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join("ref"), format!("{NAMESPACE}/1/layer-{digest}"))?;
+        fs::write(folder.join("total"), (steps * STEP).to_string())?;
+        let data = File::create(folder.join("data"))?;
+        Ok(Ingest { folder, data, blob: self.containerd.blob_path(&digest), digest })
+    }
+
+    /// A client's connection on which the layer's head has been read. `node` is whose mirror is asked: the first as a peer would, the
+    /// second as its containerd would.
+    fn ask(&self, node: usize, digest: &str) -> Result<TcpStream> {
+        let spegel = &self.spegels[node];
+        let address = SocketAddr::new(spegel.settings().address, spegel.settings().ports.registry);
+        let header = match node {
+            0 => "X-Spegel-Mirrored: true".to_owned(),
+            _ => format!("X-Spegel-Node: {}", spegel.settings().address),
+        };
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let mut stream = TcpStream::connect(address)?;
+            stream.set_read_timeout(Some(LIMIT))?;
+            write!(stream, "GET /v2/app/blobs/{digest}?ns=registry.test HTTP/1.1\r\nHost: node\r\n{header}\r\n\r\n")?;
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte)?;
+                head.push(byte[0]);
+            }
+            match String::from_utf8_lossy(&head).split(' ').nth(1) {
+                Some("200") => return Ok(stream),
+                // It is not announced yet.
+                Some("404") if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
+                status => bail!("{status:?} for {digest}"),
+            }
+        }
+    }
+
+    fn latencies(&mut self, node: usize) -> Result<Latencies> {
+        let mut ingest = self.begin(STEPS + 1)?;
+        let step = vec![0x5a; STEP];
+        // It is offered once it grows.
+        thread::sleep(Duration::from_millis(100));
+        ingest.data.write_all(&step)?;
+        let mut stream = self.ask(node, &ingest.digest)?;
+        let client = thread::spawn(move || -> Result<Vec<(Instant, Instant)>> {
+            let mut buffer = vec![0; STEP];
+            let mut times = Vec::with_capacity(STEPS + 1);
+            for _ in 0..=STEPS {
+                stream.read_exact(&mut buffer[..1])?;
+                let first = Instant::now();
+                stream.read_exact(&mut buffer[1..])?;
+                times.push((first, Instant::now()));
+            }
+            Ok(times)
+        });
+        let mut written = Vec::with_capacity(STEPS);
+        for _ in 0..STEPS {
+            thread::sleep(PAUSE);
+            ingest.data.write_all(&step)?;
+            written.push(Instant::now());
+        }
+        let times = client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+        fs::remove_dir_all(ingest.folder)?;
+        let pairs = written.iter().zip(&times[1..]);
+        let (mut first, mut last): (Vec<_>, Vec<_>) = pairs
+            .map(|(at, (first, last))| (first.saturating_duration_since(*at), last.saturating_duration_since(*at)))
+            .unzip();
+        first.sort();
+        last.sort();
+        Ok(Latencies { first, last })
+    }
+
+    /// The CPU time of the first node's process for a growing layer, and for the same layer when it is complete.
+    fn cpu(&mut self) -> Result<(Duration, Duration)> {
+        let mut ingest = self.begin(LARGE)?;
+        let step = vec![0x5a; STEP];
+        thread::sleep(Duration::from_millis(100));
+        ingest.data.write_all(&step)?;
+        let stream = self.ask(0, &ingest.digest)?;
+        let before = self.cpu_time()?;
+        let client = thread::spawn(move || read(stream));
+        for _ in 1..LARGE {
+            ingest.data.write_all(&step)?;
+            thread::sleep(LARGE_PAUSE);
+        }
+        client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+        let growing = self.cpu_time()? - before;
+        fs::create_dir_all(ingest.blob.parent().context("a blob has a folder")?)?;
+        fs::rename(ingest.folder.join("data"), &ingest.blob)?;
+        fs::remove_dir_all(&ingest.folder)?;
+
+        thread::sleep(Duration::from_millis(100));
+        let stream = self.ask(0, &ingest.digest)?;
+        let before = self.cpu_time()?;
+        read(stream)?;
+        let complete = self.cpu_time()? - before;
+        fs::remove_file(&ingest.blob)?;
+        Ok((growing, complete))
+    }
+
+    /// User and system time of the first node's process, from its threads' run times in nanoseconds: the ticks of /proc/<pid>/stat are
+    /// too coarse.
+    fn cpu_time(&self) -> Result<Duration> {
+        let mut total = 0;
+        for thread in fs::read_dir(format!("/proc/{}/task", self.spegels[0].daemon.pid()))? {
+            let stat = fs::read_to_string(thread?.path().join("schedstat"))?;
+            total += stat.split(' ').next().context("no run time")?.parse::<u64>()?;
+        }
+        Ok(Duration::from_nanos(total))
+    }
+}
+
+fn containerd(binaries: &Binaries, node: &Node) -> Result<Containerd> {
+    output(node.command("sysctl").args(["-q", "-w", "net.ipv4.tcp_congestion_control=reno"]))?;
+    Containerd::start(binaries, node, &Options::default())
+}
+
+fn read(mut stream: TcpStream) -> Result<()> {
+    let mut buffer = vec![0; STEP];
+    let mut left = LARGE * STEP;
+    while left > 0 {
+        let n = stream.read(&mut buffer[..STEP.min(left)])?;
+        ensure!(n > 0, "the body ended {left} bytes early");
+        left -= n;
+    }
+    Ok(())
+}
