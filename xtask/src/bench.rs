@@ -83,7 +83,7 @@ impl Bench {
         crate::write_json(self.json.as_ref(), &figures.json)?;
         if self.record {
             let command = format!("cargo xtask bench {} --record", figures.name);
-            record(figures.name, figures.method, &table, &command)?;
+            record(figures.name, &figures.method, &table, &command)?;
         }
         Ok(true)
     }

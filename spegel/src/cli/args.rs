@@ -133,6 +133,27 @@ pub(super) struct RegistryArgs {
     /// Peers, for the kind static: multiaddresses, or host[:port]
     #[arg(long, env, num_args = 1.., value_name = "PEER")]
     pub(super) static_bootstrap_peers: Vec<String>,
+    /// Where this node serves its own and its peers' addresses under /id, for others' kind http
+    #[arg(long, env, value_name = "ADDRESS")]
+    pub(super) http_bootstrap_addr: Option<String>,
+    /// Where such a list is fetched, for the kind http
+    #[arg(long, env, value_name = "URL")]
+    pub(super) http_bootstrap_url: Option<String>,
+    /// A directory with ca.crt, tls.crt and tls.key for both of them
+    #[arg(long, env, value_name = "DIR")]
+    pub(super) http_bootstrap_cert_dir: Option<PathBuf>,
+    /// Where peers reach this node, ADDRESS[:PORT], if not at its interfaces' addresses
+    #[arg(long, env, num_args = 1.., value_name = "ADDRESS")]
+    pub(super) advertise_addr: Vec<String>,
+    /// Networks of the peers, such as 10.0.0.0/8; what lies outside is not believed [default: everywhere]
+    #[arg(long, env, num_args = 1.., value_name = "CIDR")]
+    pub(super) peer_cidrs: Vec<String>,
+    /// The key of a private libp2p network: only nodes that have it take part
+    #[arg(long, env, value_name = "FILE")]
+    pub(super) network_key_file: Option<PathBuf>,
+    /// How many records of other nodes' content are kept at most, 64 bytes each
+    #[arg(long, env, default_value_t = 300_000, value_name = "NUMBER")]
+    pub(super) router_max_records: usize,
     /// Where metrics are served
     #[arg(long, env, default_value = ":9090", value_name = "ADDRESS")]
     pub(super) metrics_addr: String,
@@ -216,6 +237,8 @@ impl RegistryArgs {
     pub(super) fn split_lists(&mut self, matches: &ArgMatches) {
         split(matches, "bootstrap_kind", &mut self.bootstrap_kind);
         split(matches, "static_bootstrap_peers", &mut self.static_bootstrap_peers);
+        split(matches, "advertise_addr", &mut self.advertise_addr);
+        split(matches, "peer_cidrs", &mut self.peer_cidrs);
         split(matches, "mirrored_registries", &mut self.mirrored_registries);
         split(matches, "registry_filters", &mut self.registry_filters);
         let mut layouts = self.oci_layout.iter().map(|path| path.to_string_lossy().into_owned()).collect();

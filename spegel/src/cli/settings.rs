@@ -3,19 +3,22 @@
 use std::fmt::Display;
 use std::fs;
 use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use clap::CommandFactory as _;
 use clap::error::ErrorKind as Usage;
+use ipnet::IpNet;
 
 use super::args::{ApiArgs, Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
 use super::serve::ServeSettings;
-use crate::bootstrap::StaticBootstrap;
+use crate::bootstrap::{Certificates, HttpBootstrap, StaticBootstrap};
 use crate::kube::{ApiSettings, StartupTaint};
 use crate::oci::Filters;
 use crate::registry::{BasicAuth, UploadLimits};
+use crate::router::NetworkKey;
 use crate::serve::ListenAddr;
 use crate::{hosts, mirror};
 
@@ -24,6 +27,10 @@ use crate::{hosts, mirror};
 pub struct RegistrySettings {
     /// How to find the first peers; at least one.
     pub bootstrap: Vec<Bootstrap>,
+    /// Where other nodes fetch this node's addresses.
+    pub bootstrap_endpoint: Option<BootstrapEndpoint>,
+    /// Whom to believe as a peer.
+    pub peers: Peers,
     /// Whose content is served.
     pub content: Content,
     /// Where the identity is kept.
@@ -72,6 +79,34 @@ pub enum Bootstrap {
     Dns(String),
     /// A list.
     Static(StaticBootstrap),
+    /// What a URL says.
+    Http(HttpBootstrap),
+    /// Nobody in particular: this node only serves its addresses.
+    HttpEndpoint,
+    /// Whoever answers on the same link.
+    Mdns,
+}
+
+/// The endpoint that serves this node's addresses.
+#[derive(Debug)]
+pub struct BootstrapEndpoint {
+    /// Where it listens.
+    pub addr: ListenAddr,
+    /// What it proves itself with.
+    pub certificates: Option<Certificates>,
+}
+
+/// The network of peers.
+#[derive(Debug)]
+pub struct Peers {
+    /// Where they reach us, if not at our interfaces' addresses.
+    pub advertise: Vec<SocketAddr>,
+    /// Where they are.
+    pub networks: Vec<IpNet>,
+    /// What they have in common.
+    pub network_key: Option<NetworkKey>,
+    /// How many of their records are kept.
+    pub max_records: usize,
 }
 
 /// Whose content is served.
@@ -119,6 +154,8 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
     };
     Ok(RegistrySettings {
         bootstrap: bootstrap(&args)?,
+        bootstrap_endpoint: bootstrap_endpoint(&args)?,
+        peers: peers(&args)?,
         metrics_addr: listen("--metrics-addr", &args.metrics_addr)?,
         router_addr: listen("--router-addr", &args.router_addr)?,
         registry_addr: listen("--registry-addr", &args.registry_addr)?,
@@ -175,6 +212,7 @@ pub(super) fn api(args: &ApiArgs, flag: &str) -> Result<ApiSettings, clap::Error
     let service_account = args.service_account_dir.clone();
     Ok(ApiSettings { host, port: args.kubernetes_service_port, service_account })
 }
+const KINDS: &str = "dns, http, mdns and static";
 
 fn bootstrap(args: &RegistryArgs) -> Result<Vec<Bootstrap>, clap::Error> {
     let kinds = args.bootstrap_kind.iter().map(|kind| match kind.as_str() {
@@ -182,13 +220,53 @@ fn bootstrap(args: &RegistryArgs) -> Result<Vec<Bootstrap>, clap::Error> {
             Some(name) => Ok(Bootstrap::Dns(name.to_owned())),
             None => Err(usage("--bootstrap-kind dns needs --dns-bootstrap-domain")),
         },
+        "http" => match (&args.http_bootstrap_url, &args.http_bootstrap_addr) {
+            (Some(url), _) => HttpBootstrap::new(url, certificates(args))
+                .map(Bootstrap::Http)
+                .map_err(|error| usage(format!("--http-bootstrap-url: {error}"))),
+            (None, Some(_)) => Ok(Bootstrap::HttpEndpoint),
+            (None, None) => Err(usage("--bootstrap-kind http needs --http-bootstrap-url or --http-bootstrap-addr")),
+        },
+        "mdns" => Ok(Bootstrap::Mdns),
         "static" => StaticBootstrap::new(&args.static_bootstrap_peers)
             .map(Bootstrap::Static)
             .map_err(|error| usage(format!("--static-bootstrap-peers: {error}"))),
-        other => Err(usage(format!("--bootstrap-kind {other}: the kinds are dns and static"))),
+        other => Err(usage(format!("--bootstrap-kind {other}: the kinds are {KINDS}"))),
     });
     let kinds = kinds.collect::<Result<Vec<_>, _>>()?;
-    if kinds.is_empty() { Err(usage("--bootstrap-kind needs a kind: dns or static")) } else { Ok(kinds) }
+    if kinds.is_empty() { Err(usage(format!("--bootstrap-kind needs a kind: {KINDS}"))) } else { Ok(kinds) }
+}
+
+fn bootstrap_endpoint(args: &RegistryArgs) -> Result<Option<BootstrapEndpoint>, clap::Error> {
+    let Some(addr) = &args.http_bootstrap_addr else { return Ok(None) };
+    let addr = listen("--http-bootstrap-addr", addr)?;
+    Ok(Some(BootstrapEndpoint { addr, certificates: certificates(args) }))
+}
+
+fn certificates(args: &RegistryArgs) -> Option<Certificates> {
+    args.http_bootstrap_cert_dir.as_deref().map(Certificates::new)
+}
+
+fn peers(args: &RegistryArgs) -> Result<Peers, clap::Error> {
+    let port = listen("--router-addr", &args.router_addr)?.port();
+    let advertise = args.advertise_addr.iter().map(|text| {
+        let plain = text.parse().map(|ip: IpAddr| SocketAddr::new(ip, port));
+        plain
+            .or_else(|_| text.parse())
+            .map_err(|_| usage(format!("--advertise-addr {text}: write ADDRESS or ADDRESS:PORT")))
+    });
+    // A single address stands for a network of one.
+    let networks = args.peer_cidrs.iter().map(|text| {
+        let single = text.parse().map(|ip: IpAddr| IpNet::from(ip));
+        single.or_else(|_| text.parse()).map_err(|_| usage(format!("--peer-cidrs {text}: write it like 10.0.0.0/8")))
+    });
+    let network_key = args.network_key_file.as_deref().map(NetworkKey::load).transpose();
+    Ok(Peers {
+        advertise: advertise.collect::<Result<_, _>>()?,
+        networks: networks.collect::<Result<_, _>>()?,
+        network_key: network_key.map_err(|error| usage(format!("--network-key-file: {error}")))?,
+        max_records: args.router_max_records,
+    })
 }
 
 pub(super) fn listen(flag: &str, text: &str) -> Result<ListenAddr, clap::Error> {

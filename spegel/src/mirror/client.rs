@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::pool::Pool;
+use super::{CHAIN_HEADER, RECEIVING_HEADER};
 
 /// The longest response head that is accepted of a peer, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -47,6 +48,9 @@ pub enum PeerError {
     /// It has enough to do. These have it too, it says.
     #[error("is busy, and names {} others", .0.len())]
     Busy(Vec<SocketAddr>),
+    /// It gets the blob by way of the node that wants it.
+    #[error("its bytes come through the node that asks")]
+    Circle,
     /// The bytes are not those of the digest.
     #[error("sent bytes that are not those of the digest")]
     WrongBytes,
@@ -74,6 +78,9 @@ pub(super) struct PeerHead {
     pub(super) content_range: Option<String>,
     pub(super) digest: Option<String>,
     pub(super) holders: Vec<SocketAddr>,
+    /// The peer is still receiving what it sends.
+    pub(super) receiving: bool,
+    pub(super) chain: Option<String>,
     pub(super) keep_alive: bool,
 }
 
@@ -215,6 +222,10 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
             head.digest = Some(value.to_owned());
         } else if is(HOLDERS_HEADER) {
             head.holders = parse_holders(value);
+        } else if is(RECEIVING_HEADER) {
+            head.receiving = true;
+        } else if is(CHAIN_HEADER) {
+            head.chain = Some(value.to_owned());
         } else if is("connection") && value.split(',').any(|token| token.trim().eq_ignore_ascii_case("close")) {
             head.keep_alive = false;
         }

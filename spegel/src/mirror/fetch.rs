@@ -18,9 +18,10 @@ use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeou
 use super::metrics::Outcome;
 use super::peers::{Leave, jitter};
 use super::{
-    COMPLAINT_HEADER, Content, Found, Kind, MIRRORED_HEADER, Miss, Shared, VERIFIED_BODY, Verified, Wanted, family,
-    relay, verify,
+    COMPLAINT_HEADER, Chain, Content, Found, Kind, MIRRORED_HEADER, Miss, NodeId, Shared, VERIFIED_BODY, Verified,
+    WAIT_HEADER, Wanted, family, relay, siblings, verify,
 };
+use crate::hosts::NODE_HEADER;
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
 use crate::router::Peer;
 
@@ -50,6 +51,8 @@ pub(super) struct Streamed {
     /// Where it begins in the blob, and the blob's length, for a part.
     pub(super) part: Option<(u64, u64)>,
     pub(super) use_of: Use,
+    /// The nodes that it comes through, if the peer is still receiving it.
+    pub(super) chain: Option<Chain>,
 }
 
 /// A request or a body of a peer that is under way, until dropped.
@@ -59,7 +62,7 @@ pub(super) struct Use {
 }
 
 impl Use {
-    fn new(shared: &Arc<Shared>, peer: SocketAddr) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, peer: SocketAddr) -> Self {
         shared.peers.begins(peer, now());
         Self { shared: Arc::clone(shared), peer }
     }
@@ -85,7 +88,14 @@ struct Race<'a> {
 }
 
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
-    let (peer, taken) = race(shared, wanted, &HashSet::new()).await?;
+    let (peer, taken) = match race(shared, wanted, &HashSet::new()).await {
+        Ok(taken) => taken,
+        Err(miss) if wanted.kind == Kind::Manifest => return Err(miss),
+        Err(miss) => siblings::wait(shared, wanted).await.ok_or(miss)?,
+    };
+    if let Some(pull) = &wanted.pull {
+        shared.siblings.gave(pull, &peer, now());
+    }
     let content = match taken {
         Taken::Content(content) => content,
         Taken::Streamed(streamed) => {
@@ -252,18 +262,22 @@ impl Race<'_> {
     /// The better one of two that chance names, so that nobody's first choice is everybody's. Busy ones come last.
     fn take_best(&mut self) -> Option<Peer> {
         let (now, mut rng) = (now(), rand::rng());
-        let cost = |peer: &Peer| {
-            peer.addresses.first().map_or((true, f64::INFINITY), |first| self.shared.peers.cost(*first, now))
-        };
-        let costs: Vec<(bool, f64)> = self.candidates.iter().map(cost).collect();
-        let any_idle = costs.iter().any(|(busy, _)| !busy);
-        let eligible: Vec<usize> = (0..costs.len()).filter(|n| !any_idle || !costs[*n].0).collect();
-        if eligible.is_empty() {
-            return None;
-        }
+        let costs: Vec<_> = self.candidates.iter().map(|peer| self.cost(peer, now)).collect();
+        let best = costs.iter().map(|(class, _)| *class).min()?;
+        let eligible: Vec<usize> = (0..costs.len()).filter(|n| costs[*n].0 == best).collect();
         let mut draw = || eligible[rng.random_range(0..eligible.len())];
         let (one, other) = (draw(), draw());
         Some(self.candidates.swap_remove(if costs[other].1 < costs[one].1 { other } else { one }))
+    }
+
+    /// First whether the peer is busy and whether it is in another zone, then how long a body of it takes, the more the busier it said it is.
+    fn cost(&self, peer: &Peer, now: std::time::Instant) -> ((bool, bool), f64) {
+        let Some(first) = peer.addresses.first() else { return ((true, true), f64::INFINITY) };
+        let (is_busy, seconds) = self.shared.peers.cost(*first, now);
+        let own = &self.shared.settings.zone;
+        let is_far = own.is_some() && peer.zone.is_some() && peer.zone != *own;
+        let load = f64::from(peer.load.unwrap_or_default()) / 50.0;
+        ((is_busy, is_far), seconds * (1.0 + load))
     }
 
     fn gave_nothing(&mut self, peer: &Peer, error: PeerError) {
@@ -277,7 +291,12 @@ impl Race<'_> {
             let by = peer.addresses.first().copied();
             for address in holders.into_iter().filter(|address| by.is_some_and(|by| client::is_plausible(*address, by)))
             {
-                self.consider(Peer { id: address.to_string().into(), addresses: vec![address] });
+                self.consider(Peer {
+                    id: address.to_string().into(),
+                    addresses: vec![address],
+                    zone: None,
+                    load: None,
+                });
             }
         }
     }
@@ -319,7 +338,7 @@ impl Shared {
         let took = now.duration_since(start);
         for &address in &peer.addresses {
             match result {
-                Ok(_) | Err(PeerError::Status(404)) => self.peers.answered(address, took, now),
+                Ok(_) | Err(PeerError::Status(404) | PeerError::Circle) => self.peers.answered(address, took, now),
                 Err(PeerError::Busy(_)) => self.peers.busy(address, now),
                 Err(PeerError::WrongBytes) => {
                     self.peers.failed(address, took, now, jitter());
@@ -340,14 +359,14 @@ fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
         Err(PeerError::Late { .. }) => Outcome::Late,
         Err(PeerError::Lost(_)) => Outcome::Lost,
         Err(PeerError::Malformed(_)) => Outcome::Malformed,
-        Err(PeerError::Status(_)) => Outcome::Refused,
+        Err(PeerError::Status(_) | PeerError::Circle) => Outcome::Refused,
         Err(PeerError::Busy(_)) => Outcome::Busy,
         Err(PeerError::WrongBytes) => Outcome::WrongBytes,
     }
 }
 
 /// Asks one peer. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by the stall bound.
-async fn attempt(
+pub(super) async fn attempt(
     shared: &Shared,
     wanted: &Wanted,
     peer: &Peer,
@@ -356,11 +375,18 @@ async fn attempt(
 ) -> Result<Taken, PeerError> {
     // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
+    let mut extra = shared.headers();
+    if let Some(wait) = wanted.wait {
+        extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
+    }
+    if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
+        extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));
+    }
     let request = PeerRequest {
         method: if head_only { "HEAD" } else { "GET" },
         target: wanted.target.clone(),
         range: wanted.range.clone().filter(|_| !head_only && wanted.kind == Kind::Blob),
-        extra: shared.headers(),
+        extra,
     };
     let (address, response) = client::request(&shared.pool, &peer.addresses, &request, timeouts).await?;
     match (wanted.kind, response.head.status) {
@@ -452,6 +478,7 @@ async fn blob(
     use_of: Use,
 ) -> Result<Taken, PeerError> {
     let length = response.head.content_length;
+    let chain = chain(wanted, &response.head)?;
     let part = match (&wanted.range, response.head.status) {
         (Some(range), 206) => Some(checked_part(range, &response.head)?),
         (Some(_), _) => return Err(PeerError::Malformed("the whole where a part was asked for")),
@@ -472,7 +499,20 @@ async fn blob(
         let verified = Verified { digest: digest.clone(), bytes, media_type: None };
         return Ok(Taken::Content(Content::Verified(verified)));
     }
-    Ok(Taken::Streamed(Streamed { address, response, part, use_of }))
+    Ok(Taken::Streamed(Streamed { address, response, part, use_of, chain }))
+}
+
+/// The nodes above the one that gets the blob, if the peer is still receiving it. That one must not be among them.
+fn chain(wanted: &Wanted, head: &PeerHead) -> Result<Option<Chain>, PeerError> {
+    if !head.receiving {
+        return Ok(None);
+    }
+    let chain = head.chain.as_deref().and_then(|text| text.parse::<Chain>().ok());
+    let chain = chain.ok_or(PeerError::Malformed("it receives the blob and does not tell from whom"))?;
+    match &wanted.node {
+        Some(node) if chain.contains(NodeId::of(node)) => Err(PeerError::Circle),
+        _ => Ok(Some(chain)),
+    }
 }
 
 /// Where a 206 begins and the blob's length: it must be the part that was asked for.

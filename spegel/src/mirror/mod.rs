@@ -4,11 +4,13 @@ mod blame;
 mod client;
 mod family;
 mod fetch;
+mod lineage;
 mod metrics;
 mod peers;
 mod pool;
 mod relay;
 mod shelf;
+mod siblings;
 mod sources;
 mod verify;
 
@@ -28,6 +30,7 @@ use crate::zerocopy::Body;
 
 pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
 pub(crate) use fetch::check_peer_head;
+pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
 
@@ -36,6 +39,15 @@ pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
 
 /// Marks a peer's HEAD for a blob that says: what you sent of it is wrong.
 pub const COMPLAINT_HEADER: &str = "X-Spegel-Complaint";
+
+/// Marks an answer for a blob that the answering node is still receiving: `<position>/<total>`, both in bytes.
+pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
+
+/// The nodes that such an answer's bytes come through, a [`Chain`].
+pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
+
+/// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
+pub const WAIT_HEADER: &str = "X-Spegel-Wait";
 
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
@@ -62,6 +74,10 @@ pub struct Settings {
     pub stall: Duration,
     /// The bytes a second that a peer must send, on average over [`Settings::stall`] of waiting for it.
     pub floor: u64,
+    /// How long a request may wait for the first bytes of a blob at a peer that gave other blobs of the same image.
+    pub hold: Duration,
+    /// The zone of this node: peers that say that they are in another are asked after those that do not.
+    pub zone: Option<Arc<str>>,
     /// The `Authorization` header's value for peers, where basic authentication is on.
     pub authorization: Option<String>,
 }
@@ -75,6 +91,8 @@ impl Default for Settings {
             hedge: Duration::from_millis(200),
             stall: Duration::from_secs(5),
             floor: 32 << 10,
+            hold: Duration::from_secs(2),
+            zone: None,
             authorization: None,
         }
     }
@@ -95,6 +113,14 @@ pub struct Wanted {
     pub range: Option<String>,
     /// What to wait for before a body that breaks off is ended.
     pub gate: Option<Gate>,
+    /// The node whose containerd gets it, by name.
+    pub node: Option<Arc<str>>,
+    /// That node may be this one.
+    pub feeds_us: bool,
+    /// What the request is a part of: the upstream's name and the repository.
+    pub pull: Option<Arc<str>>,
+    /// How long a peer is asked to wait for its own first bytes.
+    pub wait: Option<Duration>,
 }
 
 /// Something to wait for. The wait is bounded by the stall bound.
@@ -187,7 +213,9 @@ struct Shared {
     /// Searches that go on after their requests have ended.
     searches: Arc<Semaphore>,
     sources: sources::Sources,
+    siblings: siblings::Siblings,
     shelf: shelf::Shelf,
+    lineage: Arc<lineage::Lineage>,
     budget: Arc<Semaphore>,
     metrics: MirrorMetrics,
 }
@@ -216,18 +244,31 @@ impl Mirror {
             sizes: family::Sizes::default(),
             searches: Arc::new(Semaphore::new(SEARCHES)),
             sources: sources::Sources::default(),
+            siblings: siblings::Siblings::default(),
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
+            lineage: Arc::default(),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
             metrics,
         };
         Self { shared: Arc::new(shared) }
     }
 
+    /// The nodes through which this node's containerd is being given a blob that they still receive.
+    pub fn lineage(&self, digest: &Digest) -> Chain {
+        self.shared.lineage.of(digest)
+    }
+
+    /// Whether the node `asker` should not be made to wait for a blob that the node `own`, this one, is about to receive.
+    pub fn declines(&self, digest: &Digest, own: NodeId, asker: NodeId) -> bool {
+        self.shared.siblings.declines(digest, own, asker)
+    }
+
     /// Finds peers that have `wanted`, and takes the first good answer.
     ///
     /// # Errors
     /// [`Miss`] when no peer gave it, after [`Settings::resolve_timeout`] and one bounded attempt with each of
-    /// [`Settings::resolve_retries`] peers at the most.
+    /// [`Settings::resolve_retries`] peers at the most, and for a blob of a pull that peers gave other blobs of, after
+    /// [`Settings::hold`] more.
     pub async fn fetch(&self, wanted: &Wanted) -> Result<Found, Miss> {
         if let (Key::Digest(digest), Kind::Manifest, false) = (&wanted.key, wanted.kind, wanted.head_only)
             && let Some(verified) = self.shared.shelf.take(digest, Instant::now())
@@ -257,7 +298,7 @@ impl Mirror {
     }
 
     /// Other nodes that are known to have `key`, [`MAX_HOLDERS`] at the most and none at `asker`. Does not wait.
-    pub fn holders(&self, key: &Key, asker: Option<IpAddr>) -> Vec<SocketAddr> {
+    pub fn holders(&self, key: &Key, asker: IpAddr) -> Vec<SocketAddr> {
         let mut peers = self.shared.sources.of(key, |_| false, Instant::now());
         let mut lookup = self.shared.router.lookup(key);
         while peers.len() < 2 * MAX_HOLDERS
@@ -266,7 +307,7 @@ impl Mirror {
             peers.push(peer);
         }
         // On loopback many nodes share an address.
-        let is_asker = |address: &SocketAddr| Some(address.ip()) == asker && !address.ip().is_loopback();
+        let is_asker = |address: &SocketAddr| address.ip() == asker && !address.ip().is_loopback();
         let mut holders = Vec::new();
         for address in peers.iter().filter_map(|peer| peer.addresses.first()) {
             if !is_asker(address) && !holders.contains(address) && holders.len() < MAX_HOLDERS {

@@ -13,7 +13,8 @@ use tracing::{debug, info};
 use super::fetch::{Streamed, Taken, Use, race};
 use super::metrics::End;
 use super::peers::jitter;
-use super::{Shared, Wanted};
+use super::{Shared, Wanted, lineage};
+use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
 /// The peers of one body, one after the other.
@@ -36,13 +37,15 @@ struct State {
     /// The present peer, and those before it, which sent a part.
     senders: Vec<SocketAddr>,
     _use_of: Use,
+    /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
+    fed: Option<lineage::Fed>,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
 pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) -> Body {
-    let Streamed { address, response, part, use_of } = streamed;
+    let Streamed { address, response, part, use_of, chain } = streamed;
     let length = response.head.content_length;
     let (start, total) = part.unwrap_or((0, length));
     let state = State {
@@ -51,6 +54,7 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         since: (0, Instant::now()),
         senders: vec![address],
         _use_of: use_of,
+        fed: shared.fed(wanted, chain),
         broken: HashSet::new(),
     };
     let chain = Arc::new(Chain {
@@ -70,6 +74,14 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
 }
 
 impl Shared {
+    /// Notes that our containerd is given this by nodes that still receive it themselves.
+    fn fed(&self, wanted: &Wanted, chain: Option<lineage::Chain>) -> Option<lineage::Fed> {
+        match &wanted.key {
+            Key::Digest(digest) if wanted.feeds_us => Some(self.lineage.fed(digest, chain?)),
+            _ => None,
+        }
+    }
+
     /// The peer at this address gave less than it had promised.
     fn broke(&self, wanted: &Wanted, address: SocketAddr) {
         let now = Instant::now();
@@ -124,7 +136,7 @@ impl Chain {
                     return None;
                 }
             };
-            let Streamed { address, response, use_of, .. } = streamed;
+            let Streamed { address, response, use_of, chain: lineage, .. } = streamed;
             debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,6 +145,7 @@ impl Chain {
             if !state.senders.contains(&address) {
                 state.senders.push(address);
             }
+            state.fed = chain.shared.fed(&wanted, lineage);
             Some((response.stream, response.leftover))
         })
     }

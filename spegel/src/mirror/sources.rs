@@ -84,7 +84,7 @@ mod tests {
     }
 
     fn peer(n: u32) -> Peer {
-        Peer { id: n.to_string().into(), addresses: vec![SocketAddr::from((n.to_be_bytes(), 5000))] }
+        Peer::new(n.to_string().into(), vec![SocketAddr::from((n.to_be_bytes(), 5000))])
     }
 
     fn ids(sources: &Sources, key: &Key, now: Instant) -> Vec<String> {

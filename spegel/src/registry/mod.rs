@@ -16,7 +16,7 @@ mod uploads;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::request::Parts;
 use http::{Response, StatusCode, header};
@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
-use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror};
+use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror, WAIT_HEADER};
 use crate::oci::{ErrorCode, Filters, Key, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
 use crate::store::{Health, Store};
@@ -231,6 +231,8 @@ impl Registry {
             mirrored: text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true")),
             range: range.filter(|_| !is_chunk),
             client,
+            remote,
+            wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
         }
     }
 
@@ -297,7 +299,7 @@ fn peer_target(parsed: &Request, path: &str) -> String {
 /// How a body ended, beside what was counted of its request.
 struct Ended {
     end: BodyEnd,
-    elapsed: std::time::Duration,
+    elapsed: Duration,
 }
 
 /// Follows the response's body to its end.

@@ -13,6 +13,7 @@ mod faults;
 mod layers;
 mod many;
 mod pulls;
+mod receiving;
 mod upstream;
 
 /// Declares each scenario as a test for containerd 1.6 and one for 2.2.

@@ -47,15 +47,43 @@ impl Loopback {
         Ipv4Addr::new(127, process, self.network, node)
     }
 
-    fn settings(&self, ip: Ipv4Addr) -> P2pSettings {
+    pub(super) fn settings(&self, ip: Ipv4Addr) -> P2pSettings {
         P2pSettings {
             listen: vec![SocketAddr::from((ip, ROUTER_PORT))],
             registry_port: REGISTRY_PORT,
             identity: Identity::fresh(),
             bootstrap: vec![Arc::new(self.directory.clone())],
+            remembered: None,
+            mdns: false,
+            advertise: Vec::new(),
+            peer_networks: Vec::new(),
+            network_key: None,
+            zone: None,
             advertise_ttl: P2pSettings::ADVERTISE_TTL,
             max_records: P2pSettings::MAX_RECORDS,
         }
+    }
+
+    /// A node that others do not find by the directory, with settings of its own.
+    pub(super) fn start_with(&self, node: u8, change: impl FnOnce(&mut P2pSettings)) -> Node {
+        let ip = self.address(node);
+        let mut settings = self.settings(ip);
+        change(&mut settings);
+        let router = P2pRouter::start(settings, &CancellationToken::new()).unwrap();
+        let registry = SocketAddr::from((ip, REGISTRY_PORT));
+        Node { id: router.peer_id().clone(), router, registry, _membership: Box::new(()) }
+    }
+
+    /// The same, and others find it by the directory.
+    pub(super) fn start_named(&self, node: u8, change: impl FnOnce(&mut P2pSettings)) -> Node {
+        let at = BootstrapAddress { ip: self.address(node).into(), port: None };
+        self.directory.0.lock().unwrap().push(BootstrapPeer { id: None, addresses: vec![at] });
+        self.start_with(node, change)
+    }
+
+    /// Empties the directory.
+    pub(super) fn forget_all(&mut self) {
+        self.directory.0.lock().unwrap().clear();
     }
 
     fn start(&self, ip: Ipv4Addr) -> Node {

@@ -4,6 +4,7 @@
 
 mod engines;
 mod files;
+mod growing;
 mod limits;
 mod relays;
 mod stop;
