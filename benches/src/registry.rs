@@ -133,11 +133,6 @@ impl Registry {
             .sum()
     }
 
-    /// The node that it runs on.
-    pub fn node(&self) -> &Node {
-        &self.node
-    }
-
     fn log_path(&self) -> PathBuf {
         self.folder.path().join("log")
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use spegel::mirror::Settings as MirrorSettings;
 use spegel::oci::{Digest, Key};
 use spegel::registry::UploadLimits;
-use spegel::router::{MemoryNetwork, MemoryRouter, Peer, Readiness, Router};
+use spegel::router::{Member, MemoryNetwork, MemoryRouter, Peer, Readiness, Router};
 use spegel::store::Change;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
@@ -264,6 +264,14 @@ impl Router for Late {
 
     fn readiness(&self) -> watch::Receiver<Readiness> {
         self.0.readiness()
+    }
+
+    fn members(&self) -> watch::Receiver<Arc<[Member]>> {
+        self.0.members()
+    }
+
+    fn set_load(&self, percent: u8) {
+        self.0.set_load(percent);
     }
 }
 
