@@ -5,6 +5,7 @@
 //! gets the first bytes. Where two ask each other, the one whose [`NodeId`] is smaller is made to wait, and the other one goes upstream.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -108,7 +109,10 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     let (Some(pull), Key::Digest(digest)) = (&wanted.pull, &wanted.key) else { return None };
     let now = Instant::now();
     let mut peers = shared.siblings.of(pull, now);
-    peers.retain(|peer| !peer.addresses.iter().all(|address| shared.peers.is_set_aside(*address, now)));
+    let is_out = |address: &SocketAddr| {
+        shared.peers.is_set_aside(*address, now) || shared.blame.is_barred(&wanted.key, *address, now)
+    };
+    peers.retain(|peer| !peer.addresses.iter().any(is_out));
     if peers.is_empty() {
         return None;
     }

@@ -296,6 +296,9 @@ impl Registry {
 
     /// What this node has, receives, or is about to receive if the asker would wait for that.
     async fn find(&self, ask: &Ask, digest: &Digest) -> Option<Local> {
+        if self.audits.is_spoiled(digest) {
+            return None;
+        }
         let store = &self.settings.store;
         let found = match store.find(digest, ask.repository.as_ref()).await {
             Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
