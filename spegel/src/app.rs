@@ -18,7 +18,7 @@ use tracing::{info, warn};
 
 use crate::bootstrap::{Bootstrap, DnsBootstrap, HttpEndpoint, RememberedPeers};
 use crate::cli::{self, Command, Content, RegistrySettings, VersionFormat};
-use crate::mirror::{Mirror, MirrorMetrics};
+use crate::mirror::{self, Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
@@ -118,7 +118,8 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     if let Some(endpoint) = &settings.bootstrap_endpoint {
         serve_bootstrap(endpoint, &router, &stop)?;
     }
-    let mirror = Mirror::new(router.clone(), settings.mirror.clone(), MirrorMetrics::register(&mut figures));
+    let patience = mirror::Settings { zone: zone.as_deref().map(Into::into), ..settings.mirror.clone() };
+    let mirror = Mirror::new(router.clone(), patience, MirrorMetrics::register(&mut figures));
     let registry = Arc::new(Registry::new(crate::registry::Settings {
         store: store.clone(),
         mirror,

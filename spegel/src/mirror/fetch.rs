@@ -50,9 +50,9 @@ pub(super) struct Streamed {
     pub(super) response: PeerResponse,
     /// Where it begins in the blob, and the blob's length, for a part.
     pub(super) part: Option<(u64, u64)>,
+    pub(super) use_of: Use,
     /// The nodes that it comes through, if the peer is still receiving it.
     pub(super) chain: Option<Chain>,
-    pub(super) use_of: Use,
 }
 
 /// A request or a body of a peer that is under way, until dropped.
@@ -262,18 +262,22 @@ impl Race<'_> {
     /// The better one of two that chance names, so that nobody's first choice is everybody's. Busy ones come last.
     fn take_best(&mut self) -> Option<Peer> {
         let (now, mut rng) = (now(), rand::rng());
-        let cost = |peer: &Peer| {
-            peer.addresses.first().map_or((true, f64::INFINITY), |first| self.shared.peers.cost(*first, now))
-        };
-        let costs: Vec<(bool, f64)> = self.candidates.iter().map(cost).collect();
-        let any_idle = costs.iter().any(|(busy, _)| !busy);
-        let eligible: Vec<usize> = (0..costs.len()).filter(|n| !any_idle || !costs[*n].0).collect();
-        if eligible.is_empty() {
-            return None;
-        }
+        let costs: Vec<_> = self.candidates.iter().map(|peer| self.cost(peer, now)).collect();
+        let best = costs.iter().map(|(class, _)| *class).min()?;
+        let eligible: Vec<usize> = (0..costs.len()).filter(|n| costs[*n].0 == best).collect();
         let mut draw = || eligible[rng.random_range(0..eligible.len())];
         let (one, other) = (draw(), draw());
         Some(self.candidates.swap_remove(if costs[other].1 < costs[one].1 { other } else { one }))
+    }
+
+    /// First whether the peer is busy and whether it is in another zone, then how long a body of it takes, the more the busier it said it is.
+    fn cost(&self, peer: &Peer, now: std::time::Instant) -> ((bool, bool), f64) {
+        let Some(first) = peer.addresses.first() else { return ((true, true), f64::INFINITY) };
+        let (is_busy, seconds) = self.shared.peers.cost(*first, now);
+        let own = &self.shared.settings.zone;
+        let is_far = own.is_some() && peer.zone.is_some() && peer.zone != *own;
+        let load = f64::from(peer.load.unwrap_or_default()) / 50.0;
+        ((is_busy, is_far), seconds * (1.0 + load))
     }
 
     fn gave_nothing(&mut self, peer: &Peer, error: PeerError) {
@@ -509,7 +513,7 @@ async fn blob(
         let verified = Verified { digest: digest.clone(), bytes, media_type: None };
         return Ok(Taken::Content(Content::Verified(verified)));
     }
-    Ok(Taken::Streamed(Streamed { address, response, part, chain, use_of }))
+    Ok(Taken::Streamed(Streamed { address, response, part, use_of, chain }))
 }
 
 /// The nodes above the one that gets the blob, if the peer is still receiving it. That one must not be among them.

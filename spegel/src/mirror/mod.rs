@@ -37,6 +37,9 @@ pub use shelf::Verified;
 /// Marks a request between nodes: it is answered from local content only, so that no request goes in circles.
 pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
 
+/// Marks a peer's HEAD for a blob that says: what you sent of it is wrong.
+pub const COMPLAINT_HEADER: &str = "X-Spegel-Complaint";
+
 /// Marks an answer for a blob that the answering node is still receiving: `<position>/<total>`, both in bytes.
 pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
 
@@ -45,8 +48,6 @@ pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
 
 /// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
 pub const WAIT_HEADER: &str = "X-Spegel-Wait";
-/// Marks a peer's HEAD for a blob that says: what you sent of it is wrong.
-pub const COMPLAINT_HEADER: &str = "X-Spegel-Complaint";
 
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
@@ -71,10 +72,12 @@ pub struct Settings {
     pub hedge: Duration,
     /// How long a peer's body may stand still before it is given up.
     pub stall: Duration,
-    /// How long a request may wait for the first bytes of a blob at a peer that gave other blobs of the same image.
-    pub hold: Duration,
     /// The bytes a second that a peer must send, on average over [`Settings::stall`] of waiting for it.
     pub floor: u64,
+    /// How long a request may wait for the first bytes of a blob at a peer that gave other blobs of the same image.
+    pub hold: Duration,
+    /// The zone of this node: peers that say that they are in another are asked after those that do not.
+    pub zone: Option<Arc<str>>,
     /// The `Authorization` header's value for peers, where basic authentication is on.
     pub authorization: Option<String>,
 }
@@ -87,8 +90,9 @@ impl Default for Settings {
             timeouts: Timeouts { connect: Duration::from_secs(1), head: Duration::from_secs(2) },
             hedge: Duration::from_millis(200),
             stall: Duration::from_secs(5),
-            hold: Duration::from_secs(2),
             floor: 32 << 10,
+            hold: Duration::from_secs(2),
+            zone: None,
             authorization: None,
         }
     }
@@ -294,7 +298,7 @@ impl Mirror {
     }
 
     /// Other nodes that are known to have `key`, [`MAX_HOLDERS`] at the most and none at `asker`. Does not wait.
-    pub fn holders(&self, key: &Key, asker: Option<IpAddr>) -> Vec<SocketAddr> {
+    pub fn holders(&self, key: &Key, asker: IpAddr) -> Vec<SocketAddr> {
         let mut peers = self.shared.sources.of(key, |_| false, Instant::now());
         let mut lookup = self.shared.router.lookup(key);
         while peers.len() < 2 * MAX_HOLDERS
@@ -303,7 +307,7 @@ impl Mirror {
             peers.push(peer);
         }
         // On loopback many nodes share an address.
-        let is_asker = |address: &SocketAddr| Some(address.ip()) == asker && !address.ip().is_loopback();
+        let is_asker = |address: &SocketAddr| address.ip() == asker && !address.ip().is_loopback();
         let mut holders = Vec::new();
         for address in peers.iter().filter_map(|peer| peer.addresses.first()) {
             if !is_asker(address) && !holders.contains(address) && holders.len() < MAX_HOLDERS {

@@ -78,6 +78,11 @@ impl Peers {
         Leave::Probe
     }
 
+    /// Whether the peer is not to be asked now, probe or not.
+    pub(super) fn is_set_aside(&self, peer: SocketAddr, now: Instant) -> bool {
+        self.lock().get(&peer).and_then(|known| known.set_aside_until).is_some_and(|until| now < until)
+    }
+
     /// A request to the peer begins.
     pub(super) fn begins(&self, peer: SocketAddr, now: Instant) {
         self.change(peer, now, |known| known.under_way += 1);
@@ -139,7 +144,7 @@ impl Peers {
         late.clamp(SHORTEST.min(longest), longest)
     }
 
-    /// The lower the better: the seconds that a typical body is expected to take. `None` of an unknown peer.
+    /// Whether it said that it is busy, and the seconds that a typical body is expected to take.
     pub(super) fn cost(&self, peer: SocketAddr, now: Instant) -> (bool, f64) {
         let known = self.lock();
         let Some(known) = known.get(&peer) else { return (false, TYPICAL / UNKNOWN_RATE) };

@@ -34,20 +34,20 @@ struct State {
     keep_alive: bool,
     /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it.
     position: Option<u64>,
-    /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
-    fed: Option<lineage::Fed>,
     /// Where the present peer went on, and when.
     since: (u64, Instant),
     /// The present peer, and those before it, which sent a part.
     senders: Vec<SocketAddr>,
     _use_of: Use,
+    /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
+    fed: Option<lineage::Fed>,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
 pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) -> Body {
-    let Streamed { address, response, part, chain, use_of } = streamed;
+    let Streamed { address, response, part, use_of, chain } = streamed;
     let length = response.head.content_length;
     let (start, total) = part.unwrap_or((0, length));
     let state = State {
@@ -56,8 +56,8 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         position: response.head.receiving,
         since: (0, Instant::now()),
         senders: vec![address],
-        fed: shared.fed(wanted, chain),
         _use_of: use_of,
+        fed: shared.fed(wanted, chain),
         broken: HashSet::new(),
     };
     let chain = Arc::new(Chain {
@@ -156,17 +156,17 @@ impl Chain {
                     return None;
                 }
             };
-            let Streamed { address, response, chain: lineage, use_of, .. } = streamed;
+            let Streamed { address, response, use_of, chain: lineage, .. } = streamed;
             debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
             state.position = response.head.receiving;
-            state.fed = chain.shared.fed(&wanted, lineage);
             (state.since, state._use_of) = ((offset, Instant::now()), use_of);
             if !state.senders.contains(&address) {
                 state.senders.push(address);
             }
+            state.fed = chain.shared.fed(&wanted, lineage);
             Some((response.stream, response.leftover))
         })
     }

@@ -5,15 +5,15 @@
 //! gets the first bytes. Where two ask each other, the one whose [`NodeId`] is smaller is made to wait, and the other one goes upstream.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use tracing::debug;
 
-use super::client::Timeouts;
+use super::client::{PeerError, Timeouts};
 use super::fetch::{Taken, Use, attempt};
-use super::peers::Leave;
 use super::{NodeId, Shared, Wanted};
 use crate::oci::{Digest, Key};
 use crate::router::Peer;
@@ -112,10 +112,10 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     let (Some(pull), Key::Digest(digest)) = (&wanted.pull, &wanted.key) else { return None };
     let now = Instant::now();
     let mut peers = shared.siblings.of(pull, now);
-    peers.retain(|peer| {
-        let is_barred = peer.addresses.iter().any(|address| shared.blame.is_barred(&wanted.key, *address, now));
-        !is_barred && peer.addresses.first().is_some_and(|first| shared.peers.may_ask(*first, now) == Leave::Ask)
-    });
+    let is_out = |address: &SocketAddr| {
+        shared.peers.is_set_aside(*address, now) || shared.blame.is_barred(&wanted.key, *address, now)
+    };
+    peers.retain(|peer| !peer.addresses.iter().any(is_out));
     if peers.is_empty() {
         return None;
     }
@@ -125,8 +125,10 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     let timeouts = shared.settings.timeouts;
     let timeouts = Timeouts { head: timeouts.head.max(hold + ON_THE_WAY), ..timeouts };
     let ask = |peer: Peer| async {
-        let use_of = Use::new(shared, peer.addresses[0]);
-        let result = attempt(shared, &wanted, &peer, timeouts, use_of).await;
+        let result = match peer.addresses.first() {
+            Some(first) => attempt(shared, &wanted, &peer, timeouts, Use::new(shared, *first)).await,
+            None => Err(PeerError::Malformed("the peer has no address")),
+        };
         (peer, result)
     };
     let mut attempts: FuturesUnordered<_> = peers.into_iter().map(ask).collect();

@@ -1,6 +1,7 @@
 //! Manifests, blobs and referrers: from here, else from a peer, else not.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,7 +11,6 @@ use http::{Response, StatusCode};
 use tracing::warn;
 
 use super::promises::{Client, Refusal};
-use super::uploads::Upload;
 use super::{OWN, Registry, SOURCE_HEADER, respond};
 use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
 use crate::oci::{
@@ -41,11 +41,22 @@ pub(super) struct Ask {
     /// A range was asked for as containerd's parallel fetch does, and is not kept to.
     pub(super) is_chunk: bool,
     pub(super) client: Client,
+    /// Where it comes from.
+    pub(super) remote: IpAddr,
     /// A peer asks to wait for what is about to be received here.
     pub(super) wait: Option<Duration>,
 }
 
 impl Ask {
+    /// How many bytes of a blob of `size` bytes it asks for.
+    fn length_of(&self, size: u64) -> u64 {
+        match self.range.map_or(RangeOutcome::Whole, |range| range.resolve(size)) {
+            RangeOutcome::Part { start, end_exclusive } => end_exclusive - start,
+            RangeOutcome::Whole => size,
+            RangeOutcome::Unsatisfiable => 0,
+        }
+    }
+
     /// What the request is a part of.
     fn pull(&self) -> Option<Arc<str>> {
         Some(format!("{}/{}", self.registry.as_deref()?, self.repository.as_ref()?).into())
@@ -234,17 +245,53 @@ impl Registry {
             None => self.open(ask, digest).await.map(Local::Complete),
             Some(_) => self.find(ask, digest).await,
         };
-        match found? {
-            Local::Complete(blob) => Some(self.complete_blob(ask, digest, &blob)),
+        let found = found?;
+        let size = match &found {
+            Local::Complete(blob) => blob.size,
+            Local::Receiving(receiving) => receiving.total,
+        };
+        if let (true, Local::Complete(blob)) = (ask.mirrored && ask.complains, &found) {
+            self.audits.hear(digest, Arc::clone(&blob.file), size, Instant::now());
+        }
+        let mut upload = None;
+        if ask.mirrored && !ask.head_only {
+            upload = self.uploads.begin(ask.length_of(size), Instant::now());
+            if upload.is_none() {
+                return Some(self.busy(ask, digest));
+            }
+        }
+        let Answer { response, source } = match found {
+            Local::Complete(blob) => self.complete_blob(ask, digest, &blob),
             Local::Receiving(Receiving { growing, total }) => {
-                let Some(upload) = self.upload(ask, total) else { return Some(self.busy(ask, digest)) };
                 let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
                 let mut answer = self.give(ask, digest, total, Source::Receiving, body);
                 respond::mark_receiving(&mut answer.response, growing.progress().position, total, &chain?);
-                answer.response = answer.response.map(|body| body.with_end(move |_| drop(upload)));
-                Some(answer)
+                answer
             }
-        }
+        };
+        Some(Answer { response: response.map(|body| body.with_end(move |_| drop(upload))), source })
+    }
+
+    fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
+        let body = |start, end: u64| match &blob.small {
+            Some(small) => slice(small.bytes(), start, end),
+            None => Body::file(Arc::clone(&blob.file), start, end - start),
+        };
+        let Answer { response, source } = self.give(ask, digest, blob.size, Source::Local, body);
+        let (audits, of, file, size) = (Arc::clone(&self.audits), digest.clone(), Arc::clone(&blob.file), blob.size);
+        let ended = move |end: BodyEnd| {
+            if !end.complete {
+                audits.cut_short(&of, &file, size);
+            }
+        };
+        Answer { response: response.map(|body| body.with_end(ended)), source }
+    }
+
+    /// Sends a peer elsewhere.
+    fn busy(&self, ask: &Ask, digest: &Digest) -> Answer {
+        self.settings.metrics.refused_upload();
+        let holders = self.settings.mirror.holders(&Key::Digest(digest.clone()), ask.remote);
+        Answer { response: respond::busy(&holders), source: Source::Nobody }
     }
 
     /// What this node has, receives, or is about to receive if the asker would wait for that.
@@ -299,51 +346,6 @@ impl Registry {
             Client::Node(name) => Some(Arc::clone(name)),
             Client::Address(_) => self.settings.node_name.as_deref().map(Into::into),
         }
-    }
-
-    /// A blob of this node. What peers may take of it is bounded, what clients may is not.
-    fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
-        if ask.mirrored && ask.complains {
-            self.audits.hear(digest, Arc::clone(&blob.file), blob.size, Instant::now());
-        }
-        let Some(upload) = self.upload(ask, blob.size) else { return self.busy(ask, digest) };
-        let body = |start, end: u64| match &blob.small {
-            Some(small) => slice(small.bytes(), start, end),
-            None => Body::file(Arc::clone(&blob.file), start, end - start),
-        };
-        let Answer { response, source } = self.give(ask, digest, blob.size, Source::Local, body);
-        let (audits, of, file, size) = (Arc::clone(&self.audits), digest.clone(), Arc::clone(&blob.file), blob.size);
-        let ended = move |end: BodyEnd| {
-            drop(upload);
-            if !end.complete {
-                audits.cut_short(&of, &file, size);
-            }
-        };
-        Answer { response: response.map(|body| body.with_end(ended)), source }
-    }
-
-    /// The part of what peers may take that this answer needs: none for clients and heads. Nothing if it would be too much.
-    fn upload(&self, ask: &Ask, size: u64) -> Option<Option<Upload>> {
-        if !ask.mirrored || ask.head_only {
-            return Some(None);
-        }
-        let length = match ask.range.map_or(RangeOutcome::Whole, |range| range.resolve(size)) {
-            RangeOutcome::Part { start, end_exclusive } => end_exclusive - start,
-            RangeOutcome::Whole => size,
-            RangeOutcome::Unsatisfiable => 0,
-        };
-        self.uploads.begin(length, Instant::now()).map(Some)
-    }
-
-    /// Sends a peer elsewhere.
-    fn busy(&self, ask: &Ask, digest: &Digest) -> Answer {
-        self.settings.metrics.refused_upload();
-        let asker = match &ask.client {
-            Client::Address(address) => Some(*address),
-            Client::Node(_) => None,
-        };
-        let holders = self.settings.mirror.holders(&Key::Digest(digest.clone()), asker);
-        Answer { response: respond::busy(&holders), source: Source::Nobody }
     }
 
     /// Holds back the end of a body that breaks off until it is the client's lowest one.

@@ -231,6 +231,7 @@ impl Registry {
             mirrored: text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true")),
             range: range.filter(|_| !is_chunk),
             client,
+            remote,
             wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use spegel::mirror::Settings as MirrorSettings;
 use spegel::oci::{Digest, Key};
 use spegel::registry::UploadLimits;
-use spegel::router::{MemoryNetwork, MemoryRouter, Peer, Readiness, Router};
+use spegel::router::{Member, MemoryNetwork, MemoryRouter, Peer, Readiness, Router};
 use spegel::store::Change;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
@@ -266,7 +266,7 @@ impl Router for Late {
         self.0.readiness()
     }
 
-    fn members(&self) -> watch::Receiver<spegel::router::Members> {
+    fn members(&self) -> watch::Receiver<Arc<[Member]>> {
         self.0.members()
     }
 
