@@ -19,7 +19,7 @@ use crate::bootstrap::{Bootstrap, DnsBootstrap, HttpEndpoint, RememberedPeers};
 use crate::cli::{self, Command, Content, RegistrySettings, VersionFormat};
 use crate::mirror::{Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
-use crate::router::{Identity, P2pRouter, P2pSettings, Router};
+use crate::router::{Identity, P2pRouter, P2pSettings, Router, RouterMetrics};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
 use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
 use crate::web::Web;
@@ -111,7 +111,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let mut figures = metrics::registry();
 
     let (store, mut store_task) = open_store(&settings, &stop)?;
-    let router = start_router(&settings, &stop)?;
+    let router = start_router(&settings, RouterMetrics::register(&mut figures), &stop)?;
     if let Some(endpoint) = &settings.bootstrap_endpoint {
         serve_bootstrap(endpoint, &router, &stop)?;
     }
@@ -187,7 +187,11 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
     }
 }
 
-fn start_router(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::Result<Arc<P2pRouter>> {
+fn start_router(
+    settings: &RegistrySettings,
+    metrics: RouterMetrics,
+    stop: &CancellationToken,
+) -> anyhow::Result<Arc<P2pRouter>> {
     let mut sources: Vec<Arc<dyn Bootstrap>> = Vec::new();
     for kind in &settings.bootstrap {
         match kind {
@@ -214,6 +218,7 @@ fn start_router(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow
         peer_networks: settings.peers.networks.clone(),
         network_key: settings.peers.network_key.clone(),
         zone: None,
+        metrics,
         advertise_ttl: P2pSettings::ADVERTISE_TTL,
         max_records: settings.peers.max_records,
     };

@@ -163,10 +163,26 @@ impl Records {
         }
     }
 
+    /// Drops what `peer` told about itself and has taken back.
+    pub(super) fn withdrawn(&mut self, id: &ContentId, peer: &PeerId) {
+        if let Some(index) = self.by_peer.get(peer) {
+            self.remove(id, *index);
+        }
+    }
+
     /// Stops telling about a peer that is dead.
     pub(super) fn forget(&mut self, peer: &PeerId) {
+        self.set_gone(peer, true);
+    }
+
+    /// Tells about it again: it was not dead.
+    pub(super) fn recall(&mut self, peer: &PeerId) {
+        self.set_gone(peer, false);
+    }
+
+    fn set_gone(&mut self, peer: &PeerId, gone: bool) {
         if let Some(index) = self.by_peer.get(peer) {
-            self.providers[*index as usize].gone = true;
+            self.providers[*index as usize].gone = gone;
         }
     }
 
