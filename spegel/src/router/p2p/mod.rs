@@ -8,6 +8,7 @@ mod advertise;
 mod behaviour;
 mod client;
 mod driver;
+mod holdings;
 mod identity;
 mod joining;
 mod keys;
@@ -101,7 +102,7 @@ pub struct P2pSettings {
     pub advertise_ttl: Duration,
     /// Where what it does is counted.
     pub metrics: RouterMetrics,
-    /// How many records of other nodes are kept, at about 100 bytes each. When there are more the oldest go first.
+    /// How many records of other nodes are kept, at 64 bytes each. When there are more the oldest go first.
     pub max_records: usize,
 }
 
