@@ -3,11 +3,13 @@
 //! Blocking throughout: it starts processes and waits for them. It depends on nothing of spegel and on nothing that needs
 //! the protobuf compiler, because xtask is what hands that over.
 
+pub mod bare;
 pub mod containerd;
 pub mod daemon;
 pub mod gopeer;
 pub mod http;
 pub mod image;
+pub mod load;
 pub mod netns;
 pub mod registry;
 pub mod spegel;

@@ -132,6 +132,11 @@ impl Lab {
         ip(&["-n", &self.switch(), "link", "set", &node.port, if connected { "up" } else { "down" }])
     }
 
+    /// The address of the machine's own namespace in the lab.
+    pub fn host_address(&self) -> Ipv4Addr {
+        self.address(1)
+    }
+
     fn switch(&self) -> String {
         format!("{}-sw", self.prefix)
     }

@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod handler;
+mod node;
 mod trace;
 
 use std::io::Write as _;
@@ -107,11 +108,13 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let _stop_all = stop.clone().drop_guard();
     let mut stop_signal = StopSignal::listen()?;
-    raise_open_files();
+    let open_files = limit_open_files(settings.serve.open_files);
     let mut figures = metrics::registry();
+    let zone = node::zone(&settings.zone, &settings.node_name).await;
+    metrics::register_node(&mut figures, &settings.node_name, zone.as_deref());
 
     let (store, mut store_task) = open_store(&settings, &stop)?;
-    let router = start_router(&settings, RouterMetrics::register(&mut figures), &stop)?;
+    let router = start_router(&settings, zone.clone(), RouterMetrics::register(&mut figures), &stop)?;
     if let Some(endpoint) = &settings.bootstrap_endpoint {
         serve_bootstrap(endpoint, &router, &stop)?;
     }
@@ -126,16 +129,23 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         metrics: RegistryMetrics::register(&mut figures),
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
-    let options = Options { metrics: ServeMetrics::register(&mut figures), ..Options::default() };
+    let serve_metrics = ServeMetrics::register(&mut figures);
+    serve_metrics.set_open_files(open_files);
+    let options = Options { metrics: serve_metrics, ..settings.serve.options.clone() };
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(announce(store, router.clone()));
+    if let Some(taint) = settings.startup_taint {
+        let registry = Arc::clone(&registry);
+        tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
+    }
     info!(
         version = env!("CARGO_PKG_VERSION"),
         registry = ?server.addrs(),
         router = %router.peer_id(),
         node = settings.node_name,
+        zone,
         "spegel is up"
     );
 
@@ -172,6 +182,7 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
                 namespace: namespace.clone(),
                 content_path: content_path.clone(),
                 filters: settings.filters.clone(),
+                stall: settings.mirror.stall,
             };
             let (store, task) = Containerd::start(containerd, stop.clone());
             let ended = async move {
@@ -189,6 +200,7 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
 
 fn start_router(
     settings: &RegistrySettings,
+    zone: Option<String>,
     metrics: RouterMetrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Arc<P2pRouter>> {
@@ -217,7 +229,7 @@ fn start_router(
         advertise: settings.peers.advertise.clone(),
         peer_networks: settings.peers.networks.clone(),
         network_key: settings.peers.network_key.clone(),
-        zone: None,
+        zone,
         metrics,
         advertise_ttl: P2pSettings::ADVERTISE_TTL,
         max_records: settings.peers.max_records,
@@ -269,14 +281,20 @@ async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>) {
     }
 }
 
-/// Each connection may need two descriptors and a pipe: take what the administrator allows.
-fn raise_open_files() {
+/// Takes what the administrator allows of open files, since each connection may need two descriptors and a pipe, or less where that
+/// is asked for. Returns the bound in effect.
+fn limit_open_files(asked: Option<u64>) -> u64 {
     use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        warn!(%error, "cannot raise the bound of open files");
+    let before = getrlimit(Resource::Nofile);
+    let allowed = before.maximum.unwrap_or(u64::MAX);
+    if let Some(asked) = asked.filter(|asked| *asked > allowed) {
+        warn!(asked, allowed, "--max-open-files is more than the administrator allows");
     }
+    let limit = rustix::process::Rlimit { current: Some(asked.unwrap_or(allowed).min(allowed)), ..before };
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        warn!(%error, "cannot change the bound of open files");
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 /// The signals that ask a daemon to end.

@@ -2,6 +2,7 @@
 
 mod args;
 mod cleanup;
+mod serve;
 mod settings;
 
 use std::process::ExitCode;
@@ -10,7 +11,8 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 
 pub use args::{LogFormat, LogLevel, VersionFormat};
 pub use cleanup::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
-pub use settings::{Bootstrap, BootstrapEndpoint, Content, Peers, RegistrySettings};
+pub use serve::ServeSettings;
+pub use settings::{Bootstrap, BootstrapEndpoint, Content, Peers, RegistrySettings, Zone};
 
 /// What the command line and the environment ask for.
 #[derive(Debug)]
@@ -158,7 +160,7 @@ mod tests {
         let secrets = secrets.path().to_str().unwrap();
         check_flags(
             "registry",
-            &["--bootstrap-kind", "static"],
+            &["--bootstrap-kind", "static", "--startup-taint", "a", "--kubernetes-service-host", "10.0.0.1"],
             &[
                 &["--bootstrap-kind", "dns", "--dns-bootstrap-domain", "spegel.test."],
                 &["--bootstrap-kind=dns", "--dns-bootstrap-domain", "other.test."],
@@ -187,6 +189,23 @@ mod tests {
                 &["--mirror-resolve-retries", "7"],
                 &["--mirror-stall-timeout", "1m30s"],
                 &["--drain-timeout", "1s"],
+                &["--zone", "zone-1"],
+                &["--zone-from-node"],
+                &["--startup-taint", "b"],
+                &["--kubernetes-service-host", "10.0.0.2"],
+                &["--kubernetes-service-port", "6443"],
+                &["--service-account-dir", "/elsewhere"],
+                &["--serve-engine", "tokio"],
+                &["--serve-transfer", "copy"],
+                &["--watchdog", "0"],
+                &["--watchdog", "1s"],
+                &["--max-connections", "1"],
+                &["--max-header-bytes", "8192"],
+                &["--header-timeout", "1s"],
+                &["--idle-timeout", "1s"],
+                &["--write-stall-timeout", "1s"],
+                &["--max-open-files", "1000"],
+                &["--max-pipes", "0"],
                 &["--node-name", "elsewhere"],
                 &["--basic-auth-dir", secrets],
             ],
@@ -265,7 +284,13 @@ mod tests {
             (&["registry", "--bootstrap-kind", "static", "--registry-addr", "here"], "--registry-addr here"),
             (&["registry", "--bootstrap-kind", "static", "--registry-filters", "("], "--registry-filters"),
             (&["registry", "--bootstrap-kind", "static", "--mirror-resolve-timeout", "20"], "20ms, 2s or 1m30s"),
+            (&["registry", "--bootstrap-kind", "static", "--serve-engine", "epoll"], "auto, io-uring and tokio"),
+            (&["registry", "--bootstrap-kind", "static", "--max-connections", "0"], "at least 1"),
             (&["configuration", "--mirror-targets", "ftp://a"], "--mirror-targets"),
+            (&["registry", "--bootstrap-kind", "static", "--zone", "here, there"], "--zone here, there"),
+            (&["registry", "--bootstrap-kind", "static", "--zone-from-node"], "--kubernetes-service-host"),
+            (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a"], "--kubernetes-service-host"),
+            (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a:NoSchedule"], "key alone"),
             (&["configuration"], "--mirror-targets"),
             (&["cleanup"], "--addr"),
             (&["cleanup-wait"], "--probe-endpoint"),

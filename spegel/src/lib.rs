@@ -3,7 +3,7 @@
 //! | level | rooms | may import |
 //! |---|---|---|
 //! | 0 | [`oci`], [`metrics`] | nothing of ours |
-//! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`] | level 0 |
+//! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`], [`kube`] | level 0 |
 //! | 2 | [`store`], [`router`] | below; `router` takes `store`'s [`store::Change`] only |
 //! | 3 | [`mirror`] | below |
 //! | 4 | [`registry`] | below |
@@ -17,6 +17,7 @@ pub mod bootstrap;
 pub mod cleanup;
 pub mod cli;
 pub mod hosts;
+pub mod kube;
 pub mod metrics;
 pub mod mirror;
 pub mod oci;

@@ -1,12 +1,16 @@
 //! `cargo xtask bench`: figures of the whole process.
 
+mod helper;
 mod idle;
+mod plane;
 
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
+
+pub(crate) use helper::Helper;
 
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
@@ -21,20 +25,40 @@ pub(crate) struct Bench {
     /// Write the table into benches/results, with date, kernel and method
     #[arg(long, global = true)]
     record: bool,
+    /// Rounds whose medians are told
+    #[arg(long, global = true, default_value_t = 5, value_name = "NUMBER")]
+    rounds: usize,
+    /// Length of the large blob
+    #[arg(long, global = true, default_value_t = 1024, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    mib: u64,
 }
 
 #[derive(Clone, Copy, Debug, Subcommand)]
 enum Name {
     /// Three idle nodes: time until they are ready, memory, time to a 404, size of the program
     Idle,
+    /// A large blob from the page cache: spegel on each engine, nginx, a bare loop
+    Serve,
+    /// A large blob relayed from a peer: spegel on each engine, nginx, a bare loop
+    Relay,
+    /// A manifest of 2 KiB: GET, HEAD, and a connection for each
+    Small,
+    /// A manifest of 2 KiB beside 32 bulk streams
+    Mixed,
+    /// A manifest of 2 KiB beside a blob that is read from the disk
+    Cold,
+    /// 10,000 idle connections, and 256 bulk streams
+    Connections,
 }
 
 /// What a bench found.
 struct Figures {
     name: &'static str,
-    method: &'static str,
-    /// What was measured, and the figure with its unit.
-    rows: Vec<(String, String)>,
+    method: String,
+    /// The table's heads.
+    columns: Vec<String>,
+    /// As many fields each.
+    rows: Vec<Vec<String>>,
     json: serde_json::Value,
 }
 
@@ -44,35 +68,49 @@ impl Bench {
             Some(program) => std::path::absolute(program)?,
             None => crate::build::spegel("release")?,
         };
+        let settings = plane::Settings { program: program.clone(), rounds: self.rounds.max(1), mib: self.mib };
         let figures = match self.name {
             Name::Idle => idle::run(&program)?,
+            Name::Serve => plane::serve(&settings)?,
+            Name::Relay => plane::relay(&settings)?,
+            Name::Small => plane::small(&settings)?,
+            Name::Mixed => plane::mixed(&settings)?,
+            Name::Cold => plane::cold(&settings)?,
+            Name::Connections => plane::connections(&settings)?,
         };
         let table = figures.table();
         println!("{table}");
         crate::write_json(self.json.as_ref(), &figures.json)?;
         if self.record {
-            let file = crate::root().join("benches/results").join(format!("{}.md", figures.name));
-            std::fs::create_dir_all(crate::root().join("benches/results"))?;
-            let (date, kernel) = (output("date", &["-u", "+%Y-%m-%d %H:%M UTC"])?, output("uname", &["-r"])?);
-            let cores = std::thread::available_parallelism()?;
-            let text = format!(
-                "# {}\n\n{date}, Linux {kernel}, {cores} cores. {}\n\n{table}\nMake it anew: `cargo xtask bench {} --record`.\n",
-                figures.name, figures.method, figures.name
-            );
-            std::fs::write(&file, text)?;
-            println!("written to {}", file.display());
+            let command = format!("cargo xtask bench {} --record", figures.name);
+            record(figures.name, figures.method, &table, &command)?;
         }
         Ok(true)
     }
 }
 
+/// Writes a table into benches/results, with date, kernel, method and the command that makes it anew.
+///
+/// # Errors
+/// The disk's.
+pub(crate) fn record(name: &str, method: &str, table: &str, command: &str) -> Result<()> {
+    let folder = crate::root().join("benches/results");
+    std::fs::create_dir_all(&folder)?;
+    let (date, kernel) = (output("date", &["-u", "+%Y-%m-%d %H:%M UTC"])?, output("uname", &["-r"])?);
+    let cores = std::thread::available_parallelism()?;
+    let text =
+        format!("# {name}\n\n{date}, Linux {kernel}, {cores} cores. {method}\n\n{table}\nMake it anew: `{command}`.\n");
+    let file = folder.join(format!("{name}.md"));
+    std::fs::write(&file, text)?;
+    println!("written to {}", file.display());
+    Ok(())
+}
+
 impl Figures {
     fn table(&self) -> String {
-        let mut text = "| what | figure |\n|---|---|\n".to_owned();
-        for (what, figure) in &self.rows {
-            text.push_str(&format!("| {what} | {figure} |\n"));
-        }
-        text
+        let line = |fields: &[String]| format!("| {} |\n", fields.join(" | "));
+        let rule = format!("|{}\n", "---|".repeat(self.columns.len()));
+        self.rows.iter().fold(line(&self.columns) + &rule, |table, row| table + &line(row))
     }
 }
 

@@ -1,8 +1,10 @@
-//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`, `tidy`.
+//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`,
+//! `cluster-test`, `tidy`.
 
 mod bench;
 mod build;
 mod chart;
+mod cluster;
 mod demo;
 mod dist;
 mod helm;
@@ -34,6 +36,9 @@ enum Command {
     Test(test::Test),
     /// Measure the whole process
     Bench(bench::Bench),
+    /// What benches start as processes of their own
+    #[command(hide = true)]
+    BenchHelper(bench::Helper),
     /// Check the repository's own rules: who imports whom, file sizes, unsafe code, unfinished code
     Tidy,
     /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
@@ -42,6 +47,8 @@ enum Command {
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
     Image(image::Image),
+    /// Install, upgrade and remove the chart in a real Kubernetes cluster on this machine
+    ClusterTest(cluster::ClusterTest),
     /// Make everything that a release consists of
     Dist(dist::Dist),
 }
@@ -64,10 +71,12 @@ fn run(command: Command) -> Result<bool> {
         Command::Build(build) => build.run(),
         Command::Test(test) => test.run(),
         Command::Bench(bench) => bench.run(),
+        Command::BenchHelper(helper) => helper.run(),
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
+        Command::ClusterTest(test) => test.run(root()),
         Command::Dist(dist) => dist.run(root()),
     }
 }

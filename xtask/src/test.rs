@@ -10,6 +10,7 @@ use spegel_benches::containerd::{self, Version};
 use spegel_benches::daemon::{find_program, output};
 use spegel_benches::gopeer;
 
+use crate::helm::Version as Helm;
 use crate::suites::{Counts, End, Outcome, Suite, report};
 
 /// The Debian packages of the end-to-end tests.
@@ -84,9 +85,9 @@ fn install() {
         };
         println!("{said}");
     }
-    if crate::helm::find().is_err() {
+    if crate::helm::find(Helm::V3).is_err() {
         println!("building Helm with Go, once");
-        match crate::helm::build() {
+        match crate::helm::helm(Helm::V3) {
             Ok(_) => println!("built Helm"),
             Err(reason) => println!("Helm is not built: {reason:#}"),
         }
@@ -112,7 +113,11 @@ fn installed(package: &str) -> bool {
         .is_ok_and(|status| status == "installed")
 }
 
-fn install_packages(packages: &[&str]) -> Result<()> {
+/// Installs Debian packages.
+///
+/// # Errors
+/// What apt-get says, or it is not there.
+pub(crate) fn install_packages(packages: &[&str]) -> Result<()> {
     anyhow::ensure!(find_program("apt-get").is_some(), "this machine has no apt-get");
     let identity = output(Command::new("id").arg("-u"))?;
     anyhow::ensure!(identity.trim() == "0", "that needs root");

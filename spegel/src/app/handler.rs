@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
+use http::request::Parts;
 use http::{Request, Response};
 use hyper::body::Incoming;
 
@@ -18,11 +19,21 @@ impl Handler for Served {
         let registry = Arc::clone(&self.0);
         Box::pin(async move {
             let (parts, _body) = request.into_parts();
-            let remote =
-                parts.extensions.get::<RemoteAddr>().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |addr| addr.0.ip());
-            registry.handle(&parts, remote).await
+            registry.handle(&parts, remote_of(&parts)).await
         })
     }
+
+    fn refuse(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
+        let registry = Arc::clone(&self.0);
+        Box::pin(async move {
+            let (parts, _body) = request.into_parts();
+            registry.turn_away(&parts, remote_of(&parts)).await
+        })
+    }
+}
+
+fn remote_of(parts: &Parts) -> IpAddr {
+    parts.extensions.get::<RemoteAddr>().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |addr| addr.0.ip())
 }
 
 pub(super) fn over(registry: Arc<Registry>) -> Arc<dyn Handler> {

@@ -154,7 +154,7 @@ mod tests {
             Identity::load_or_create(&data).unwrap();
             assert!(certs.join("_default/hosts.toml").exists());
             assert_eq!(ask(&cleaner, "/readyz").await, StatusCode::OK);
-            assert!(!certs.join("_default").exists() && !data.join("private.key").exists());
+            assert!(!certs.exists() && !data.exists());
         }
     }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::cleanup::{CleanupArgs, CleanupWaitArgs};
+use super::serve::ServeArgs;
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum};
 
@@ -107,6 +108,20 @@ pub(super) struct NodeArgs {
     pub(super) basic_auth_dir: PathBuf,
 }
 
+/// How the Kubernetes API is reached.
+#[derive(Debug, Args)]
+pub(super) struct ApiArgs {
+    /// The API server's host
+    #[arg(long, env, value_name = "HOST")]
+    pub(super) kubernetes_service_host: Option<String>,
+    /// The API server's port
+    #[arg(long, env, default_value_t = 443, value_name = "PORT")]
+    pub(super) kubernetes_service_port: u16,
+    /// The directory with a service account's files: `ca.crt` and `token`, and `namespace` where none is given
+    #[arg(long, env, default_value = "/var/run/secrets/kubernetes.io/serviceaccount", value_name = "DIR")]
+    pub(super) service_account_dir: PathBuf,
+}
+
 #[derive(Debug, Args)]
 pub(super) struct RegistryArgs {
     /// How to find the first peers; several may be given
@@ -187,8 +202,22 @@ pub(super) struct RegistryArgs {
     /// How long responses under way may go on after SIGTERM
     #[arg(long, env, default_value = "20s", value_parser = duration, value_name = "DURATION")]
     pub(super) drain_timeout: Duration,
+    /// The zone that this node is in
+    #[arg(long, env, value_name = "NAME")]
+    pub(super) zone: Option<String>,
+    /// Without --zone, take the zone from this node's label in the Kubernetes API, which must allow to read nodes
+    #[arg(long, env, default_value_t = false, action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(super) zone_from_node: bool,
+    /// The key of a taint that is removed from this node once it is ready, through the Kubernetes API, which must allow to patch
+    /// nodes
+    #[arg(long, env, value_name = "KEY")]
+    pub(super) startup_taint: Option<String>,
+    #[command(flatten)]
+    pub(super) serve: ServeArgs,
     #[command(flatten)]
     pub(super) node: NodeArgs,
+    #[command(flatten)]
+    pub(super) api: ApiArgs,
 }
 
 impl ConfigurationArgs {

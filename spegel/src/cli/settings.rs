@@ -12,8 +12,10 @@ use clap::CommandFactory as _;
 use clap::error::ErrorKind as Usage;
 use ipnet::IpNet;
 
-use super::args::{Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
+use super::args::{ApiArgs, Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
+use super::serve::ServeSettings;
 use crate::bootstrap::{Certificates, HttpBootstrap, StaticBootstrap};
+use crate::kube::{ApiSettings, StartupTaint};
 use crate::oci::Filters;
 use crate::registry::BasicAuth;
 use crate::router::NetworkKey;
@@ -47,8 +49,25 @@ pub struct RegistrySettings {
     pub basic_auth: Option<BasicAuth>,
     /// This node's name.
     pub node_name: String,
+    /// Where this node is.
+    pub zone: Zone,
+    /// What keeps workloads away until this node is ready.
+    pub startup_taint: Option<StartupTaint>,
     /// How long responses may go on after SIGTERM.
     pub drain: Duration,
+    /// How bytes are served, and what a client may cost.
+    pub serve: ServeSettings,
+}
+
+/// Where this node is.
+#[derive(Debug)]
+pub enum Zone {
+    /// That was not told.
+    Unknown,
+    /// In this zone.
+    Named(String),
+    /// In the zone that its label names, in the Kubernetes API that is reached like this.
+    OfNode(ApiSettings),
 }
 
 /// A source of first peers.
@@ -142,7 +161,10 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         mirror,
         basic_auth,
         node_name: node_name(&args.node),
+        zone: zone(&args)?,
+        startup_taint: startup_taint(&args)?,
         drain: args.drain_timeout,
+        serve: args.serve.settings(),
         data_dir: args.data_dir.filter(|path| !path.as_os_str().is_empty()),
         content: if args.oci_layout.is_empty() {
             let content_path = Some(PathBuf::from(args.containerd_content_path));
@@ -157,6 +179,36 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
     })
 }
 
+fn zone(args: &RegistryArgs) -> Result<Zone, clap::Error> {
+    match args.zone.as_deref().filter(|zone| !zone.is_empty()) {
+        Some(zone) if zone.len() > 63 || !zone.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) => {
+            Err(usage(format!(
+                "--zone {zone}: a zone has up to 63 letters, digits, '-', '_' and '.', as a node's label"
+            )))
+        }
+        Some(zone) => Ok(Zone::Named(zone.to_owned())),
+        None if args.zone_from_node => api(&args.api, "--zone-from-node").map(Zone::OfNode),
+        None => Ok(Zone::Unknown),
+    }
+}
+
+fn startup_taint(args: &RegistryArgs) -> Result<Option<StartupTaint>, clap::Error> {
+    let Some(key) = args.startup_taint.as_deref().filter(|key| !key.is_empty()) else { return Ok(None) };
+    if !key.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b)) {
+        return Err(usage(format!("--startup-taint {key}: give the taint's key alone, without value and effect")));
+    }
+    let api = api(&args.api, "--startup-taint")?;
+    Ok(Some(StartupTaint { key: key.to_owned(), api }))
+}
+
+/// How the API is reached that `flag` asks.
+pub(super) fn api(args: &ApiArgs, flag: &str) -> Result<ApiSettings, clap::Error> {
+    let Some(host) = args.kubernetes_service_host.clone().filter(|host| !host.is_empty()) else {
+        return Err(usage(format!("{flag} asks the Kubernetes API: run in a pod, or give --kubernetes-service-host")));
+    };
+    let service_account = args.service_account_dir.clone();
+    Ok(ApiSettings { host, port: args.kubernetes_service_port, service_account })
+}
 const KINDS: &str = "dns, http, mdns and static";
 
 fn bootstrap(args: &RegistryArgs) -> Result<Vec<Bootstrap>, clap::Error> {

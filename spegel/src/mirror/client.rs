@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::pool::Pool;
+use super::{CHAIN_HEADER, RECEIVING_HEADER};
 
 /// The longest response head that is accepted of a peer, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -39,6 +40,9 @@ pub enum PeerError {
     /// A status other than the ones asked for.
     #[error("answered {0}")]
     Status(u16),
+    /// It gets the blob by way of the node that wants it.
+    #[error("its bytes come through the node that asks")]
+    Circle,
     /// The bytes are not those of the digest.
     #[error("sent bytes that are not those of the digest")]
     WrongBytes,
@@ -65,6 +69,9 @@ pub(super) struct PeerHead {
     pub(super) content_type: Option<String>,
     pub(super) content_range: Option<String>,
     pub(super) digest: Option<String>,
+    /// The peer is still receiving what it sends.
+    pub(super) receiving: bool,
+    pub(super) chain: Option<String>,
     pub(super) keep_alive: bool,
 }
 
@@ -204,6 +211,10 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
             head.content_range = Some(value.to_owned());
         } else if is("docker-content-digest") {
             head.digest = Some(value.to_owned());
+        } else if is(RECEIVING_HEADER) {
+            head.receiving = true;
+        } else if is(CHAIN_HEADER) {
+            head.chain = Some(value.to_owned());
         } else if is("connection") && value.split(',').any(|token| token.trim().eq_ignore_ascii_case("close")) {
             head.keep_alive = false;
         }

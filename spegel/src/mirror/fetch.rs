@@ -17,8 +17,10 @@ use tracing::debug;
 use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeouts};
 use super::metrics::Outcome;
 use super::{
-    Content, Found, Kind, MIRRORED_HEADER, Miss, Shared, VERIFIED_BODY, Verified, Wanted, health, relay, verify,
+    Chain, Content, Found, Kind, MIRRORED_HEADER, Miss, NodeId, Shared, VERIFIED_BODY, Verified, WAIT_HEADER, Wanted,
+    health, relay, siblings, verify,
 };
+use crate::hosts::NODE_HEADER;
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
 use crate::router::Peer;
 
@@ -41,6 +43,8 @@ pub(super) struct Streamed {
     pub(super) response: PeerResponse,
     /// Where it begins in the blob, and the blob's length, for a part.
     pub(super) part: Option<(u64, u64)>,
+    /// The nodes that it comes through, if the peer is still receiving it.
+    pub(super) chain: Option<Chain>,
 }
 
 /// The state of one request.
@@ -54,7 +58,14 @@ struct Race<'a> {
 }
 
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
-    let (peer, taken) = race(shared, wanted, &HashSet::new()).await?;
+    let (peer, taken) = match race(shared, wanted, &HashSet::new()).await {
+        Ok(taken) => taken,
+        Err(miss) if wanted.kind == Kind::Manifest => return Err(miss),
+        Err(miss) => siblings::wait(shared, wanted).await.ok_or(miss)?,
+    };
+    if let Some(pull) = &wanted.pull {
+        shared.siblings.gave(pull, &peer, now());
+    }
     let content = match taken {
         Taken::Content(content) => content,
         Taken::Streamed(streamed) => {
@@ -197,7 +208,7 @@ impl Shared {
     fn judge(&self, peer: &Peer, result: &Result<Taken, PeerError>) {
         for &address in &peer.addresses {
             match result {
-                Ok(_) | Err(PeerError::Status(404)) => self.health.answered(address),
+                Ok(_) | Err(PeerError::Status(404) | PeerError::Circle) => self.health.answered(address),
                 Err(_) => self.health.failed(address, now(), health::jitter()),
             }
         }
@@ -211,18 +222,29 @@ fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
         Err(PeerError::Late { .. }) => Outcome::Late,
         Err(PeerError::Lost(_)) => Outcome::Lost,
         Err(PeerError::Malformed(_)) => Outcome::Malformed,
-        Err(PeerError::Status(_)) => Outcome::Refused,
+        Err(PeerError::Status(_) | PeerError::Circle) => Outcome::Refused,
         Err(PeerError::WrongBytes) => Outcome::WrongBytes,
     }
 }
 
 /// Asks one peer. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by the stall bound.
-async fn attempt(shared: &Shared, wanted: &Wanted, peer: &Peer, timeouts: Timeouts) -> Result<Taken, PeerError> {
+pub(super) async fn attempt(
+    shared: &Shared,
+    wanted: &Wanted,
+    peer: &Peer,
+    timeouts: Timeouts,
+) -> Result<Taken, PeerError> {
     // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
     let mut extra = format!("{MIRRORED_HEADER}: true\r\nUser-Agent: spegel/{}\r\n", env!("CARGO_PKG_VERSION"));
     if let Some(authorization) = &shared.settings.authorization {
         extra.push_str(&format!("Authorization: {authorization}\r\n"));
+    }
+    if let Some(wait) = wanted.wait {
+        extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
+    }
+    if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
+        extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));
     }
     let request = PeerRequest {
         method: if head_only { "HEAD" } else { "GET" },
@@ -291,6 +313,7 @@ async fn blob(
     address: SocketAddr,
 ) -> Result<Taken, PeerError> {
     let length = response.head.content_length;
+    let chain = chain(wanted, &response.head)?;
     let part = match (&wanted.range, response.head.status) {
         (Some(range), 206) => Some(checked_part(range, &response.head)?),
         (Some(_), _) => return Err(PeerError::Malformed("the whole where a part was asked for")),
@@ -310,7 +333,20 @@ async fn blob(
         let verified = Verified { digest: digest.clone(), bytes, media_type: None };
         return Ok(Taken::Content(Content::Verified(verified)));
     }
-    Ok(Taken::Streamed(Streamed { address, response, part }))
+    Ok(Taken::Streamed(Streamed { address, response, part, chain }))
+}
+
+/// The nodes above the one that gets the blob, if the peer is still receiving it. That one must not be among them.
+fn chain(wanted: &Wanted, head: &PeerHead) -> Result<Option<Chain>, PeerError> {
+    if !head.receiving {
+        return Ok(None);
+    }
+    let chain = head.chain.as_deref().and_then(|text| text.parse::<Chain>().ok());
+    let chain = chain.ok_or(PeerError::Malformed("it receives the blob and does not tell from whom"))?;
+    match &wanted.node {
+        Some(node) if chain.contains(NodeId::of(node)) => Err(PeerError::Circle),
+        _ => Ok(Some(chain)),
+    }
 }
 
 /// Where a 206 begins and the blob's length: it must be the part that was asked for.

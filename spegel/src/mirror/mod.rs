@@ -3,10 +3,12 @@
 mod client;
 mod fetch;
 mod health;
+mod lineage;
 mod metrics;
 mod pool;
 mod relay;
 mod shelf;
+mod siblings;
 mod sources;
 mod verify;
 
@@ -17,16 +19,26 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
 
-use crate::oci::Key;
+use crate::oci::{Digest, Key};
 use crate::router::{Peer, Router};
 use crate::zerocopy::Body;
 
 pub use client::{PeerError, Timeouts};
+pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
 
 /// Marks a request between nodes: it is answered from local content only, so that no request goes in circles.
 pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
+
+/// Marks an answer for a blob that the answering node is still receiving: `<position>/<total>`, both in bytes.
+pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
+
+/// The nodes that such an answer's bytes come through, a [`Chain`].
+pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
+
+/// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
+pub const WAIT_HEADER: &str = "X-Spegel-Wait";
 
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
@@ -49,6 +61,8 @@ pub struct Settings {
     pub hedge: Duration,
     /// How long a peer's body may stand still before it is given up.
     pub stall: Duration,
+    /// How long a request may wait for the first bytes of a blob at a peer that gave other blobs of the same image.
+    pub hold: Duration,
     /// The `Authorization` header's value for peers, where basic authentication is on.
     pub authorization: Option<String>,
 }
@@ -61,6 +75,7 @@ impl Default for Settings {
             timeouts: Timeouts { connect: Duration::from_secs(1), head: Duration::from_secs(3) },
             hedge: Duration::from_millis(200),
             stall: Duration::from_secs(5),
+            hold: Duration::from_secs(2),
             authorization: None,
         }
     }
@@ -81,6 +96,14 @@ pub struct Wanted {
     pub range: Option<String>,
     /// What to wait for before a body that breaks off is ended.
     pub gate: Option<Gate>,
+    /// The node whose containerd gets it, by name.
+    pub node: Option<Arc<str>>,
+    /// That node may be this one.
+    pub feeds_us: bool,
+    /// What the request is a part of: the upstream's name and the repository.
+    pub pull: Option<Arc<str>>,
+    /// How long a peer is asked to wait for its own first bytes.
+    pub wait: Option<Duration>,
 }
 
 /// Something to wait for. The wait is bounded by the stall bound.
@@ -169,7 +192,9 @@ struct Shared {
     pool: pool::Pool,
     health: health::Health,
     sources: sources::Sources,
+    siblings: siblings::Siblings,
     shelf: shelf::Shelf,
+    lineage: Arc<lineage::Lineage>,
     budget: Arc<Semaphore>,
     metrics: MirrorMetrics,
 }
@@ -183,18 +208,31 @@ impl Mirror {
             pool: pool::Pool::default(),
             health: health::Health::default(),
             sources: sources::Sources::default(),
+            siblings: siblings::Siblings::default(),
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
+            lineage: Arc::default(),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
             metrics,
         };
         Self { shared: Arc::new(shared) }
     }
 
+    /// The nodes through which this node's containerd is being given a blob that they still receive.
+    pub fn lineage(&self, digest: &Digest) -> Chain {
+        self.shared.lineage.of(digest)
+    }
+
+    /// Whether the node `asker` should not be made to wait for a blob that the node `own`, this one, is about to receive.
+    pub fn declines(&self, digest: &Digest, own: NodeId, asker: NodeId) -> bool {
+        self.shared.siblings.declines(digest, own, asker)
+    }
+
     /// Finds peers that have `wanted`, and takes the first good answer.
     ///
     /// # Errors
     /// [`Miss`] when no peer gave it, after [`Settings::resolve_timeout`] and one bounded attempt with each of
-    /// [`Settings::resolve_retries`] peers at the most.
+    /// [`Settings::resolve_retries`] peers at the most, and for a blob of a pull that peers gave other blobs of, after
+    /// [`Settings::hold`] more.
     pub async fn fetch(&self, wanted: &Wanted) -> Result<Found, Miss> {
         if let (Key::Digest(digest), Kind::Manifest, false) = (&wanted.key, wanted.kind, wanted.head_only)
             && let Some(verified) = self.shared.shelf.take(digest, Instant::now())

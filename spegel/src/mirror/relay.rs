@@ -12,7 +12,8 @@ use tracing::{debug, info};
 
 use super::fetch::{Streamed, Taken, race};
 use super::metrics::End;
-use super::{Shared, Wanted, health};
+use super::{Shared, Wanted, health, lineage};
+use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
 /// The peers of one body, one after the other.
@@ -28,16 +29,19 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
+    /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
+    fed: Option<lineage::Fed>,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
 pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) -> Body {
-    let Streamed { address, response, part } = streamed;
+    let Streamed { address, response, part, chain } = streamed;
     let length = response.head.content_length;
     let start = part.map_or(0, |(start, _)| start);
-    let state = State { address, keep_alive: response.head.keep_alive, broken: HashSet::new() };
+    let state =
+        State { address, keep_alive: response.head.keep_alive, fed: shared.fed(wanted, chain), broken: HashSet::new() };
     let chain = Arc::new(Chain {
         shared: Arc::clone(shared),
         wanted: wanted.clone(),
@@ -53,6 +57,14 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
 }
 
 impl Shared {
+    /// Notes that our containerd is given this by nodes that still receive it themselves.
+    fn fed(&self, wanted: &Wanted, chain: Option<lineage::Chain>) -> Option<lineage::Fed> {
+        match &wanted.key {
+            Key::Digest(digest) if wanted.feeds_us => Some(self.lineage.fed(digest, chain?)),
+            _ => None,
+        }
+    }
+
     /// The peer at this address gave less than it had promised.
     fn broke(&self, wanted: &Wanted, address: SocketAddr) {
         self.health.failed(address, Instant::now(), health::jitter());
@@ -90,11 +102,12 @@ impl Chain {
                 }
                 return None;
             };
-            let Streamed { address, response, .. } = streamed;
+            let Streamed { address, response, chain: lineage, .. } = streamed;
             debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
+            state.fed = chain.shared.fed(&wanted, lineage);
             Some((response.stream, response.leftover))
         })
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Response, StatusCode};
@@ -11,12 +11,15 @@ use tracing::warn;
 
 use super::promises::{Client, Refusal};
 use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Content, Found, Gate, Kind, Verified, Wanted};
+use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
-use crate::store::Blob;
+use crate::store::{Blob, Found as Local, Receiving};
 use crate::zerocopy::Body;
+
+/// The longest that a peer is made to wait for what is about to be received.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -33,9 +36,16 @@ pub(super) struct Ask {
     pub(super) registry: Option<String>,
     pub(super) range: Option<RangeSpec>,
     pub(super) client: Client,
+    /// A peer asks to wait for what is about to be received here.
+    pub(super) wait: Option<Duration>,
 }
 
 impl Ask {
+    /// What the request is a part of.
+    fn pull(&self) -> Option<Arc<str>> {
+        Some(format!("{}/{}", self.registry.as_deref()?, self.repository.as_ref()?).into())
+    }
+
     /// The offset of the first byte that is asked for; unknown of a suffix, as long as the length is.
     fn first_byte(&self) -> Option<u64> {
         match self.range {
@@ -50,6 +60,8 @@ impl Ask {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
     Local,
+    /// This node has some of it, and is receiving the rest.
+    Receiving,
     /// Fetched from a peer and verified a moment ago.
     Ready,
     Peer(Arc<str>),
@@ -60,6 +72,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Local => "local",
+            Self::Receiving => "receiving",
             Self::Ready => "ready",
             Self::Peer(address) => address,
             Self::Nobody => "nobody",
@@ -94,6 +107,12 @@ fn source_of(found: &Found) -> Source {
     }
 }
 
+/// A part of bytes in memory.
+fn slice(bytes: &Bytes, start: u64, end: u64) -> Body {
+    let to_index = |offset| usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+    Body::bytes(bytes.slice(to_index(start)..to_index(end)))
+}
+
 impl Registry {
     pub(super) async fn manifest(&self, ask: &Ask, reference: &TagOrDigest) -> Result<Answer, OciError> {
         let key = match reference {
@@ -121,6 +140,10 @@ impl Registry {
             head_only: ask.head_only,
             range: None,
             gate: None,
+            node: self.fed_node(ask),
+            feeds_us: false,
+            pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
+            wait: None,
         };
         let found =
             self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
@@ -136,6 +159,11 @@ impl Registry {
         if blob.size > MAX_MANIFEST_BYTES as u64 {
             let message = "a manifest has no more than 4 MiB";
             return Err(OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, message));
+        }
+        if let Some(small) = &blob.small {
+            let Some(media_type) = small.media_type() else { return Ok(None) };
+            let response = respond::manifest(digest, media_type.as_str(), Body::bytes(small.bytes().clone()));
+            return Ok(Some(Answer::from(response, Source::Local)));
         }
         let mut bytes = vec![0; usize::try_from(blob.size).unwrap_or_default()];
         if let Err(error) = blob.file.read_exact_at(&mut bytes, 0) {
@@ -159,9 +187,8 @@ impl Registry {
     }
 
     pub(super) async fn blob(&self, ask: &Ask, digest: &Digest) -> Result<Answer, OciError> {
-        if let Some(blob) = self.open(ask, digest).await {
-            let body = |start, end: u64| Body::file(Arc::clone(&blob.file), start, end - start);
-            return Ok(self.give(ask, digest, blob.size, Source::Local, body));
+        if let Some(answer) = self.local_blob(ask, digest).await {
+            return Ok(answer);
         }
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
         if ask.mirrored || ask.excluded {
@@ -174,10 +201,89 @@ impl Registry {
             head_only: ask.head_only,
             range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
             gate: Some(self.gate(ask, digest)),
+            node: self.fed_node(ask),
+            feeds_us: self.may_be_ours(ask),
+            pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
+            wait: None,
         };
         match self.settings.mirror.fetch(&wanted).await {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
             Err(miss) => self.refuse(ask, digest).await.ok_or_else(|| unknown().with_detail(miss.to_string())),
+        }
+    }
+
+    /// What this node has, or receives. Only where the asker cannot be who receives it here is the latter looked for.
+    async fn local_blob(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
+        let chain = if self.may_be_ours(ask) { None } else { self.chain_below(ask, digest) };
+        let found = match chain {
+            None => self.open(ask, digest).await.map(Local::Complete),
+            Some(_) => self.find(ask, digest).await,
+        };
+        match found? {
+            Local::Complete(blob) => {
+                let body = |start, end: u64| match &blob.small {
+                    Some(small) => slice(small.bytes(), start, end),
+                    None => Body::file(Arc::clone(&blob.file), start, end - start),
+                };
+                Some(self.give(ask, digest, blob.size, Source::Local, body))
+            }
+            Local::Receiving(Receiving { growing, total }) => {
+                let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
+                let mut answer = self.give(ask, digest, total, Source::Receiving, body);
+                respond::mark_receiving(&mut answer.response, growing.progress().position, total, &chain?);
+                Some(answer)
+            }
+        }
+    }
+
+    /// What this node has, receives, or is about to receive if the asker would wait for that.
+    async fn find(&self, ask: &Ask, digest: &Digest) -> Option<Local> {
+        let store = &self.settings.store;
+        let found = match store.find(digest, ask.repository.as_ref()).await {
+            Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
+                Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
+                None => Ok(None),
+            },
+            found => found,
+        };
+        found.unwrap_or_else(|error| {
+            warn!(%digest, %error, "cannot open content of this node, asking peers");
+            None
+        })
+    }
+
+    /// Whether the asker would wait for us while we wait for others.
+    fn declines(&self, ask: &Ask, digest: &Digest) -> bool {
+        match (&ask.client, self.settings.node_name.as_deref()) {
+            (Client::Node(name), Some(own)) => self.settings.mirror.declines(digest, NodeId::of(own), NodeId::of(name)),
+            _ => true,
+        }
+    }
+
+    /// The nodes that a blob comes through for those who get it from here while it is received, unless the asker is one of them or
+    /// they are too many.
+    fn chain_below(&self, ask: &Ask, digest: &Digest) -> Option<Chain> {
+        let above = self.settings.mirror.lineage(digest);
+        let own = NodeId::of(self.settings.node_name.as_deref()?);
+        let chain = above.below(own)?;
+        let is_circle = matches!(&ask.client, Client::Node(name) if chain.contains(NodeId::of(name)));
+        (!is_circle).then_some(chain)
+    }
+
+    /// Whether our own containerd may be who asks.
+    fn may_be_ours(&self, ask: &Ask) -> bool {
+        match &ask.client {
+            _ if ask.mirrored => false,
+            Client::Node(name) => self.settings.node_name.as_deref().is_none_or(|own| own == &**name),
+            Client::Address(_) => true,
+        }
+    }
+
+    /// The node whose containerd gets what is asked for.
+    fn fed_node(&self, ask: &Ask) -> Option<Arc<str>> {
+        match &ask.client {
+            Client::Node(name) => Some(Arc::clone(name)),
+            Client::Address(_) => self.settings.node_name.as_deref().map(Into::into),
         }
     }
 
@@ -212,11 +318,7 @@ impl Registry {
         match found.content {
             Content::Verified(verified) => {
                 let bytes: Bytes = verified.bytes;
-                let slice = |start: u64, end: u64| {
-                    let to_index = |offset| usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
-                    Body::bytes(bytes.slice(to_index(start)..to_index(end)))
-                };
-                self.give(ask, digest, bytes.len() as u64, source, slice)
+                self.give(ask, digest, bytes.len() as u64, source, |start, end| slice(&bytes, start, end))
             }
             Content::Relay { body, part } => {
                 let (start, total) = part.unwrap_or((0, body.len()));

@@ -13,6 +13,7 @@ mod turns;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use http::request::Parts;
 use http::{Response, StatusCode, header};
@@ -20,7 +21,7 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
-use crate::mirror::{MIRRORED_HEADER, Mirror};
+use crate::mirror::{MIRRORED_HEADER, Mirror, WAIT_HEADER};
 use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
 use crate::store::{Health, Store};
@@ -86,11 +87,21 @@ impl Registry {
 
     /// Answers one request, that came from `remote`. A request body is not looked at.
     pub async fn handle(&self, request: &Parts, remote: IpAddr) -> Response<Body> {
+        let refusal = self.draining.load(Ordering::Relaxed).then_some("this node is stopping");
+        self.respond(request, remote, refusal).await
+    }
+
+    /// Refuses one request, that came on a connection too many, in the way that makes containerd look elsewhere.
+    pub async fn turn_away(&self, request: &Parts, remote: IpAddr) -> Response<Body> {
+        self.respond(request, remote, Some("this node has as many connections as it may")).await
+    }
+
+    async fn respond(&self, request: &Parts, remote: IpAddr, refusal: Option<&'static str>) -> Response<Body> {
         match request.uri.path() {
             "/livez" => self.health(request, "livez", Ok(())),
             "/readyz" => self.health(request, "readyz", self.ready()),
             path => match Request::parse(&request.method, path, request.uri.query()) {
-                Ok(parsed) => self.distribution(request, &parsed, remote).await,
+                Ok(parsed) => self.distribution(request, &parsed, remote, refusal).await,
                 Err(error) => {
                     let observed = self.begin("invalid", request);
                     debug!(%remote, path, %error, "refused");
@@ -110,8 +121,11 @@ impl Registry {
         Arc::strong_count(&self.flight) - 1
     }
 
-    /// Whether requests should be sent here; else what it waits for.
-    fn ready(&self) -> Result<(), String> {
+    /// Whether requests should be sent here, as `/readyz` says.
+    ///
+    /// # Errors
+    /// What it waits for.
+    pub fn ready(&self) -> Result<(), String> {
         if self.draining.load(Ordering::Relaxed) {
             return Err("it is stopping".to_owned());
         }
@@ -129,13 +143,13 @@ impl Registry {
         self.settings.metrics.begin(handler, &request.method, &self.flight)
     }
 
-    /// What a node that is stopping says: containerd goes upstream on a 503, but not where it was given a part of that blob.
-    async fn refuse_all(&self, ask: &Ask, parsed: &Request) -> Result<Answer, OciError> {
+    /// What a node says that is stopping or has too much to do: containerd goes upstream on a 503, but not where it was given a part of that blob.
+    async fn refuse_all(&self, ask: &Ask, parsed: &Request, why: &'static str) -> Result<Answer, OciError> {
         let cut = match parsed {
             Request::Blob { digest, .. } if !ask.mirrored => self.refuse(ask, digest).await,
             _ => None,
         };
-        cut.ok_or_else(|| OciError::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unknown, "this node is stopping"))
+        cut.ok_or_else(|| OciError::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unknown, why))
     }
 
     fn health(&self, request: &Parts, handler: &'static str, state: Result<(), String>) -> Response<Body> {
@@ -147,7 +161,13 @@ impl Registry {
         finish(respond::without_body_for_head(request, response), observed, |_| {})
     }
 
-    async fn distribution(&self, request: &Parts, parsed: &Request, remote: IpAddr) -> Response<Body> {
+    async fn distribution(
+        &self,
+        request: &Parts,
+        parsed: &Request,
+        remote: IpAddr,
+        refusal: Option<&'static str>,
+    ) -> Response<Body> {
         let observed = self.begin(handler_name(parsed), request);
         if let Some(auth) = &self.settings.basic_auth
             && !auth.admits(request.headers.get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes))
@@ -156,12 +176,12 @@ impl Registry {
             return finish(respond::error(&error), observed, |_| {});
         }
         let ask = self.ask(request, parsed, remote);
-        let answer = match parsed {
-            _ if self.draining.load(Ordering::Relaxed) => self.refuse_all(&ask, parsed).await,
-            Request::Base => Ok(Answer::local(respond::base())),
-            Request::Manifest { reference, .. } => self.manifest(&ask, reference).await,
-            Request::Blob { digest, .. } => self.blob(&ask, digest).await,
-            Request::Referrers { digest, artifact_type, .. } => {
+        let answer = match (refusal, parsed) {
+            (Some(why), _) => self.refuse_all(&ask, parsed, why).await,
+            (None, Request::Base) => Ok(Answer::local(respond::base())),
+            (None, Request::Manifest { reference, .. }) => self.manifest(&ask, reference).await,
+            (None, Request::Blob { digest, .. }) => self.blob(&ask, digest).await,
+            (None, Request::Referrers { digest, artifact_type, .. }) => {
                 self.referrers(&ask, digest, artifact_type.as_deref()).await
             }
         };
@@ -186,6 +206,7 @@ impl Registry {
             mirrored: text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true")),
             range: text("range").and_then(crate::oci::RangeSpec::parse),
             client,
+            wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
         }
     }
 
@@ -252,7 +273,7 @@ fn peer_target(parsed: &Request, path: &str) -> String {
 /// How a body ended, beside what was counted of its request.
 struct Ended {
     end: BodyEnd,
-    elapsed: std::time::Duration,
+    elapsed: Duration,
 }
 
 /// Follows the response's body to its end.

@@ -5,6 +5,7 @@ use http::request::Parts;
 use http::response::Builder;
 use http::{HeaderValue, Method, Response, StatusCode};
 
+use crate::mirror::{CHAIN_HEADER, Chain, RECEIVING_HEADER};
 use crate::oci::{ALLOWED_METHODS, ContentRange, Digest, ERROR_CONTENT_TYPE, OciError};
 use crate::zerocopy::Body;
 
@@ -80,6 +81,16 @@ pub(super) fn unsatisfiable(length: u64) -> Response<Body> {
         response.headers_mut().insert(CONTENT_RANGE, value);
     }
     response
+}
+
+/// Says that a blob is still being received, how much of it is there, and which nodes it comes through.
+pub(super) fn mark_receiving(response: &mut Response<Body>, position: u64, total: u64, chain: &Chain) {
+    let marks = [(RECEIVING_HEADER, format!("{position}/{total}")), (CHAIN_HEADER, chain.to_string())];
+    for (name, value) in marks {
+        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_str(&value)) {
+            response.headers_mut().insert(name, value);
+        }
+    }
 }
 
 /// The same head without the body, keeping the length that the body would have had.

@@ -5,21 +5,17 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use super::Shared;
 use super::engine::Engine;
-use super::{Shared, linger};
 
 /// Pause after a failed accept: without descriptors the listener stays readable, and every try would fail at once.
 const BACK_OFF: Duration = Duration::from_millis(50);
 
-/// Refusals under way; beyond these a connection is closed without an answer.
+/// Connections that are only told to go elsewhere; beyond these a connection is closed without an answer.
 const REFUSALS: usize = 64;
-
-/// containerd goes upstream on a 503 at once.
-const REFUSAL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 
 pub(super) struct Acceptor {
     listener: TcpListener,
@@ -76,35 +72,15 @@ impl Acceptor {
 
     fn place(&self, stream: TcpStream, remote: SocketAddr) {
         let open: usize = self.engines.iter().map(|engine| engine.load()).sum();
-        let refused = if open >= self.shared.limits.connections {
-            Some(stream)
-        } else {
-            let engine = self.engines.iter().min_by_key(|engine| engine.load());
-            engine.and_then(|engine| engine.push(stream, remote, &self.shared).err())
+        let one_too_many = open >= self.shared.limits.connections;
+        let refusal = match one_too_many.then(|| self.refusals.clone().try_acquire_owned()).transpose() {
+            Ok(refusal) => refusal,
+            Err(_) => return self.shared.metrics.refuse(),
         };
-        let Some(stream) = refused else { return };
-        self.shared.metrics.refuse();
-        if let Ok(permit) = self.refusals.clone().try_acquire_owned() {
-            let limit = self.shared.limits.linger;
-            tokio::spawn(async move {
-                let _permit = permit;
-                // A client that leaves while it is refused is what was wanted.
-                let _ = refuse(stream, limit).await;
-            });
+        let engine = self.engines.iter().min_by_key(|engine| engine.load());
+        let is_placed = engine.is_some_and(|engine| engine.push(stream, remote, refusal, &self.shared));
+        if one_too_many || !is_placed {
+            self.shared.metrics.refuse();
         }
     }
-}
-
-/// Answers 503 once the request begins: Go's client discards a response that comes before.
-async fn refuse(stream: TcpStream, limit: Duration) -> io::Result<()> {
-    let mut stream = tokio::net::TcpStream::from_std(stream)?;
-    let answered = tokio::time::timeout(limit, async {
-        if stream.read(&mut [0; 1024]).await? > 0 {
-            stream.write_all(REFUSAL).await?;
-        }
-        Ok::<_, io::Error>(())
-    });
-    answered.await.map_err(io::Error::from)??;
-    linger::close(stream, limit).await;
-    Ok(())
 }

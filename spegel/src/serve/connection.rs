@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 use super::engine::Accepted;
 use super::watch::{Expired, Handled, Verdict, Watch};
 use super::{RemoteAddr, Shared, linger};
-use crate::zerocopy::{Body, BodyError, BoundBody, Io, Ops};
+use crate::zerocopy::{Body, BodyError, BoundBody, Io, Ops, Settings};
 
 /// How a connection ended.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ enum End {
     Aborted,
 }
 
-pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>) {
+pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings: Arc<Settings>) {
     let remote = accepted.remote;
     // The accepted connection stays counted until its socket is closed.
     let stream = match accepted.take_stream().and_then(prepare) {
@@ -42,7 +42,7 @@ pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>) {
             return;
         }
     };
-    let (stream, end) = match drive(stream, RemoteAddr(remote), &shared).await {
+    let (stream, end) = match drive(stream, &accepted, &shared, &settings).await {
         Ok(ended) => ended,
         Err(error) => {
             tracing::warn!(%error, "cannot serve a connection");
@@ -61,21 +61,28 @@ fn prepare(stream: std::net::TcpStream) -> io::Result<TcpStream> {
 }
 
 /// Runs HTTP until the connection's end, and gives its socket back.
-async fn drive(stream: TcpStream, remote: RemoteAddr, shared: &Arc<Shared>) -> io::Result<(TcpStream, End)> {
-    let ops = Ops::new(&shared.settings)?;
+async fn drive(
+    stream: TcpStream,
+    accepted: &Accepted,
+    shared: &Arc<Shared>,
+    settings: &Arc<Settings>,
+) -> io::Result<(TcpStream, End)> {
+    let ops = Ops::new(settings)?;
     let handling = Arc::new(Handling::default());
+    let (remote, is_refused) = (RemoteAddr(accepted.remote), accepted.is_refused());
     let service = service_fn(|mut request: Request<Incoming>| {
         request.extensions_mut().insert(remote);
         let turn = Handling::begin(&handling);
         let (shared, ops) = (shared.clone(), ops.clone());
         async move {
             let _turn = turn;
-            Ok::<_, Infallible>(answer(&shared, &ops, request).await)
+            Ok::<_, Infallible>(answer(&shared, &ops, request, is_refused).await)
         }
     });
     let mut http = http1::Builder::new();
     // The watch bounds the waits: hyper has no bound on a stalled client, and one for a head and an idle time together.
     http.half_close(true).max_header_size(shared.limits.header_bytes).header_read_timeout(None).writev(true);
+    http.keep_alive(!is_refused);
     let mut connection = http.serve_connection(TokioIo::new(Io::new(stream, ops.clone())), service);
 
     let mut watch = Watch::new(shared.limits);
@@ -107,8 +114,9 @@ async fn drive(stream: TcpStream, remote: RemoteAddr, shared: &Arc<Shared>) -> i
     Ok((connection.into_parts().io.into_inner().into_stream(), end))
 }
 
-async fn answer(shared: &Shared, ops: &Ops, request: Request<Incoming>) -> Response<BoundBody> {
-    let answered = AssertUnwindSafe(async { shared.handler.handle(request).await }).catch_unwind().await;
+async fn answer(shared: &Shared, ops: &Ops, request: Request<Incoming>, is_refused: bool) -> Response<BoundBody> {
+    let handle = || if is_refused { shared.handler.refuse(request) } else { shared.handler.handle(request) };
+    let answered = AssertUnwindSafe(async { handle().await }).catch_unwind().await;
     let response = answered.unwrap_or_else(|_| {
         // The panic hook has said where.
         tracing::error!("a request's handler panicked; it was answered 500");

@@ -1,8 +1,14 @@
 //! What a server counts.
 
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use super::Limits;
+use super::runtime::Chosen;
 use crate::zerocopy::Traffic;
 
 /// A server's figures. Clones share them.
@@ -12,6 +18,20 @@ pub struct ServeMetrics {
     limit: Gauge,
     refused: prometheus_client::metrics::counter::Counter,
     traffic: Traffic,
+    engine: Family<EngineLabels, Gauge>,
+    pipes: Gauge,
+    bounds: Family<BoundLabels, Gauge<f64, AtomicU64>>,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct BoundLabels {
+    of: &'static str,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct EngineLabels {
+    engine: &'static str,
+    reason: &'static str,
 }
 
 // === impl ServeMetrics ===
@@ -36,7 +56,23 @@ impl ServeMetrics {
             "Bytes sent to clients by kind, and by the way they took through the kernel",
             metrics.traffic.family(),
         );
+        registry.register(
+            "spegel_serve_engine_info",
+            "1 for the engine that drives connections, with the reason why it is that one",
+            metrics.engine.clone(),
+        );
+        registry.register("spegel_serve_pipes", "Pipes that relays use now", metrics.pipes.clone());
+        registry.register(
+            "spegel_serve_bound",
+            "What is allowed at most, in numbers, bytes or seconds",
+            metrics.bounds.clone(),
+        );
         metrics
+    }
+
+    /// How many files the process may have open; how many it has is a figure of the process.
+    pub fn set_open_files(&self, bound: u64) {
+        self.set_bound("open_files", bound as f64);
     }
 
     /// Bytes sent.
@@ -57,8 +93,32 @@ impl ServeMetrics {
         self.refused.get()
     }
 
-    pub(super) fn set_limit(&self, limit: usize) {
-        self.limit.set(i64::try_from(limit).unwrap_or(i64::MAX));
+    pub(super) fn set_limits(&self, limits: &Limits, pipes: usize) {
+        self.limit.set(i64::try_from(limits.connections).unwrap_or(i64::MAX));
+        for (of, bound) in [
+            ("connections", limits.connections as f64),
+            ("pipes", pipes as f64),
+            ("header_bytes", limits.header_bytes as f64),
+            ("header_seconds", limits.header_read.as_secs_f64()),
+            ("idle_seconds", limits.idle.as_secs_f64()),
+            ("write_stall_seconds", limits.write_stall.as_secs_f64()),
+        ] {
+            self.set_bound(of, bound);
+        }
+    }
+
+    fn set_bound(&self, of: &'static str, bound: f64) {
+        self.bounds.get_or_create(&BoundLabels { of }).set(bound);
+    }
+
+    /// Follows the pipes in use.
+    pub(super) fn pipes(&self) -> Gauge {
+        self.pipes.clone()
+    }
+
+    pub(super) fn set_engine(&self, chosen: &Chosen) {
+        let labels = EngineLabels { engine: chosen.engine.name(), reason: chosen.reason };
+        self.engine.get_or_create(&labels).set(1);
     }
 
     pub(super) fn opened(&self) {

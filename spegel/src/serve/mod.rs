@@ -11,7 +11,9 @@ mod engine;
 mod linger;
 mod listener;
 mod metrics;
+mod runtime;
 mod watch;
+mod watchdog;
 
 use std::future::Future;
 use std::io;
@@ -21,21 +23,31 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::zerocopy::{Body, PipePool, Settings, Transfer};
 use engine::Engine;
+use watchdog::Watchdog;
 
 pub use listener::{ListenAddr, listen};
 pub use metrics::ServeMetrics;
+pub use runtime::{Chosen, EngineChoice, EngineKind};
 
 /// Answers requests. A panic in it costs that request a 500 and the connection, and nothing else.
 pub trait Handler: Send + Sync + 'static {
     /// Answers `request`, whose extensions hold the client's [`RemoteAddr`]. Runs on a data runtime: it must not block.
     fn handle(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>>;
+
+    /// Tells the client of a connection that is one too many to look elsewhere; the connection is closed after it. 503 if not told
+    /// otherwise: containerd goes upstream on one at once.
+    fn refuse(&self, _request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        std::future::ready(response).boxed()
+    }
 }
 
 impl<F, Fut> Handler for F
@@ -55,7 +67,7 @@ pub struct RemoteAddr(pub SocketAddr);
 /// What a client may cost.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections open at once; one more is answered 503 and closed.
+    /// Connections open at once; one more is told to go elsewhere and closed.
     pub connections: usize,
     /// Bytes of a request's line and headers; more is answered 431.
     pub header_bytes: usize,
@@ -90,6 +102,10 @@ pub struct Options {
     pub limits: Limits,
     /// Data runtimes, each a thread.
     pub runtimes: usize,
+    /// What the data runtimes run on.
+    pub engine: EngineChoice,
+    /// How long a data runtime may make no turn before the process is ended; without it none is.
+    pub watchdog: Option<Duration>,
     /// How bytes of files and peers are moved.
     pub transfer: Transfer,
     /// Pipes for relays; relays beyond these copy.
@@ -104,6 +120,8 @@ impl Default for Options {
         Self {
             limits: Limits::default(),
             runtimes: cores.min(4),
+            engine: EngineChoice::Auto,
+            watchdog: Some(Duration::from_secs(5)),
             transfer: Transfer::default(),
             pipes: 256,
             metrics: ServeMetrics::default(),
@@ -134,6 +152,11 @@ pub enum ServeError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The engine that was asked for cannot be had.
+    #[error(
+        "the kernel refuses io_uring ({0}): choose another engine, or allow it (kernel.io_uring_disabled, seccomp)"
+    )]
+    Engine(io::Error),
     /// The kernel refused a thread or a descriptor that the server needs.
     #[error("cannot start the server's threads: {0}")]
     Runtime(io::Error),
@@ -148,6 +171,8 @@ pub struct Server {
     stop: Stop,
     linger: Duration,
     metrics: ServeMetrics,
+    engine: Chosen,
+    _watchdog: Option<Watchdog>,
 }
 
 /// The steps of an end.
@@ -161,7 +186,7 @@ struct Stop {
 /// What connections share.
 struct Shared {
     limits: Limits,
-    settings: Arc<Settings>,
+    settings: Settings,
     handler: Arc<dyn Handler>,
     stop: Stop,
     metrics: ServeMetrics,
@@ -175,25 +200,26 @@ impl Server {
     /// # Errors
     /// An address that is taken or cannot be had, or no threads for the data runtimes.
     pub fn bind(addrs: &[ListenAddr], options: Options, handler: Arc<dyn Handler>) -> Result<Self, ServeError> {
-        let Options { limits, runtimes, transfer, pipes, metrics } = options;
+        let Options { limits, runtimes, engine, watchdog, transfer, pipes, metrics } = options;
         let listeners = addrs.iter().map(|addr| listen(*addr)).collect::<Result<Vec<_>, _>>()?;
         let stop = Stop {
             accepting: CancellationToken::new(),
             drain: CancellationToken::new(),
             abort: CancellationToken::new(),
         };
-        metrics.set_limit(limits.connections);
-        let settings = Arc::new(Settings {
+        metrics.set_limits(&limits, pipes);
+        let settings = Settings {
             transfer,
-            pipes: PipePool::new(pipes),
+            pipes: PipePool::counted(pipes, metrics.pipes()),
             traffic: metrics.traffic().clone(),
             ..Settings::default()
-        });
+        };
         let shared = Arc::new(Shared { limits, settings, handler, stop: stop.clone(), metrics: metrics.clone() });
-        let engines = (0..runtimes.max(1))
-            .map(|index| Engine::start(index, shared.clone()).map(Arc::new))
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(ServeError::Runtime)?;
+        let (engines, engine) = start_engines(runtimes.max(1), engine, watchdog, &shared)?;
+        metrics.set_engine(&engine);
+        let watchdog =
+            watchdog.map(|bound| Watchdog::start(bound, engines.iter().map(|engine| engine.pulse()).collect()));
+        let watchdog = watchdog.transpose().map_err(ServeError::Runtime)?;
         let mut bound = Vec::new();
         let mut acceptors = JoinSet::new();
         for listener in listeners {
@@ -202,13 +228,19 @@ impl Server {
                 acceptor::Acceptor::new(listener, engines.clone(), shared.clone()).map_err(ServeError::Runtime)?;
             acceptors.spawn(acceptor.run());
         }
-        Ok(Self { addrs: bound, engines, acceptors, stop, linger: limits.linger, metrics })
+        Ok(Self { addrs: bound, engines, acceptors, stop, linger: limits.linger, metrics, engine, _watchdog: watchdog })
     }
 
     /// The addresses in use, in the order given; a port of 0 is the kernel's choice here.
     #[must_use]
     pub fn addrs(&self) -> &[SocketAddr] {
         &self.addrs
+    }
+
+    /// What the data runtimes run on, and why.
+    #[must_use]
+    pub fn engine(&self) -> &Chosen {
+        &self.engine
     }
 
     /// What the server counts.
@@ -255,4 +287,29 @@ impl Drop for Server {
             engine.close();
         }
     }
+}
+
+/// The data runtimes, and what they run on; if they differ, what the one runs on that was refused io_uring.
+fn start_engines(
+    count: usize,
+    choice: EngineChoice,
+    watchdog: Option<Duration>,
+    shared: &Arc<Shared>,
+) -> Result<(Vec<Arc<Engine>>, Chosen), ServeError> {
+    let wrap =
+        |error| if choice == EngineChoice::IoUring { ServeError::Engine(error) } else { ServeError::Runtime(error) };
+    let (first, mut chosen) = Engine::start(0, choice, watchdog, shared.clone()).map_err(wrap)?;
+    let mut engines = vec![Arc::new(first)];
+    for index in 1..count {
+        let (engine, own) = Engine::start(index, choice, watchdog, shared.clone()).map_err(wrap)?;
+        engines.push(Arc::new(engine));
+        if own.refusal.is_some() {
+            chosen = own;
+        }
+    }
+    match &chosen.refusal {
+        Some(refusal) => tracing::info!(engine = %chosen.engine, reason = chosen.reason, %refusal, "serve engine"),
+        None => tracing::info!(engine = %chosen.engine, reason = chosen.reason, "serve engine"),
+    }
+    Ok((engines, chosen))
 }

@@ -5,7 +5,9 @@ use std::io::{ErrorKind, Read as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
+use super::small::SmallCache;
 use super::{Blob, StoreError};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES};
 
@@ -13,6 +15,8 @@ use crate::oci::{Digest, MAX_MANIFEST_BYTES};
 #[derive(Clone, Debug)]
 pub(super) struct BlobDir {
     root: PathBuf,
+    /// Of all clones.
+    small: Arc<SmallCache>,
 }
 
 /// An error with the path that it is about.
@@ -24,7 +28,7 @@ pub(super) fn io_error(path: &Path, source: std::io::Error) -> StoreError {
 
 impl BlobDir {
     pub(super) fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), small: Arc::default() }
     }
 
     pub(super) fn root(&self) -> &Path {
@@ -38,8 +42,21 @@ impl BlobDir {
         path
     }
 
-    /// Opens a blob, or says that it is not there. Two system calls on a local file: no reason to leave the thread.
+    /// Opens a blob, or says that it is not there. Small ones come from memory, where they were for less than a second.
     pub(super) fn open(&self, digest: &Digest) -> Result<Option<Blob>, StoreError> {
+        let now = Instant::now();
+        if let Some(blob) = self.small.get(digest, now) {
+            return Ok(Some(blob));
+        }
+        let Some(opened) = self.open_file(digest)? else {
+            self.small.forget(digest);
+            return Ok(None);
+        };
+        Ok(Some(self.small.admit(digest, opened, now)))
+    }
+
+    /// Two system calls on a local file: no reason to leave the thread.
+    fn open_file(&self, digest: &Digest) -> Result<Option<Blob>, StoreError> {
         let path = self.path(digest);
         // Were it a pipe, opening it would otherwise wait for a writer.
         let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
@@ -49,7 +66,7 @@ impl BlobDir {
             Err(error) => return Err(io_error(&path, error)),
         };
         let metadata = file.metadata().map_err(|error| io_error(&path, error))?;
-        Ok(metadata.is_file().then(|| Blob { file: Arc::new(file), size: metadata.len() }))
+        Ok(metadata.is_file().then(|| Blob { file: Arc::new(file), size: metadata.len(), small: None }))
     }
 
     /// A blob's length, if it is there.
@@ -63,7 +80,7 @@ impl BlobDir {
 
     /// A manifest's bytes, unless it is absent, unreadable or too large.
     pub(super) fn manifest(&self, digest: &Digest) -> Option<Vec<u8>> {
-        let blob = self.open(digest).ok()??;
+        let blob = self.open_file(digest).ok()??;
         read_bounded(&blob.file, MAX_MANIFEST_BYTES)
     }
 }

@@ -1,6 +1,7 @@
 //! Why a body ended before its length.
 
 use std::io;
+use std::time::Duration;
 
 /// Why a body ended early. It reaches whoever drives the connection inside the [`io::Error`] that ended it.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -11,6 +12,19 @@ pub enum BodyError {
     /// The file became shorter after its length was promised. Ours or containerd's doing; another source may help.
     #[error("the file ends {missing} bytes before the promised length")]
     Truncated {
+        /// Bytes promised and not sent.
+        missing: u64,
+    },
+    /// The disk gave none of the bytes that were asked of it. This node's fault.
+    #[error("the disk has not given the next bytes within {waited:?}")]
+    Disk {
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The file was not written to its end: its writer gave up, started over, or made no progress within its bound. Another
+    /// source may help.
+    #[error("the file was given up {missing} bytes before the promised length")]
+    Abandoned {
         /// Bytes promised and not sent.
         missing: u64,
     },
@@ -52,7 +66,10 @@ impl From<BodyError> for io::Error {
     fn from(error: BodyError) -> Self {
         let kind = match error {
             BodyError::Cut => io::ErrorKind::ConnectionAborted,
-            BodyError::Truncated { .. } | BodyError::Peer { .. } => io::ErrorKind::UnexpectedEof,
+            BodyError::Truncated { .. } | BodyError::Abandoned { .. } | BodyError::Peer { .. } => {
+                io::ErrorKind::UnexpectedEof
+            }
+            BodyError::Disk { .. } => io::ErrorKind::TimedOut,
             BodyError::OutOfStep => io::ErrorKind::InvalidData,
         };
         Self::new(kind, error)

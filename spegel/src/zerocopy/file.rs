@@ -4,13 +4,23 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
+use futures::future::BoxFuture;
 use rustix::io::Errno;
 
 use super::error::BodyError;
 use super::ops::{Client, Push, Transfer};
 use super::stage::Stage;
 use super::traffic::Way;
+use super::warm::{Warm, Window};
+
+/// Bytes that are read at once where a file is not in memory. One turn's budget.
+const WINDOW: usize = 512 << 10;
+
+/// How long a window may take to be read. A disk that is slower than that is no source.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is left of a file's range.
 pub(super) struct FileSource {
@@ -19,19 +29,61 @@ pub(super) struct FileSource {
     left: u64,
     transfer: Transfer,
     stage: Option<Stage>,
+    warmer: Arc<dyn Warm>,
+    /// Up to here the file was in memory when last looked at.
+    resident_to: u64,
+    warming: Option<Warming>,
+    failed: Option<BodyError>,
+}
+
+/// A window that is being read.
+struct Warming {
+    end: u64,
+    done: BoxFuture<'static, Result<(), tokio::time::error::Elapsed>>,
 }
 
 impl FileSource {
-    pub(super) fn new(file: Arc<File>, offset: u64, len: u64, transfer: Transfer) -> Self {
-        Self { file, offset, left: len, transfer, stage: None }
+    pub(super) fn new(file: Arc<File>, offset: u64, len: u64, transfer: Transfer, warmer: Arc<dyn Warm>) -> Self {
+        Self {
+            file,
+            offset,
+            left: len,
+            transfer,
+            stage: None,
+            warmer,
+            resident_to: offset,
+            warming: None,
+            failed: None,
+        }
     }
 
     pub(super) fn left(&self) -> u64 {
         self.left
     }
 
-    pub(super) fn push(&mut self, client: &Client<'_>, max: usize) -> io::Result<Push> {
-        let max = usize::try_from(self.left).unwrap_or(usize::MAX).min(max);
+    /// Whether bytes are in memory, so that a head may wait for them in the kernel.
+    pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
+        match self.poll_resident(cx) {
+            Poll::Ready(Ok(())) => true,
+            Poll::Ready(Err(error)) => {
+                self.failed = Some(error);
+                false
+            }
+            Poll::Pending => false,
+        }
+    }
+
+    pub(super) fn push(&mut self, cx: &mut Context<'_>, client: &Client<'_>, max: usize) -> io::Result<Push> {
+        if let Some(error) = self.failed.take() {
+            return Err(error.into());
+        }
+        match self.poll_resident(cx) {
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(error)) => return Err(error.into()),
+            Poll::Pending => return Ok(Push::Waiting),
+        }
+        let resident = self.resident_to - self.offset;
+        let max = usize::try_from(self.left.min(resident)).unwrap_or(usize::MAX).min(max);
         let moved = match self.transfer {
             Transfer::Zerocopy => match self.sendfile(client, max) {
                 // A file system that sendfile(2) does not know, or a sandbox that refuses it.
@@ -52,6 +104,42 @@ impl FileSource {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Push::ClientFull),
             Err(error) => Err(error),
         }
+    }
+
+    /// Waits until the next bytes are in memory. While a file is found not to be, the window after the next is read ahead.
+    fn poll_resident(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
+        if self.offset < self.resident_to {
+            return Poll::Ready(Ok(()));
+        }
+        if self.warming.is_none() {
+            let window = self.window(self.offset);
+            match window.resident() {
+                0 => self.warming = Some(self.warm(window)),
+                resident => {
+                    self.resident_to = self.offset + resident as u64;
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+        let Some(warming) = &mut self.warming else { return Poll::Ready(Ok(())) };
+        if ready!(warming.done.as_mut().poll(cx)).is_err() {
+            return Poll::Ready(Err(BodyError::Disk { waited: PATIENCE }));
+        }
+        self.resident_to = warming.end;
+        let next = self.window(self.resident_to);
+        self.warming = (next.resident() < next.len).then(|| self.warm(next));
+        Poll::Ready(Ok(()))
+    }
+
+    /// The window from `start` on, which ends with the body.
+    fn window(&self, start: u64) -> Window {
+        let left = usize::try_from(self.offset + self.left - start).unwrap_or(usize::MAX);
+        Window { file: self.file.clone(), offset: start, len: left.min(WINDOW) }
+    }
+
+    fn warm(&self, window: Window) -> Warming {
+        let end = window.offset + window.len as u64;
+        Warming { end, done: Box::pin(tokio::time::timeout(PATIENCE, self.warmer.warm(window))) }
     }
 
     fn sendfile(&self, client: &Client<'_>, max: usize) -> io::Result<usize> {

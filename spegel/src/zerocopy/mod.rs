@@ -12,6 +12,7 @@
 mod body;
 mod error;
 mod file;
+mod growing;
 mod io;
 mod ops;
 mod pipe;
@@ -19,11 +20,14 @@ mod region;
 mod relay;
 mod stage;
 mod traffic;
+mod warm;
 
 pub use body::{Body, BodyEnd, BoundBody, Chunk};
 pub use error::BodyError;
+pub use growing::{Growing, Progress};
 pub use io::Io;
 pub use ops::{Activity, Ops, Settings, Transfer};
 pub use pipe::PipePool;
 pub use relay::{Relay, RelayEnd, Resume};
 pub use traffic::{Traffic, TrafficLabels, Way};
+pub use warm::{RingWarmer, ThreadWarmer, Warm, Window};

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Context;
 
@@ -14,9 +15,11 @@ use tokio::time::Instant;
 use super::body::EndHooks;
 use super::error::BodyError;
 use super::file::FileSource;
+use super::growing::GrowingSource;
 use super::pipe::PipePool;
 use super::relay::RelaySource;
 use super::traffic::{Traffic, Way};
+use super::warm::{ThreadWarmer, Warm};
 
 /// How the bytes of files and peers are moved.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -26,6 +29,18 @@ pub enum Transfer {
     Zerocopy,
     /// By read and write through a buffer.
     Copy,
+}
+
+impl FromStr for Transfer {
+    type Err = &'static str;
+
+    fn from_str(given: &str) -> Result<Self, Self::Err> {
+        match given {
+            "zerocopy" => Ok(Self::Zerocopy),
+            "copy" => Ok(Self::Copy),
+            _ => Err("the ways are zerocopy and copy"),
+        }
+    }
 }
 
 /// What every connection of a server has in common.
@@ -38,13 +53,21 @@ pub struct Settings {
     pub budget: usize,
     /// Pipes for relays.
     pub pipes: Arc<PipePool>,
+    /// Who reads what is not in memory.
+    pub warmer: Arc<dyn Warm>,
     /// Where sent bytes are counted.
     pub traffic: Traffic,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { transfer: Transfer::default(), budget: 512 << 10, pipes: PipePool::new(256), traffic: Traffic::new() }
+        Self {
+            transfer: Transfer::default(),
+            budget: 512 << 10,
+            pipes: PipePool::new(256),
+            warmer: Arc::new(ThreadWarmer::new()),
+            traffic: Traffic::new(),
+        }
     }
 }
 
@@ -94,7 +117,8 @@ pub struct Activity {
 
 /// Where the bytes of a body come from.
 pub(super) enum Source {
-    File(FileSource),
+    File(Box<FileSource>),
+    Growing(Box<GrowingSource>),
     Relay(Box<RelaySource>),
     Cut,
 }
@@ -288,6 +312,7 @@ impl Source {
     fn left(&self) -> Option<u64> {
         match self {
             Self::File(file) => Some(file.left()),
+            Self::Growing(growing) => Some(growing.left()),
             Self::Relay(relay) => Some(relay.left()),
             Self::Cut => None,
         }
@@ -296,7 +321,8 @@ impl Source {
     /// Whether body bytes will follow a head at once.
     pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
         match self {
-            Self::File(_) => true,
+            Self::File(file) => file.at_hand(cx),
+            Self::Growing(growing) => growing.at_hand(cx),
             Self::Relay(relay) => relay.at_hand(cx),
             Self::Cut => false,
         }
@@ -304,7 +330,8 @@ impl Source {
 
     pub(super) fn push(&mut self, cx: &mut Context<'_>, client: &Client<'_>, max: usize) -> io::Result<Push> {
         match self {
-            Self::File(file) => file.push(client, max),
+            Self::File(file) => file.push(cx, client, max),
+            Self::Growing(growing) => growing.push(cx, client, max),
             Self::Relay(relay) => relay.push(cx, client, max),
             Self::Cut => Err(BodyError::Cut.into()),
         }

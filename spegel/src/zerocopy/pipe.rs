@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use prometheus_client::metrics::gauge::Gauge;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 
 /// Bytes asked for a pipe: with 1 MiB a relay costs about half of what it does with the default of 64 KiB.
@@ -16,6 +17,7 @@ const DEFAULT_CAPACITY: usize = 64 << 10;
 #[derive(Debug)]
 pub struct PipePool {
     max: usize,
+    gauge: Gauge,
     inner: Mutex<Inner>,
 }
 
@@ -36,7 +38,13 @@ impl PipePool {
     /// A pool of at most `max` pipes; a relay that finds none left copies instead.
     #[must_use]
     pub fn new(max: usize) -> Arc<Self> {
-        Arc::new(Self { max, inner: Mutex::default() })
+        Self::counted(max, Gauge::default())
+    }
+
+    /// The same, with a gauge of the pipes in use.
+    #[must_use]
+    pub fn counted(max: usize, gauge: Gauge) -> Arc<Self> {
+        Arc::new(Self { max, gauge, inner: Mutex::default() })
     }
 
     /// An empty pipe, or `None` at the bound or where the kernel has no descriptors left.
@@ -50,6 +58,7 @@ impl PipePool {
             None => open().ok()?,
         };
         inner.in_use += 1;
+        self.gauge.inc();
         Some(Pipe { ends: Some(ends), held: 0, pool: self.clone() })
     }
 }
@@ -102,6 +111,7 @@ impl Drop for Pipe {
     fn drop(&mut self) {
         let mut inner = self.pool.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.in_use = inner.in_use.saturating_sub(1);
+        self.pool.gauge.dec();
         if self.held == 0
             && let Some(ends) = self.ends.take()
         {

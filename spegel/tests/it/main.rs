@@ -3,6 +3,7 @@
 mod cleanup;
 mod e2e;
 mod hosts;
+mod kube;
 mod oci;
 mod registry;
 mod router;

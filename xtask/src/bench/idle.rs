@@ -45,14 +45,15 @@ pub(super) fn run(program: &Path) -> Result<Figures> {
     let ms = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
     Ok(Figures {
         name: "idle",
-        method: METHOD,
+        method: METHOD.to_owned(),
+        columns: vec!["what".into(), "figure".into()],
         rows: vec![
-            ("start to ready, three nodes".into(), ms(ready)),
-            ("resident memory, idle".into(), mib(rss)),
-            ("of it anonymous".into(), mib(anonymous)),
-            ("time to 404, p50".into(), ms(p50)),
-            ("time to 404, p99".into(), ms(p99)),
-            ("size of the program".into(), mib(size)),
+            vec!["start to ready, three nodes".into(), ms(ready)],
+            vec!["resident memory, idle".into(), mib(rss)],
+            vec!["of it anonymous".into(), mib(anonymous)],
+            vec!["time to 404, p50".into(), ms(p50)],
+            vec!["time to 404, p99".into(), ms(p99)],
+            vec!["size of the program".into(), mib(size)],
         ],
         json: json!({
             "ready_seconds": ready.as_secs_f64(), "rss_bytes": rss, "anonymous_bytes": anonymous,
@@ -99,14 +100,17 @@ fn is_ready(address: SocketAddr) -> bool {
 fn memory(nodes: &[Spegel]) -> Result<(u64, u64)> {
     let mut largest = (0, 0);
     for node in nodes {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", node.daemon.pid()))?;
-        let field = |name: &str| -> Result<u64> {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)).context("no such field")?;
-            Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
-        };
+        let field = |name| field_of(node.daemon.pid(), name);
         largest = (field("VmRSS:")?.max(largest.0), field("RssAnon:")?.max(largest.1));
     }
     Ok(largest)
+}
+
+/// A field of a process's status, in bytes.
+pub(super) fn field_of(pid: u32, name: &str) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).context("no such field")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
 }
 
 /// How long each miss took, sorted.

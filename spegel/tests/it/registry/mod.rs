@@ -3,6 +3,7 @@
 
 mod local;
 mod peers;
+mod receiving;
 mod refusals;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,7 +19,7 @@ use spegel::oci::{Digest, Filters, Key, Repository, TagName};
 use spegel::registry::{BasicAuth, Registry, RegistryMetrics, Settings};
 use spegel::router::{MemoryNetwork, MemoryRouter, Router as _};
 use spegel::serve::{ListenAddr, Options, RemoteAddr, Server};
-use spegel::store::{Blob, Change, Changes, Health, Offered, Referrer, Store, StoreError};
+use spegel::store::{Blob, Change, Changes, Found, Health, Offered, Receiving, Referrer, Store, StoreError};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -43,13 +44,19 @@ const MANIFEST: &[u8] = br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.
 #[derive(Debug)]
 struct Shelf {
     blobs: Mutex<HashMap<Digest, Arc<std::fs::File>>>,
+    receiving: Mutex<HashMap<Digest, Receiving>>,
     tags: Mutex<HashMap<TagName, Digest>>,
     health: watch::Sender<Health>,
 }
 
 impl Shelf {
     fn new() -> Arc<Self> {
-        Arc::new(Self { blobs: Mutex::default(), tags: Mutex::default(), health: watch::channel(Health::Ready).0 })
+        Arc::new(Self {
+            blobs: Mutex::default(),
+            receiving: Mutex::default(),
+            tags: Mutex::default(),
+            health: watch::channel(Health::Ready).0,
+        })
     }
 
     fn put(&self, bytes: &[u8]) -> Digest {
@@ -79,7 +86,14 @@ impl Store for Shelf {
 
     async fn open(&self, digest: &Digest, _: Option<&Repository>) -> Result<Option<Blob>, StoreError> {
         let file = self.blobs.lock().unwrap().get(digest).cloned();
-        Ok(file.map(|file| Blob { size: file.metadata().unwrap().len(), file }))
+        Ok(file.map(|file| Blob { size: file.metadata().unwrap().len(), file, small: None }))
+    }
+
+    async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {
+        if let Some(blob) = self.open(digest, asked).await? {
+            return Ok(Some(Found::Complete(blob)));
+        }
+        Ok(self.receiving.lock().unwrap().get(digest).cloned().map(Found::Receiving))
     }
 
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {

@@ -1,7 +1,6 @@
 //! Bodies from files and from memory.
 
 use std::os::unix::fs::FileExt;
-use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use spegel::zerocopy::Way;
@@ -15,8 +14,8 @@ async fn ranges_are_sent_byte_for_byte_on_one_connection() {
     let bytes = noise(9 * MIB + 1);
     let file = file_of(&bytes);
     let len = bytes.len();
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let mut client = fixture.connect().await;
         for (from, to) in
             [(0, len), (0, 0), (0, 1), (len - 1, len), (len, len), (4095, 4097), (1, 4 * MIB + 1), (7, 65_543)]
@@ -32,13 +31,13 @@ async fn ranges_are_sent_byte_for_byte_on_one_connection() {
 #[tokio::test]
 async fn file_bytes_go_through_sendfile_and_the_copy_is_a_copy() {
     let bytes = noise(3 * MIB);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         fixture.then(Body::file(file_of(&bytes), 0, bytes.len() as u64));
         let (_, body) = fixture.connect().await.fetch().await;
         same(&body, &bytes);
         let (by_kernel, copied) = (fixture.traffic().sent(Way::Sendfile), fixture.traffic().sent(Way::FileCopy));
-        match transfer {
+        match mode.transfer {
             Transfer::Zerocopy => assert_eq!((by_kernel, copied), (bytes.len() as u64, 0)),
             Transfer::Copy => assert_eq!((by_kernel, copied), (0, bytes.len() as u64)),
         }
@@ -54,8 +53,8 @@ async fn offsets_beyond_4_gib_are_met() {
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(&bytes, at).unwrap();
     let file = Arc::new(file);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         fixture.then(Body::file(file.clone(), at, bytes.len() as u64));
         let (_, body) = fixture.connect().await.fetch().await;
         same(&body, &bytes);
@@ -72,8 +71,8 @@ async fn offsets_beyond_4_gib_are_met() {
 
 #[tokio::test]
 async fn head_sends_the_length_and_no_body() {
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let response = Response::builder().header("content-length", 1234).body(Body::empty()).unwrap();
         fixture.script.lock().unwrap().push_back(response);
         fixture.then(Body::file(file_of(b"never sent"), 0, 10));
@@ -90,8 +89,8 @@ async fn head_sends_the_length_and_no_body() {
 #[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
     let bytes = noise(300_000);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let mut client = fixture.connect().await;
         for _ in 0..10 {
             fixture.then(text("first"));
@@ -113,8 +112,8 @@ async fn pipelined_requests_are_answered_in_order() {
 #[tokio::test]
 async fn http_1_0_is_answered_and_closed() {
     let bytes = noise(MIB);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         fixture.then(Body::file(file_of(&bytes), 0, MIB as u64));
         let mut client = fixture.connect().await;
         client.send(b"GET / HTTP/1.0\r\n\r\n").await;
@@ -128,8 +127,8 @@ async fn http_1_0_is_answered_and_closed() {
 #[tokio::test]
 async fn a_client_that_shut_its_side_is_answered() {
     let bytes = noise(5 * MIB);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         fixture.then(Body::file(file_of(&bytes), 0, bytes.len() as u64));
         let mut client = fixture.connect().await;
         client.get().await;
@@ -145,8 +144,8 @@ async fn a_client_that_shut_its_side_is_answered() {
 #[tokio::test]
 async fn a_narrow_slow_client_gets_every_byte() {
     let bytes = noise(3 * MIB);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         fixture.then(Body::file(file_of(&bytes), 0, bytes.len() as u64));
         fixture.then(Body::bytes(bytes.clone()));
         let mut client = fixture.connect_narrow().await;
@@ -159,8 +158,8 @@ async fn a_narrow_slow_client_gets_every_byte() {
 
 #[tokio::test]
 async fn a_client_that_vanishes_costs_nothing_further() {
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let file = file_of(&noise(20 * MIB));
         for _ in 0..8 {
             fixture.then(Body::file(file.clone(), 0, 20 << 20));
@@ -178,8 +177,8 @@ async fn a_client_that_vanishes_costs_nothing_further() {
 #[tokio::test]
 async fn a_file_that_gets_shorter_ends_in_an_orderly_close() {
     let bytes = noise(20 * MIB);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let file = file_of(&bytes);
         fixture.then(Body::file(file.clone(), 0, bytes.len() as u64));
         let mut client = fixture.connect_narrow().await;
@@ -200,8 +199,8 @@ async fn a_file_that_gets_shorter_ends_in_an_orderly_close() {
 #[tokio::test]
 async fn a_file_unlinked_under_way_is_served_to_its_end() {
     let bytes = noise(20 * MIB);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("blob");
         std::fs::write(&path, &bytes).unwrap();
@@ -218,8 +217,8 @@ async fn a_file_unlinked_under_way_is_served_to_its_end() {
 
 #[tokio::test]
 async fn a_cut_body_is_a_head_and_an_orderly_close() {
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         for claimed in [1, 5_000_000_000] {
             fixture.then(Body::cut(claimed));
             let mut client = fixture.connect().await;
@@ -233,14 +232,14 @@ async fn a_cut_body_is_a_head_and_an_orderly_close() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixty_four_clients_at_once_get_their_own_bytes() {
     let bytes = Arc::new(noise(MIB));
-    for transfer in BOTH {
+    for mode in modes() {
         let file = file_of(&bytes);
         let handler = move |request: Request<Incoming>| {
             let from: u64 = request.uri().path()[1..].parse().unwrap();
             let body = Body::file(file.clone(), from, (256 << 10) + from);
             async move { Response::new(body) }
         };
-        let options = Options { transfer, runtimes: 2, ..Options::default() };
+        let options = Options { runtimes: 2, ..mode.options() };
         let server = Server::bind(&[loopback()], options, Arc::new(handler)).unwrap();
         let addr = server.addrs()[0];
         let clients = (0..64_usize).map(|n| {
@@ -265,12 +264,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn any_range_is_exact(from in 0_usize..3_000_000, len in 0_usize..2_000_000, narrow: bool, copy: bool) {
+    fn any_range_is_exact(from in 0_usize..3_000_000, len in 0_usize..2_000_000, narrow: bool, mode in proptest::sample::select(modes())) {
         static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| noise(5_000_000));
         let bytes = &*BYTES;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let fixture = Fixture::new(if copy { Transfer::Copy } else { Transfer::Zerocopy });
+            let fixture = Fixture::new(mode);
             fixture.then(Body::file(file_of(bytes), from as u64, len as u64));
             let mut client = if narrow { fixture.connect_narrow().await } else { fixture.connect().await };
             let (head, body) = client.fetch().await;

@@ -16,7 +16,7 @@ fn limited(limits: Limits) -> Fixture {
 
 #[tokio::test]
 async fn a_64_kib_header_is_answered_431() {
-    let fixture = Fixture::new(Transfer::Zerocopy);
+    let fixture = Fixture::new(Mode::default());
     let mut client = fixture.connect().await;
     client.send(format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(64 << 10)).as_bytes()).await;
     assert_eq!(client.head().await.status(), 431);

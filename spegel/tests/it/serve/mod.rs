@@ -1,8 +1,10 @@
-//! Conformance of `serve` and `zerocopy`, the same for bytes moved by the kernel and bytes copied. The client is a bare
+//! Conformance of `serve` and `zerocopy`, the same on each engine, for bytes moved by the kernel and bytes copied. The client is a bare
 //! socket, since how a connection ends is part of what is tested.
 #![allow(clippy::unwrap_used)]
 
+mod engines;
 mod files;
+mod growing;
 mod limits;
 mod relays;
 mod stop;
@@ -11,13 +13,13 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
-use spegel::serve::{ListenAddr, Options, Server};
+use spegel::serve::{EngineChoice, ListenAddr, Options, Server};
 use spegel::zerocopy::{Body, Traffic, Transfer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
@@ -25,7 +27,36 @@ use tokio::net::{TcpSocket, TcpStream};
 /// How long any one step of a test may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-const BOTH: [Transfer; 2] = [Transfer::Zerocopy, Transfer::Copy];
+/// An engine, and a way to move bytes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mode {
+    engine: EngineChoice,
+    transfer: Transfer,
+}
+
+impl Mode {
+    /// A server with one data runtime, so that its connections meet.
+    fn options(self) -> Options {
+        Options { engine: self.engine, transfer: self.transfer, runtimes: 1, ..Options::default() }
+    }
+}
+
+/// Every combination that this machine has.
+fn modes() -> Vec<Mode> {
+    static ENGINES: LazyLock<Vec<EngineChoice>> = LazyLock::new(|| {
+        let of = |engine| Options { engine, runtimes: 1, ..Options::default() };
+        let handler = |_: Request<Incoming>| async { Response::new(Body::empty()) };
+        match Server::bind(&[loopback()], of(EngineChoice::IoUring), Arc::new(handler)) {
+            Ok(_) => vec![EngineChoice::IoUring, EngineChoice::Tokio],
+            Err(error) => {
+                println!("skipped for io-uring: {error}");
+                vec![EngineChoice::Tokio]
+            }
+        }
+    });
+    let with = |engine| [Transfer::Zerocopy, Transfer::Copy].map(|transfer| Mode { engine, transfer });
+    ENGINES.iter().flat_map(|engine| with(*engine)).collect()
+}
 
 /// A server that answers each request with the next response of a list.
 struct Fixture {
@@ -34,8 +65,8 @@ struct Fixture {
 }
 
 impl Fixture {
-    fn new(transfer: Transfer) -> Self {
-        Self::with(Options { transfer, runtimes: 1, ..Options::default() })
+    fn new(mode: Mode) -> Self {
+        Self::with(mode.options())
     }
 
     fn with(options: Options) -> Self {

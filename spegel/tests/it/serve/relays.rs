@@ -38,8 +38,8 @@ fn send_in_background(mut peer: TcpStream, bytes: Vec<u8>) -> tokio::task::JoinH
 #[tokio::test]
 async fn a_peers_bytes_arrive_and_its_connection_comes_back() {
     let bytes = noise(9 * MIB + 3);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let mut client = fixture.connect().await;
         let (mut ours, mut peer) = pair().await;
         // The same two connections, again and again.
@@ -54,7 +54,7 @@ async fn a_peers_bytes_arrive_and_its_connection_comes_back() {
         }
         let (spliced, copied) = (fixture.traffic().sent(Way::Splice), fixture.traffic().sent(Way::RelayCopy));
         assert_eq!(spliced + copied, 4 * bytes.len() as u64);
-        match transfer {
+        match mode.transfer {
             Transfer::Zerocopy => assert_eq!(copied, (bytes.len() + 70_001) as u64, "the prefetched bytes only"),
             Transfer::Copy => assert_eq!(spliced, 0),
         }
@@ -63,8 +63,8 @@ async fn a_peers_bytes_arrive_and_its_connection_comes_back() {
 
 #[tokio::test]
 async fn nothing_beyond_the_length_is_taken_from_the_peer() {
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let (ours, mut peer) = pair().await;
         peer.write_all(b"bodynext response").await.unwrap();
         let (body, ended) = relay(ours, b"", 4);
@@ -93,8 +93,8 @@ async fn relays_without_a_pipe_copy() {
 #[tokio::test]
 async fn a_narrow_slow_client_gets_every_relayed_byte() {
     let bytes = noise(8 * MIB);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let (ours, peer) = pair().await;
         let (body, ended) = relay(ours, &bytes[..1000], bytes.len());
         fixture.then(Body::relay(body));
@@ -106,8 +106,8 @@ async fn a_narrow_slow_client_gets_every_relayed_byte() {
 
 #[tokio::test]
 async fn a_trickling_peer_is_passed_on_as_it_comes() {
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let (ours, mut peer) = pair().await;
         let (body, ended) = relay(ours, b"", 50);
         fixture.then(Body::relay(body));
@@ -126,8 +126,8 @@ async fn a_trickling_peer_is_passed_on_as_it_comes() {
 #[tokio::test]
 async fn a_peer_that_closes_early_ends_the_body_in_order() {
     let bytes = noise(MIB);
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let (ours, peer) = pair().await;
         let (body, ended) = relay(ours, b"", 2 * MIB);
         fixture.then(Body::relay(body));
@@ -150,8 +150,8 @@ async fn a_peer_that_closes_early_ends_the_body_in_order() {
 
 #[tokio::test]
 async fn a_peer_that_resets_does_not_reset_the_client() {
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let (ours, mut peer) = pair().await;
         let (body, ended) = relay(ours, b"", 100);
         fixture.then(Body::relay(body));
@@ -172,7 +172,7 @@ async fn a_peer_that_resets_does_not_reset_the_client() {
 
 #[tokio::test]
 async fn a_peer_that_sends_more_than_it_said_is_not_passed_on() {
-    let fixture = Fixture::new(Transfer::Zerocopy);
+    let fixture = Fixture::new(Mode::default());
     for (prefetched, len) in [(&b"too much"[..], 3), (b"any", 0)] {
         let (ours, _peer) = pair().await;
         let (body, ended) = relay(ours, prefetched, len);
@@ -188,8 +188,8 @@ async fn a_peer_that_sends_more_than_it_said_is_not_passed_on() {
 
 #[tokio::test]
 async fn a_peer_that_stalls_is_given_up() {
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let (ours, mut peer) = pair().await;
         let (body, ended) = relay(ours, b"pre", 100);
         fixture.then(Body::relay(body.stall_timeout(Duration::from_millis(200))));
@@ -207,8 +207,8 @@ async fn a_peer_that_stalls_is_given_up() {
 
 #[tokio::test]
 async fn a_client_that_leaves_is_not_the_peers_fault() {
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let (ours, peer) = pair().await;
         let (body, ended) = relay(ours, b"", 64 * MIB);
         fixture.then(Body::relay(body));
@@ -225,7 +225,7 @@ async fn a_client_that_leaves_is_not_the_peers_fault() {
 
 #[tokio::test]
 async fn a_body_that_is_not_wanted_gives_the_peer_up() {
-    let fixture = Fixture::new(Transfer::Zerocopy);
+    let fixture = Fixture::new(Mode::default());
     let (ours, _peer) = pair().await;
     let (body, ended) = relay(ours, b"", 10);
     fixture.then(Body::relay(body));
@@ -239,8 +239,8 @@ async fn a_body_that_is_not_wanted_gives_the_peer_up() {
 async fn another_peer_goes_on_where_the_first_failed() {
     let bytes = noise(5 * MIB);
     let first = 2 * MIB + 77;
-    for transfer in BOTH {
-        let fixture = Fixture::new(transfer);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
         let (ours, peer) = pair().await;
         let (next, next_peer) = pair().await;
         let (body, ended) = relay(ours, &bytes[..10], bytes.len());
@@ -264,7 +264,7 @@ async fn another_peer_goes_on_where_the_first_failed() {
 
 #[tokio::test]
 async fn a_resume_that_never_answers_is_bounded() {
-    let fixture = Fixture::new(Transfer::Zerocopy);
+    let fixture = Fixture::new(Mode::default());
     let (ours, peer) = pair().await;
     let (body, ended) = relay(ours, b"", 10);
     let body = body.stall_timeout(Duration::from_millis(200)).resume(Box::new(|_| Box::pin(std::future::pending())));
@@ -279,7 +279,7 @@ async fn a_resume_that_never_answers_is_bounded() {
 
 #[tokio::test]
 async fn successors_that_bring_no_byte_are_not_asked_for_ever() {
-    let fixture = Fixture::new(Transfer::Zerocopy);
+    let fixture = Fixture::new(Mode::default());
     let (ours, peer) = pair().await;
     drop(peer);
     let asked = Arc::new(Mutex::new(0));

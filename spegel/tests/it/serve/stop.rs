@@ -5,7 +5,7 @@ use spegel::serve::{Limits, ServeError};
 
 #[tokio::test]
 async fn a_second_server_on_the_port_is_refused_by_name() {
-    let fixture = Fixture::new(Transfer::Zerocopy);
+    let fixture = Fixture::new(Mode::default());
     let again = Server::bind(
         &[ListenAddr::One(fixture.addr())],
         Options::default(),
@@ -19,7 +19,7 @@ async fn a_second_server_on_the_port_is_refused_by_name() {
 #[tokio::test]
 async fn responses_under_way_are_finished_and_idle_connections_closed() {
     let bytes = noise(20 << 20);
-    let fixture = Fixture::new(Transfer::Zerocopy);
+    let fixture = Fixture::new(Mode::default());
     fixture.then(text("idle soon"));
     let mut idle = fixture.connect().await;
     idle.fetch().await;
