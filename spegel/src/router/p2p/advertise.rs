@@ -156,7 +156,7 @@ impl Advertiser {
 
     /// Advertises until cancelled. Every key is told again within four fifths of `ttl`.
     pub(super) async fn run(self, ttl: Duration, cancelled: CancellationToken) {
-        let rounds = usize::try_from((ttl.as_secs() * 4 / 5) / TICK.as_secs()).unwrap_or(usize::MAX);
+        let rounds = rounds(ttl);
         let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sending = Sending::default();
@@ -296,6 +296,19 @@ impl Told {
         let offered = self.offered.chunks(MAX_KEYS).map(|ids| Message::offer(own, ids));
         client.tell_member(&self.contact, &withdrawn.chain(offered).collect::<Vec<_>>()).await
     }
+}
+
+/// In how many shares the keys are told again.
+fn rounds(ttl: Duration) -> usize {
+    usize::try_from((ttl.as_secs() * 4 / 5) / TICK.as_secs()).unwrap_or(usize::MAX)
+}
+
+/// The shares, for the bench.
+#[cfg(test)]
+pub(super) fn bench_rounds(ids: &[ContentId], ttl: Duration) -> Vec<Vec<ContentId>> {
+    let mut offers = Offers::default();
+    ids.iter().for_each(|id| offers.add(*id));
+    (0..rounds(ttl)).map(|_| offers.take_due(rounds(ttl))).collect()
 }
 
 /// One message stream a peer at a time, so that one that hangs holds up nobody else.

@@ -23,6 +23,8 @@ mod per_ip;
 mod records;
 mod results;
 mod search;
+#[cfg(test)]
+mod simulation;
 mod table;
 mod wire;
 

@@ -84,6 +84,7 @@ const LOAD_INTERVAL: Duration = Duration::from_secs(30);
 
 /// What the caller is to do.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "nearly all are of the larger kind")]
 pub(super) enum Action {
     /// Send this to a neighbour.
     Send(PeerId, Message),

@@ -52,6 +52,7 @@ pub(super) struct Node {
     pub(super) received: usize,
 }
 
+#[allow(clippy::large_enum_variant, reason = "nearly all are of the larger kind")]
 enum Event {
     Tick(PeerId),
     Deliver(PeerId, PeerId, Message),

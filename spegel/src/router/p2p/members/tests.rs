@@ -51,6 +51,14 @@ fn check_aims(seed: u64, size: usize) {
         "{size} nodes, seed {seed}: a join is known to 99 % after {joined} s, a silent death after {died} s, \
          {at_rest} B/s a node at rest, {changing} B/s with one change a second"
     );
+    for (what, value) in [
+        ("a join known to 99 % (s)", joined),
+        ("a silent death known to 99 % (s)", died),
+        ("member list at rest, bytes/s a node, sent and received", u32::try_from(at_rest).unwrap()),
+        ("member list with one change a second, bytes/s a node, sent and received", u32::try_from(changing).unwrap()),
+    ] {
+        println!("figure {size}|{what}|{value}");
+    }
     // Sent and received together.
     assert!(at_rest < 500 && changing < 2_000, "{at_rest} and {changing} B/s");
 }
