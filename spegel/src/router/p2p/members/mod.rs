@@ -7,6 +7,7 @@
 //! A card is signed by its member, and only its member can make a newer one. Anybody can say that a member is gone, which those
 //! connected to it do not believe, and which it answers with a newer card.
 
+mod budget;
 mod message;
 #[cfg(test)]
 mod simulation;
@@ -25,6 +26,7 @@ use rand::seq::IteratorRandom as _;
 use super::addresses::Scope;
 use super::keys::Position;
 
+use budget::Budget;
 pub(super) use message::{Card, MAX_KEYS, Message, Signer, ids};
 use message::{Compare, Rumour, SignedCard, Tag, VERSION};
 
@@ -141,42 +143,6 @@ struct Neighbour {
 struct Sums {
     whole: u64,
     parts: Vec<u32>,
-}
-
-/// Bytes that may be sent: so many a second, and so many at once.
-struct Budget {
-    left: usize,
-    rate: usize,
-    burst: usize,
-    at: Instant,
-}
-
-// === impl Budget ===
-
-impl Budget {
-    fn new(rate: usize, burst: usize, now: Instant) -> Self {
-        Self { left: burst, rate, burst, at: now }
-    }
-
-    fn refill(&mut self, now: Instant) {
-        let earned = now.saturating_duration_since(self.at).as_millis().saturating_mul(self.rate as u128) / 1000;
-        let earned = usize::try_from(earned).unwrap_or(usize::MAX);
-        if earned > 0 {
-            self.left = self.left.saturating_add(earned).min(self.burst);
-            self.at = now;
-        }
-    }
-
-    fn spend(&mut self, now: Instant, bytes: usize) -> bool {
-        self.refill(now);
-        match self.left.checked_sub(bytes) {
-            Some(left) => {
-                self.left = left;
-                true
-            }
-            None => false,
-        }
-    }
 }
 
 // === impl Sums ===
