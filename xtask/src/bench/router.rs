@@ -31,7 +31,7 @@ pub(super) fn run(plot: bool) -> Result<Figures> {
     let mut growth = Growth::default();
     for test in TESTS {
         let output = Command::new(env!("CARGO"))
-            .args(["test", "-p", "spegel", "--lib", "--", "--ignored", "--nocapture", test])
+            .args(["test", "-p", "spegel", "--lib", "--profile", "fast", "--", "--ignored", "--nocapture", test])
             .current_dir(crate::root())
             .output()
             .context("run cargo test")?;
