@@ -20,7 +20,7 @@ use crate::bootstrap::{Bootstrap, DnsBootstrap, HttpEndpoint, RememberedPeers};
 use crate::cli::{self, Command, Content, RegistrySettings, VersionFormat};
 use crate::mirror::{self, Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
-use crate::router::{Identity, P2pRouter, P2pSettings, Router};
+use crate::router::{Identity, P2pRouter, P2pSettings, Router, RouterMetrics};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
 use crate::store::{Change, Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
 use crate::web::Web;
@@ -114,7 +114,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     metrics::register_node(&mut figures, &settings.node_name, zone.as_deref());
 
     let (store, mut store_task) = open_store(&settings, &stop)?;
-    let router = start_router(&settings, zone.clone(), &stop)?;
+    let router = start_router(&settings, zone.clone(), RouterMetrics::register(&mut figures), &stop)?;
     if let Some(endpoint) = &settings.bootstrap_endpoint {
         serve_bootstrap(endpoint, &router, &stop)?;
     }
@@ -203,6 +203,7 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
 fn start_router(
     settings: &RegistrySettings,
     zone: Option<String>,
+    metrics: RouterMetrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Arc<P2pRouter>> {
     let mut sources: Vec<Arc<dyn Bootstrap>> = Vec::new();
@@ -231,6 +232,7 @@ fn start_router(
         peer_networks: settings.peers.networks.clone(),
         network_key: settings.peers.network_key.clone(),
         zone,
+        metrics,
         advertise_ttl: P2pSettings::ADVERTISE_TTL,
         join_timeout: P2pSettings::JOIN_TIMEOUT,
         max_records: settings.peers.max_records,

@@ -4,6 +4,7 @@ mod helper;
 mod hop;
 mod idle;
 mod plane;
+mod router;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -50,6 +51,8 @@ enum Name {
     Mixed,
     /// A manifest of 2 KiB beside a blob that is read from the disk
     Cold,
+    /// The router with up to 3,000 nodes under simulated time: lookups, advertising, deaths, the member list
+    Router,
     /// 10,000 idle connections, and 256 bulk streams
     Connections,
 }
@@ -69,6 +72,8 @@ impl Bench {
     pub(crate) fn run(&self) -> Result<bool> {
         let program = match &self.binary {
             Some(program) => std::path::absolute(program)?,
+            // The router's is a test of its own, and needs no program.
+            None if matches!(self.name, Name::Router) => PathBuf::new(),
             None => crate::build::spegel("release")?,
         };
         let settings = plane::Settings { program: program.clone(), rounds: self.rounds.max(1), mib: self.mib };
@@ -81,7 +86,12 @@ impl Bench {
             Name::Mixed => plane::mixed(&settings)?,
             Name::Cold => plane::cold(&settings)?,
             Name::Connections => plane::connections(&settings)?,
+            Name::Router => router::run(self.record)?,
         };
+        self.show(&figures)
+    }
+
+    fn show(&self, figures: &Figures) -> Result<bool> {
         let table = figures.table();
         println!("{table}");
         crate::write_json(self.json.as_ref(), &figures.json)?;

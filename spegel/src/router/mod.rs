@@ -13,7 +13,9 @@ use crate::oci::Key;
 use crate::store::Change;
 
 pub use memory::{MemoryNetwork, MemoryRouter};
-pub use p2p::{Identity, IdentityError, NetworkKey, NetworkKeyError, P2pRouter, P2pSettings, RouterError};
+pub use p2p::{
+    Identity, IdentityError, NetworkKey, NetworkKeyError, P2pRouter, P2pSettings, RouterError, RouterMetrics,
+};
 
 /// A node that offers content, and where its registry listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

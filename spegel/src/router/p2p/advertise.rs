@@ -3,9 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
+use std::net::SocketAddr;
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libp2p::PeerId;
 use tokio::sync::Notify;
@@ -15,6 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::client::Client;
 use super::keys::{ContentId, Position};
+use super::members::{MAX_KEYS, Message};
+use super::metrics::RouterMetrics;
 use super::records::SharedRecords;
 use super::table::{Contact, SharedTable};
 use crate::store::Change;
@@ -25,6 +28,9 @@ const TICK: Duration = Duration::from_secs(10);
 /// How many keys are placed before other tasks get their turn.
 const CHUNK: usize = 1024;
 
+/// How many withdrawn keys wait to be told. More are left to expire.
+const MAX_WITHDRAWN: usize = 100_000;
+
 /// What we offer, and what of it the peers have yet to hear. In the order of the key space, so that neighbours, which are
 /// told to the same peers, go together.
 #[derive(Debug, Default)]
@@ -34,6 +40,10 @@ struct Offers {
     /// The last key that was told again in its turn.
     cursor: Option<Position>,
     newcomers: HashSet<PeerId>,
+    /// What members are to be told that we offer no more.
+    withdrawn: Vec<ContentId>,
+    /// Since when something is fresh.
+    fresh_since: Option<Instant>,
 }
 
 /// Advertises. Cheap to clone, and usable from any thread.
@@ -44,10 +54,17 @@ pub(super) struct Advertiser {
     records: SharedRecords,
     table: SharedTable,
     client: Client,
+    metrics: RouterMetrics,
 }
 
 /// For each peer what it is to be told.
-type Plan = HashMap<PeerId, (Contact, Vec<ContentId>)>;
+type Plan = HashMap<PeerId, Told>;
+
+struct Told {
+    contact: Contact,
+    offered: Vec<ContentId>,
+    withdrawn: Vec<ContentId>,
+}
 
 // === impl Offers ===
 
@@ -56,16 +73,20 @@ impl Offers {
         let position = id.position();
         if self.keys.insert(position, id).is_none() {
             self.fresh.insert(position);
+            self.fresh_since.get_or_insert_with(Instant::now);
         }
     }
 
     fn remove(&mut self, id: &ContentId) {
         let position = id.position();
-        self.keys.remove(&position);
-        self.fresh.remove(&position);
+        let told = !self.fresh.remove(&position);
+        if self.keys.remove(&position).is_some() && told && self.withdrawn.len() < MAX_WITHDRAWN {
+            self.withdrawn.push(*id);
+        }
     }
 
     fn take_fresh(&mut self) -> Vec<ContentId> {
+        self.fresh_since = None;
         let fresh = std::mem::take(&mut self.fresh);
         fresh.iter().filter_map(|position| self.keys.get(position)).copied().collect()
     }
@@ -84,8 +105,17 @@ impl Offers {
 // === impl Advertiser ===
 
 impl Advertiser {
-    pub(super) fn new(records: SharedRecords, table: SharedTable, client: Client) -> Self {
-        Self { offers: Arc::default(), wake: Arc::default(), records, table, client }
+    pub(super) fn new(records: SharedRecords, table: SharedTable, client: Client, metrics: RouterMetrics) -> Self {
+        Self { offers: Arc::default(), wake: Arc::default(), records, table, client, metrics }
+    }
+
+    /// Brings the figures of the queue up to date.
+    pub(super) fn measure(&self) {
+        let offers = self.offers();
+        let figures = &self.metrics.0;
+        figures.advertise_queue.set(i64::try_from(offers.fresh.len()).unwrap_or(i64::MAX));
+        let age = offers.fresh_since.map_or(0, |since| since.elapsed().as_secs());
+        figures.advertise_age.set(i64::try_from(age).unwrap_or(i64::MAX));
     }
 
     /// Takes over a change. Our own answers follow it at once, the peers soon.
@@ -126,7 +156,7 @@ impl Advertiser {
 
     /// Advertises until cancelled. Every key is told again within four fifths of `ttl`.
     pub(super) async fn run(self, ttl: Duration, cancelled: CancellationToken) {
-        let rounds = usize::try_from((ttl.as_secs() * 4 / 5) / TICK.as_secs()).unwrap_or(usize::MAX);
+        let rounds = rounds(ttl);
         let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sending = Sending::default();
@@ -152,17 +182,24 @@ impl Advertiser {
 
     /// Who is to be told what now.
     async fn plan(&self, mut keys: Vec<ContentId>) -> Plan {
-        let (newcomers, all) = {
+        let (newcomers, all, withdrawn) = {
             let mut offers = self.offers();
             keys.extend(offers.take_fresh());
+            let mut withdrawn = std::mem::take(&mut offers.withdrawn);
+            // What has come back since is not taken back.
+            withdrawn.retain(|id| !offers.keys.contains_key(&id.position()));
             let newcomers = std::mem::take(&mut offers.newcomers);
             let all: Vec<ContentId> =
                 if newcomers.is_empty() { vec![] } else { offers.keys.values().copied().collect() };
-            (newcomers, all)
+            (newcomers, all, withdrawn)
         };
         let mut plan = Plan::new();
         for chunk in keys.chunks(CHUNK) {
             self.place(chunk, &mut plan);
+            tokio::task::yield_now().await;
+        }
+        for chunk in withdrawn.chunks(CHUNK) {
+            self.place_withdrawn(chunk, &mut plan);
             tokio::task::yield_now().await;
         }
         for peer in newcomers {
@@ -178,7 +215,19 @@ impl Advertiser {
         let table = self.table.read();
         for id in ids {
             for contact in table.closest(&id.position()) {
-                plan.entry(contact.peer).or_insert_with(|| (contact, Vec::new())).1.push(*id);
+                plan.entry(contact.peer).or_insert_with(|| Told::new(contact)).offered.push(*id);
+            }
+        }
+    }
+
+    /// Only members know how to take something back. Others forget it when it expires.
+    fn place_withdrawn(&self, ids: &[ContentId], plan: &mut Plan) {
+        let table = self.table.read();
+        for id in ids {
+            for contact in table.closest(&id.position()) {
+                if table.is_member(&contact.peer) {
+                    plan.entry(contact.peer).or_insert_with(|| Told::new(contact)).withdrawn.push(*id);
+                }
             }
         }
     }
@@ -186,8 +235,8 @@ impl Advertiser {
     /// A newcomer is told all that it is near to, which includes what is told to everyone just now.
     fn place_at(&self, peer: PeerId, ids: &[ContentId], plan: &mut Plan) {
         let table = self.table.read();
-        let Some(contact) = table.contacts().find(|contact| contact.peer == peer).cloned() else { return };
-        let told = &mut plan.entry(peer).or_insert_with(|| (contact, Vec::new())).1;
+        let Some(contact) = table.get(&peer).cloned() else { return };
+        let told = &mut plan.entry(peer).or_insert_with(|| Told::new(contact)).offered;
         let known: HashSet<ContentId> = told.iter().copied().collect();
         let near = |id: &&ContentId| !known.contains(id) && table.is_among_closest(&peer, &id.position());
         told.extend(ids.iter().filter(near));
@@ -195,16 +244,19 @@ impl Advertiser {
 
     fn send(&self, plan: Plan, sending: &mut Sending) {
         let own: Arc<[_]> = self.records.lock().own_addresses().into();
-        for (peer, (contact, ids)) in plan {
-            if ids.is_empty() || own.is_empty() {
+        for (peer, told) in plan {
+            if (told.offered.is_empty() && told.withdrawn.is_empty()) || own.is_empty() {
                 continue;
             }
             if !sending.busy.insert(peer) {
                 sending.again.insert(peer);
+                // What is taken back would not be said again as what is offered is.
+                self.offers().withdrawn.extend(told.withdrawn);
                 continue;
             }
             let (client, own) = (self.client.clone(), own.clone());
-            sending.tasks.spawn(async move { (peer, client.advertise(&contact, &own, &ids).await) });
+            let is_member = self.table.read().is_member(&peer);
+            sending.tasks.spawn(async move { (peer, told.tell(&client, &own, is_member).await) });
         }
     }
 
@@ -226,6 +278,37 @@ impl Advertiser {
     fn offers(&self) -> MutexGuard<'_, Offers> {
         self.offers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+// === impl Told ===
+
+impl Told {
+    fn new(contact: Contact) -> Self {
+        Self { contact, offered: Vec::new(), withdrawn: Vec::new() }
+    }
+
+    /// In as few messages as the peer understands.
+    async fn tell(self, client: &Client, own: &[SocketAddr], is_member: bool) -> io::Result<()> {
+        if !is_member {
+            return client.advertise(&self.contact, own, &self.offered).await;
+        }
+        let withdrawn = self.withdrawn.chunks(MAX_KEYS).map(Message::withdraw);
+        let offered = self.offered.chunks(MAX_KEYS).map(|ids| Message::offer(own, ids));
+        client.tell_member(&self.contact, &withdrawn.chain(offered).collect::<Vec<_>>()).await
+    }
+}
+
+/// In how many shares the keys are told again.
+fn rounds(ttl: Duration) -> usize {
+    usize::try_from((ttl.as_secs() * 4 / 5) / TICK.as_secs()).unwrap_or(usize::MAX)
+}
+
+/// The shares, for the bench.
+#[cfg(test)]
+pub(super) fn bench_rounds(ids: &[ContentId], ttl: Duration) -> Vec<Vec<ContentId>> {
+    let mut offers = Offers::default();
+    ids.iter().for_each(|id| offers.add(*id));
+    (0..rounds(ttl)).map(|_| offers.take_due(rounds(ttl))).collect()
 }
 
 /// One message stream a peer at a time, so that one that hangs holds up nobody else.

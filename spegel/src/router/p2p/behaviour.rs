@@ -23,6 +23,9 @@ use super::wire::MAX_MESSAGE;
 /// The Kademlia protocol under the prefix of this network.
 pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/spegel/kad/1.0.0");
 
+/// The protocol of those who keep the list of each other.
+pub(super) const MEMBERS: StreamProtocol = StreamProtocol::new("/spegel/members/1");
+
 /// TCP connect, security handshake and multiplexer together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 

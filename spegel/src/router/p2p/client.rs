@@ -14,7 +14,9 @@ use tokio::time::timeout;
 
 use super::addresses::multiaddr;
 use super::keys::ContentId;
-use super::opener::Open;
+use super::members;
+use super::metrics::{Direction, RouterMetrics};
+use super::opener::{Open, Purpose};
 use super::table::Contact;
 use super::wire::{Kind, Message, WirePeer, read_message};
 
@@ -39,6 +41,7 @@ const MAX_PIPELINE: usize = 32;
 pub(super) struct Client {
     local: PeerId,
     open: mpsc::Sender<Open>,
+    metrics: RouterMetrics,
     links: Arc<Mutex<HashMap<PeerId, mpsc::Sender<Request>>>>,
 }
 
@@ -50,12 +53,13 @@ struct Request {
 // === impl Client ===
 
 impl Client {
-    pub(super) fn new(local: PeerId, open: mpsc::Sender<Open>) -> Self {
-        Self { local, open, links: Arc::default() }
+    pub(super) fn new(local: PeerId, open: mpsc::Sender<Open>, metrics: RouterMetrics) -> Self {
+        Self { local, open, metrics, links: Arc::default() }
     }
 
     /// Sends a request and waits for its answer. Must run on the control runtime.
     pub(super) async fn request(&self, to: &Contact, message: Message) -> io::Result<Message> {
+        self.metrics.0.message(Direction::Sent, "get_providers", 1);
         let (reply, answer) = oneshot::channel();
         self.enqueue(to, Request { message, reply })?;
         match timeout(REQUEST_TIMEOUT, answer).await {
@@ -69,8 +73,22 @@ impl Client {
         timeout(BULK_TIMEOUT, self.send_all(to, own, ids)).await.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
     }
 
+    /// Tells a member the same, or that it does not hold any more: a message for thousands of keys.
+    pub(super) async fn tell_member(&self, to: &Contact, messages: &[members::Message]) -> io::Result<()> {
+        messages.iter().for_each(|message| self.metrics.0.message(Direction::Sent, message.kind(), 1));
+        let send = async {
+            let mut stream = self.open_stream(to, Purpose::Members).await?;
+            let mut buffer = Vec::new();
+            messages.iter().for_each(|message| frame(message, &mut buffer));
+            stream.write_all(&buffer).await?;
+            close_and_wait(stream).await
+        };
+        timeout(BULK_TIMEOUT, send).await.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
+    }
+
     async fn send_all(&self, to: &Contact, own: &[SocketAddr], ids: &[ContentId]) -> io::Result<()> {
-        let mut stream = self.open_stream(to).await?;
+        self.metrics.0.message(Direction::Sent, "add_provider", ids.len() as u64);
+        let mut stream = self.open_stream(to, Purpose::Kademlia).await?;
         let addrs = own.iter().map(|address| multiaddr(*address).to_vec()).collect();
         let provider = WirePeer { id: self.local.to_bytes(), addrs };
         let mut message = Message::request(Kind::AddProvider, &[]);
@@ -85,17 +103,12 @@ impl Client {
             }
         }
         stream.write_all(&buffer).await?;
-        stream.close().await?;
-        // The peer ends its side when it has read ours to the end: the only sign that it heard everything.
-        match stream.read(&mut [0]).await? {
-            0 => Ok(()),
-            _ => Err(io::Error::new(ErrorKind::InvalidData, "the peer answered what was no question")),
-        }
+        close_and_wait(stream).await
     }
 
-    async fn open_stream(&self, to: &Contact) -> io::Result<Stream> {
+    pub(super) async fn open_stream(&self, to: &Contact, purpose: Purpose) -> io::Result<Stream> {
         let (reply, stream) = oneshot::channel();
-        let open = Open { peer: to.peer, addresses: to.addresses.clone(), reply };
+        let open = Open { peer: to.peer, purpose, addresses: to.addresses.clone(), reply };
         self.open.send(open).await.map_err(|_| io::Error::from(ErrorKind::NotConnected))?;
         stream.await.map_err(|_| ErrorKind::NotConnected.into())
     }
@@ -161,11 +174,26 @@ impl Client {
             }
         }
         let fresh = async {
-            let opened = stream.insert(self.open_stream(to).await?);
+            let opened = stream.insert(self.open_stream(to, Purpose::Kademlia).await?);
             converse(opened, batch).await
         };
         timeout(2 * REQUEST_TIMEOUT, fresh).await.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
     }
+}
+
+/// The peer ends its side when it has read ours to the end: the only sign that it heard everything.
+async fn close_and_wait(mut stream: Stream) -> io::Result<()> {
+    stream.close().await?;
+    match stream.read(&mut [0]).await? {
+        0 => Ok(()),
+        _ => Err(io::Error::new(ErrorKind::InvalidData, "the peer answered what was no question")),
+    }
+}
+
+/// Appends a message with its length before it.
+pub(super) fn frame(message: &impl prost::Message, buffer: &mut Vec<u8>) {
+    // A Vec grows as needed: encoding into it cannot fail.
+    let _ = message.encode_length_delimited(buffer);
 }
 
 /// Answers leave the batch as they arrive.

@@ -1,7 +1,8 @@
 //! The task that owns the swarm: who enters and leaves the table, which records are kept, and how this node stands.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -15,13 +16,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::addresses::{Scope, multiaddr, socket_address};
 use super::advertise::Advertiser;
-use super::behaviour::{Behaviour, BehaviourEvent, PROTOCOL};
+use super::behaviour::{Behaviour, BehaviourEvent, MEMBERS, PROTOCOL};
 use super::joining::{Answer, Joining, Target};
 use super::keys::ContentId;
+use super::links::{Arrival, Links};
+use super::members::{self, Action, Card, Membership, Message};
 use super::memory::Memory;
+use super::metrics::{Direction, Reason, RouterMetrics};
 use super::records::SharedRecords;
-use super::table::{Contact, SharedTable};
-use crate::router::Readiness;
+use super::table::{Contact, SharedTable, Traits};
+use crate::router::{Member, Members, Peer, Readiness};
 
 /// How often expired records are dropped.
 const SWEEP: Duration = Duration::from_secs(2);
@@ -45,6 +49,16 @@ pub(super) struct Driver {
     pub(super) joining: Joining,
     pub(super) answers: mpsc::Receiver<Answer>,
     pub(super) readiness: watch::Sender<Readiness>,
+    pub(super) membership: Membership,
+    pub(super) links: Links,
+    pub(super) arrived: mpsc::Receiver<Arrival>,
+    /// How busy the registry is said to be.
+    pub(super) loads: watch::Receiver<Option<u8>>,
+    pub(super) members: watch::Sender<Members>,
+    /// Those of the last list that was shown.
+    pub(super) known: HashSet<PeerId>,
+    pub(super) registry_port: u16,
+    pub(super) metrics: RouterMetrics,
     pub(super) remembered: Option<Memory>,
     /// The number of multicast DNS among the sources.
     pub(super) mdns: Option<usize>,
@@ -62,6 +76,8 @@ impl Driver {
     pub(super) async fn run(mut self, cancelled: CancellationToken) {
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut second = tokio::time::interval(members::TICK);
+        second.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let multicast = tokio::time::sleep(MDNS_SETTLES);
         tokio::pin!(multicast);
         let mut waited = false;
@@ -79,6 +95,12 @@ impl Driver {
                     self.joining.answered(answer);
                     self.dial_named();
                 }
+                Some(arrival) = self.arrived.recv() => self.on_arrival(arrival),
+                _ = second.tick() => self.membership.tick(Instant::now()),
+                Ok(()) = self.loads.changed() => {
+                    let load = *self.loads.borrow_and_update();
+                    load.into_iter().for_each(|load| self.membership.set_load(load));
+                }
                 _ = sweep.tick() => {
                     let now = Instant::now();
                     if let Some(memory) = &mut self.remembered {
@@ -86,8 +108,10 @@ impl Driver {
                     }
                     self.records.lock().sweep(now);
                     self.redialled.retain(|_, at| now.duration_since(*at) < REDIAL_PAUSE);
+                    self.measure();
                 }
             }
+            self.follow_membership();
             self.settle();
         }
     }
@@ -114,6 +138,7 @@ impl Driver {
             self.swarm.add_external_address(multiaddr(*address));
             self.joining.is_us(*address);
         }
+        self.membership.set_addresses(Instant::now(), own.clone());
         self.records.lock().set_own_addresses(own);
         self.advertiser.tell_all();
     }
@@ -124,7 +149,11 @@ impl Driver {
                 if info.protocols.contains(&PROTOCOL) =>
             {
                 self.introduced(peer_id, &info.listen_addrs);
+                if info.protocols.contains(&MEMBERS) && self.swarm.is_connected(&peer_id) {
+                    self.membership.connected(Instant::now(), peer_id);
+                }
             }
+            SwarmEvent::Behaviour(BehaviourEvent::Opener(inbound)) => self.links.accept(inbound),
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad_event(event),
             SwarmEvent::Behaviour(BehaviourEvent::Mdns(event)) => self.on_mdns_event(event),
             SwarmEvent::ConnectionClosed { connection_id, peer_id, num_established, .. } => {
@@ -144,13 +173,28 @@ impl Driver {
     }
 
     fn on_kad_event(&mut self, event: kad::Event) {
+        let figures = &self.metrics.0;
         match event {
             kad::Event::InboundRequest { request: InboundRequest::AddProvider { record: Some(record) } } => {
+                figures.message(Direction::Received, "add_provider", 1);
                 // kad has checked that the sender names itself.
                 let addresses = self.scope.filter(&record.addresses);
-                if let Some(id) = ContentId::from_multihash(record.key.as_ref()) {
-                    self.records.lock().add(Instant::now(), id, record.provider, &addresses);
+                match ContentId::from_multihash(record.key.as_ref()) {
+                    None => figures.refuse(Reason::Key),
+                    Some(_) if addresses.is_empty() => figures.refuse(Reason::Address),
+                    Some(id) => {
+                        self.records.lock().add(Instant::now(), id, record.provider, &addresses);
+                    }
                 }
+            }
+            kad::Event::InboundRequest { request } => {
+                let kind = match request {
+                    InboundRequest::FindNode { .. } => "find_node",
+                    InboundRequest::GetProvider { .. } => "get_providers",
+                    InboundRequest::AddProvider { .. } => "add_provider",
+                    InboundRequest::GetRecord { .. } | InboundRequest::PutRecord { .. } => "value",
+                };
+                figures.message(Direction::Received, kind, 1);
             }
             kad::Event::RoutingUpdated { peer, is_new_peer, addresses, old_peer, .. } => {
                 if let Some(old) = old_peer {
@@ -234,9 +278,11 @@ impl Driver {
             // The others may be to a process that was started since and has heard nothing of what the one before was told.
             return self.advertiser.newcomer(peer);
         }
-        let Some(contact) = self.leave_table(&peer) else { return };
-        tracing::debug!(%peer, "connection ended");
+        self.links.forget(&peer);
         let now = Instant::now();
+        let Some(contact) = self.leave_table(&peer) else { return self.membership.parted(&peer) };
+        tracing::debug!(%peer, "connection ended");
+        self.membership.disconnected(now, &peer);
         let recently = self.redialled.get(&peer).is_some_and(|at| now.duration_since(*at) < REDIAL_PAUSE);
         if recently {
             self.swarm.behaviour_mut().kad.remove_peer(&peer);
@@ -259,6 +305,7 @@ impl Driver {
                 self.leave_table(&peer);
                 self.swarm.behaviour_mut().kad.remove_peer(&peer);
                 self.records.lock().forget(&peer);
+                self.membership.failed(Instant::now(), &peer);
             }
             DialError::DialPeerConditionFalse(_) | DialError::Aborted | DialError::Denied { .. } => {}
         }
@@ -296,6 +343,95 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// A neighbour's message, or the end of one of its streams.
+    fn on_arrival(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Ended(peer, garbage) => {
+                self.links.ended(&peer);
+                if garbage {
+                    self.metrics.0.refuse(Reason::Undecodable);
+                }
+            }
+            Arrival::Message(peer, message) => {
+                self.metrics.0.message(Direction::Received, message.kind(), 1);
+                let now = Instant::now();
+                self.on_offer(now, peer, &message);
+                self.membership.receive(now, peer, message);
+            }
+        }
+    }
+
+    /// The sender is who the connection's encryption says, and speaks of itself only.
+    fn on_offer(&self, now: Instant, peer: PeerId, message: &Message) {
+        let mut records = self.records.lock();
+        if let Some(offer) = &message.offer {
+            let addresses = offer.addresses(&self.scope);
+            if addresses.is_empty() {
+                self.metrics.0.refuse(Reason::Address);
+            }
+            for id in members::ids(&offer.keys) {
+                records.add(now, id, peer, &addresses);
+            }
+        }
+        members::ids(&message.withdrawn).for_each(|id| records.withdrawn(&id, &peer));
+    }
+
+    /// Does what the member list asks for, and shows it to others.
+    fn follow_membership(&mut self) {
+        while let Some(action) = self.membership.next_action() {
+            match action {
+                Action::Send(peer, message) => {
+                    self.metrics.0.message(Direction::Sent, message.kind(), 1);
+                    // One that is connected and not in the table has no address of interest.
+                    let contact = self.table.read().find(&peer).cloned();
+                    let contact = contact.unwrap_or_else(|| Contact { peer, addresses: Arc::default() });
+                    self.links.send(&contact, message);
+                }
+                Action::Probe(peer) => {
+                    let addresses = self.membership.card(&peer).map(|card| card.addresses.clone());
+                    self.dial(Target { peer: Some(peer), addresses: addresses.unwrap_or_default() });
+                }
+            }
+        }
+        if self.membership.take_changed() {
+            self.show_members();
+        }
+    }
+
+    fn show_members(&mut self) {
+        let contact = |card: &Card| Contact { peer: card.peer, addresses: card.addresses.as_slice().into() };
+        let traits = |card: &Card| Traits { zone: card.zone.as_deref().map(Arc::from), load: card.load };
+        self.table.write().set_members(self.membership.others().map(|card| (contact(card), traits(card))));
+        let shown: Members = self.membership.others().map(|card| self.show(card)).collect();
+        let mut records = self.records.lock();
+        let (now, before): (HashSet<PeerId>, _) =
+            (self.membership.others().map(|card| card.peer).collect(), &self.known);
+        before.difference(&now).for_each(|gone| records.forget(gone));
+        now.difference(before).for_each(|back| records.recall(back));
+        drop(records);
+        self.known = now;
+        self.members.send_replace(shown);
+    }
+
+    fn show(&self, card: &Card) -> Member {
+        let registry = |address: &SocketAddr| SocketAddr::new(address.ip(), self.registry_port);
+        let mut addresses: Vec<SocketAddr> = card.addresses.iter().map(registry).collect();
+        addresses.dedup();
+        let id = card.peer.to_base58().into();
+        let peer = Peer { id, addresses, zone: card.zone.as_deref().map(Arc::from), load: card.load };
+        Member { peer, version: card.version }
+    }
+
+    fn measure(&mut self) {
+        let figures = &self.metrics.0;
+        let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        figures.members.set(count(self.known.len()));
+        figures.peers.set(count(self.table.read().contacts().count()));
+        figures.records.set(count(self.records.lock().foreign_count()));
+        (0..self.membership.take_refused()).for_each(|_| figures.refuse(Reason::Card));
+        self.advertiser.measure();
     }
 
     /// Whether the search has been without success for so long that it is no reason any more to serve nothing.

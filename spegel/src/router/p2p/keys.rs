@@ -33,6 +33,15 @@ impl ContentId {
         bytes.strip_prefix(&MULTIHASH_PREFIX)?.try_into().ok().map(Self)
     }
 
+    /// The hash alone.
+    pub(super) fn hash(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    pub(super) fn from_hash(hash: [u8; 32]) -> Self {
+        Self(hash)
+    }
+
     pub(super) fn multihash(&self) -> [u8; 34] {
         let mut bytes = [0; 34];
         bytes[..2].copy_from_slice(&MULTIHASH_PREFIX);
@@ -50,6 +59,12 @@ impl ContentId {
 impl Position {
     pub(super) fn of_peer(peer: &PeerId) -> Self {
         Self(Sha256::digest(peer.to_bytes()).into())
+    }
+
+    /// Its first eight bytes.
+    pub(super) fn prefix(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        u64::from_be_bytes([a, b, c, d, e, f, g, h])
     }
 
     pub(super) fn distance(&self, other: &Self) -> Distance {

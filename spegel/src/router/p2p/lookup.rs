@@ -22,9 +22,17 @@ const MAX_CANDIDATES: usize = 128;
 pub(super) struct Walk {
     local: PeerId,
     target: Position,
-    candidates: BTreeMap<Distance, (Contact, State)>,
+    candidates: BTreeMap<Distance, Candidate>,
     /// Those that were asked or told us nothing: they are not asked again when others name them.
     failed: HashSet<PeerId>,
+}
+
+#[derive(Clone, Debug)]
+struct Candidate {
+    contact: Contact,
+    state: State,
+    /// How many have to be asked one after the other to have its answer: one if it was known at the start.
+    hops: u8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +47,7 @@ enum State {
 impl Walk {
     pub(super) fn new(local: PeerId, target: Position, known: Vec<Contact>) -> Self {
         let mut walk = Self { local, target, candidates: BTreeMap::new(), failed: HashSet::new() };
-        walk.learn(known);
+        walk.learn(known, 1);
         walk
     }
 
@@ -47,7 +55,7 @@ impl Walk {
     pub(super) fn next(&mut self, now: Instant) -> Option<Contact> {
         let slow = |asked: &Instant| now.duration_since(*asked) >= SLOW;
         let mut asking = 0;
-        for (contact, state) in self.candidates.values_mut().take(REPLICAS) {
+        for Candidate { contact, state, .. } in self.candidates.values_mut().take(REPLICAS) {
             match state {
                 State::New if asking < PARALLEL => {
                     *state = State::Asked(now);
@@ -62,10 +70,16 @@ impl Walk {
 
     /// A peer answered, and named others nearer to the key.
     pub(super) fn answered(&mut self, peer: &PeerId, closer: Vec<Contact>) {
-        if let Some((_, state)) = self.candidates.get_mut(&self.distance(peer)) {
-            *state = State::Answered;
+        let hops = self.hops(peer).saturating_add(1);
+        if let Some(candidate) = self.candidates.get_mut(&self.distance(peer)) {
+            candidate.state = State::Answered;
         }
-        self.learn(closer);
+        self.learn(closer, hops);
+    }
+
+    /// How many peers in a row were asked to have this one's answer.
+    pub(super) fn hops(&self, peer: &PeerId) -> u8 {
+        self.candidates.get(&self.distance(peer)).map_or(1, |candidate| candidate.hops)
     }
 
     /// A peer could not be asked, or did not answer: the next nearest takes its place.
@@ -78,13 +92,13 @@ impl Walk {
 
     /// Whether the nearest have all answered.
     pub(super) fn is_over(&self) -> bool {
-        self.candidates.values().take(REPLICAS).all(|(_, state)| *state == State::Answered)
+        self.candidates.values().take(REPLICAS).all(|candidate| candidate.state == State::Answered)
     }
 
     /// How long until a peer that was asked counts as slow, if one is waited for.
     pub(super) fn patience(&self, now: Instant) -> Option<Duration> {
-        let asked = self.candidates.values().filter_map(|(_, state)| match state {
-            State::Asked(asked) => (*asked + SLOW).checked_duration_since(now),
+        let asked = self.candidates.values().filter_map(|candidate| match candidate.state {
+            State::Asked(asked) => (asked + SLOW).checked_duration_since(now),
             State::New | State::Answered => None,
         });
         asked.filter(|left| !left.is_zero()).min()
@@ -94,11 +108,11 @@ impl Walk {
         Position::of_peer(peer).distance(&self.target)
     }
 
-    fn learn(&mut self, contacts: Vec<Contact>) {
+    fn learn(&mut self, contacts: Vec<Contact>, hops: u8) {
         for contact in contacts {
             if contact.peer != self.local && !contact.addresses.is_empty() && !self.failed.contains(&contact.peer) {
                 let distance = self.distance(&contact.peer);
-                self.candidates.entry(distance).or_insert((contact, State::New));
+                self.candidates.entry(distance).or_insert(Candidate { contact, state: State::New, hops });
             }
         }
         while self.candidates.len() > MAX_CANDIDATES {
@@ -148,6 +162,7 @@ mod tests {
         walk.answered(&asked[1], known);
         assert!(walk.is_over());
         assert_eq!(walk.patience(now), None);
+        assert_eq!(walk.hops(&asked[1]), 1);
     }
 
     #[test]
@@ -174,7 +189,7 @@ mod tests {
         while let Some(contact) = walk.next(now) {
             assert!(asked.insert(contact.peer), "asked twice");
             walk.failed(&contact.peer);
-            walk.learn(known.clone());
+            walk.learn(known.clone(), 2);
         }
         assert_eq!(asked.len(), 40);
         assert!(walk.is_over());
@@ -190,7 +205,7 @@ mod tests {
         walk.answered(&known[0].peer, named.clone());
         assert!(walk.candidates.len() <= MAX_CANDIDATES);
         let excluded = [named[0].peer, named[1].peer];
-        assert!(walk.candidates.values().all(|(contact, _)| !excluded.contains(&contact.peer)));
+        assert!(walk.candidates.values().all(|candidate| !excluded.contains(&candidate.contact.peer)));
     }
 
     proptest! {

@@ -8,25 +8,32 @@ mod advertise;
 mod behaviour;
 mod client;
 mod driver;
+mod holdings;
 mod identity;
 mod joining;
 mod keys;
+mod links;
 mod lookup;
+mod members;
 mod memory;
+mod metrics;
 mod network_key;
 mod opener;
 mod per_ip;
 mod records;
+mod results;
 mod search;
+#[cfg(test)]
+mod simulation;
 mod table;
 mod wire;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 use libp2p::Swarm;
@@ -50,7 +57,10 @@ use driver::Driver;
 pub use identity::{Identity, IdentityError};
 use joining::Joining;
 use keys::ContentId;
+use links::Links;
+use members::{Membership, Own};
 use memory::Memory;
+pub use metrics::RouterMetrics;
 pub use network_key::{NetworkKey, NetworkKeyError};
 use opener::Opener;
 use records::{RecordLimits, Records, SharedRecords};
@@ -94,7 +104,9 @@ pub struct P2pSettings {
     pub advertise_ttl: Duration,
     /// How long this node is not ready while none of the peers that are named can be reached.
     pub join_timeout: Duration,
-    /// How many records of other nodes are kept, at about 100 bytes each. When there are more the oldest go first.
+    /// Where what it does is counted.
+    pub metrics: RouterMetrics,
+    /// How many records of other nodes are kept, at 64 bytes each. When there are more the oldest go first.
     pub max_records: usize,
 }
 
@@ -126,7 +138,8 @@ pub struct P2pRouter {
     searches: Searches,
     advertiser: Advertiser,
     readiness: watch::Receiver<Readiness>,
-    members: watch::Sender<Members>,
+    members: watch::Receiver<Members>,
+    load: watch::Sender<Option<u8>>,
     _stop: DropGuard,
 }
 
@@ -162,9 +175,9 @@ impl P2pRouter {
         let records = SharedRecords::new(Records::new(local, limits, Instant::now()));
         let table = SharedTable::default();
         let (open, opens) = mpsc::channel(QUEUE);
-        let client = Client::new(local, open);
+        let client = Client::new(local, open, settings.metrics.clone());
 
-        let opener = Opener::new(local, behaviour::PROTOCOL, opens);
+        let opener = Opener::new(local, opens);
         let setup = Setup {
             identity: &settings.identity.0,
             mdns: settings.mdns,
@@ -182,9 +195,23 @@ impl P2pRouter {
             registry_port: settings.registry_port,
             records: records.clone(),
             table: table.clone(),
+            metrics: settings.metrics.clone(),
         };
         let searches = Searches::new(context, client.clone(), Handle::current());
-        let advertiser = Advertiser::new(records.clone(), table.clone(), client);
+        let advertiser = Advertiser::new(records.clone(), table.clone(), client.clone(), settings.metrics.clone());
+        let (arrivals, arrived) = mpsc::channel(QUEUE);
+        let links = Links::new(client, arrivals);
+        let (load, loads) = watch::channel(None);
+        let members: watch::Sender<Members> = watch::Sender::default();
+        let own = Own { addresses: Vec::new(), zone: settings.zone, load: None };
+        let membership = Membership::new(
+            local,
+            own,
+            scope.clone(),
+            Box::new(settings.identity.0.clone()),
+            rand::random(),
+            (Instant::now(), SystemTime::now()),
+        );
         let (readiness, readiness_seen) = watch::channel(Readiness::Joining);
         let mut sources = settings.bootstrap;
         let count = sources.len();
@@ -215,6 +242,14 @@ impl P2pRouter {
             readiness,
             remembered: settings.remembered.map(Memory::new),
             mdns,
+            membership,
+            links,
+            arrived,
+            loads,
+            members: members.clone(),
+            known: HashSet::new(),
+            registry_port: settings.registry_port,
+            metrics: settings.metrics,
             called: HashMap::new(),
             redialled: HashMap::new(),
             join_timeout: settings.join_timeout,
@@ -231,7 +266,8 @@ impl P2pRouter {
             searches,
             advertiser,
             readiness: readiness_seen,
-            members: watch::Sender::default(),
+            members: members.subscribe(),
+            load,
             _stop: cancelled.drop_guard(),
         }))
     }
@@ -288,10 +324,12 @@ impl Router for P2pRouter {
     }
 
     fn members(&self) -> watch::Receiver<Members> {
-        self.members.subscribe()
+        self.members.clone()
     }
 
-    fn set_load(&self, _percent: u8) {}
+    fn set_load(&self, percent: u8) {
+        self.load.send_if_modified(|load| load.replace(percent.min(100)) != Some(percent.min(100)));
+    }
 }
 
 impl fmt::Debug for P2pRouter {

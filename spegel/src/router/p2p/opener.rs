@@ -1,17 +1,18 @@
-//! Opens streams of the Kademlia protocol for our own queries, and keeps the connections to peers of the routing table.
+//! Opens streams of the Kademlia protocol for our own queries, carries those of the member protocol both ways, and keeps the
+//! connections to peers of the routing table.
 //!
-//! kad's behaviour answers the same protocol; this one is its outbound side only. (libp2p-stream would do the first half, but
+//! kad's behaviour answers the Kademlia protocol; of that one this is the outbound side only. (libp2p-stream would do the first half, but
 //! remembers every connection that there ever was.)
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use libp2p::PeerId;
 use libp2p::core::transport::PortUse;
-use libp2p::core::upgrade::{DeniedUpgrade, ReadyUpgrade};
+use libp2p::core::upgrade::ReadyUpgrade;
 use libp2p::core::{Endpoint, Multiaddr};
 use libp2p::swarm::behaviour::ConnectionEstablished;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
@@ -20,10 +21,10 @@ use libp2p::swarm::{
     ConnectionClosed, ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, DialFailure,
     FromSwarm, NetworkBehaviour, NotifyHandler, Stream, StreamProtocol, SubstreamProtocol, THandlerInEvent, ToSwarm,
 };
-use libp2p::{PeerId, core};
 use tokio::sync::{mpsc, oneshot};
 
 use super::addresses::multiaddr;
+use super::behaviour::{MEMBERS, PROTOCOL};
 
 /// How long opening a stream on an open connection may take.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(2);
@@ -31,10 +32,21 @@ const STREAM_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many streams may wait for one peer's connection.
 const MAX_WAITING: usize = 256;
 
+/// How many streams that one peer opened may wait for us to look at them. More are closed.
+const MAX_OPENED: usize = 8;
+
+/// What a stream is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Kademlia,
+    Members,
+}
+
 /// Asks for a stream. Dropping the sender says that there is none.
 #[derive(Debug)]
 pub(super) struct Open {
     pub(super) peer: PeerId,
+    pub(super) purpose: Purpose,
     /// Where to dial it if it is not connected.
     pub(super) addresses: Arc<[SocketAddr]>,
     pub(super) reply: oneshot::Sender<Stream>,
@@ -43,12 +55,11 @@ pub(super) struct Open {
 /// The behaviour.
 pub(super) struct Opener {
     local: PeerId,
-    protocol: StreamProtocol,
     requests: mpsc::Receiver<Open>,
     connected: HashMap<PeerId, Connections>,
-    waiting: HashMap<PeerId, Vec<oneshot::Sender<Stream>>>,
+    waiting: HashMap<PeerId, Vec<(Purpose, oneshot::Sender<Stream>)>>,
     pinned: HashSet<PeerId>,
-    events: VecDeque<ToSwarm<Infallible, Command>>,
+    events: VecDeque<ToSwarm<Inbound, Command>>,
     waker: Option<Waker>,
 }
 
@@ -63,24 +74,30 @@ struct Connections {
 /// What a connection is told.
 #[derive(Debug)]
 pub(super) enum Command {
-    Open(oneshot::Sender<Stream>),
+    Open(Purpose, oneshot::Sender<Stream>),
     Keep(bool),
+}
+
+/// A peer opened a stream of the member protocol.
+#[derive(Debug)]
+pub(super) struct Inbound {
+    pub(super) peer: PeerId,
+    pub(super) stream: Stream,
 }
 
 /// One connection's part.
 pub(super) struct Handler {
-    protocol: StreamProtocol,
-    wanted: VecDeque<oneshot::Sender<Stream>>,
+    wanted: VecDeque<(Purpose, oneshot::Sender<Stream>)>,
+    opened: VecDeque<Stream>,
     keep: bool,
 }
 
 // === impl Opener ===
 
 impl Opener {
-    pub(super) fn new(local: PeerId, protocol: StreamProtocol, requests: mpsc::Receiver<Open>) -> Self {
+    pub(super) fn new(local: PeerId, requests: mpsc::Receiver<Open>) -> Self {
         Self {
             local,
-            protocol,
             requests,
             connected: HashMap::new(),
             waiting: HashMap::new(),
@@ -119,13 +136,13 @@ impl Opener {
         }
     }
 
-    fn open(&mut self, Open { peer, addresses, reply }: Open) {
+    fn open(&mut self, Open { peer, purpose, addresses, reply }: Open) {
         if let Some(connection) = self.connected.get(&peer).and_then(Connections::preferred) {
-            return self.tell(peer, connection, Command::Open(reply));
+            return self.tell(peer, connection, Command::Open(purpose, reply));
         }
         let waiting = self.waiting.entry(peer).or_default();
         if waiting.len() < MAX_WAITING {
-            waiting.push(reply);
+            waiting.push((purpose, reply));
         }
         if waiting.len() == 1 {
             let opts = DialOpts::peer_id(peer)
@@ -137,8 +154,8 @@ impl Opener {
         }
     }
 
-    fn handler(&self) -> Handler {
-        Handler { protocol: self.protocol.clone(), wanted: VecDeque::new(), keep: false }
+    fn handler() -> Handler {
+        Handler { wanted: VecDeque::new(), opened: VecDeque::new(), keep: false }
     }
 }
 
@@ -153,7 +170,7 @@ impl Connections {
 
 impl NetworkBehaviour for Opener {
     type ConnectionHandler = Handler;
-    type ToSwarm = Infallible;
+    type ToSwarm = Inbound;
 
     fn handle_established_inbound_connection(
         &mut self,
@@ -162,7 +179,7 @@ impl NetworkBehaviour for Opener {
         _: &Multiaddr,
         _: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(self.handler())
+        Ok(Self::handler())
     }
 
     fn handle_established_outbound_connection(
@@ -173,7 +190,7 @@ impl NetworkBehaviour for Opener {
         _: Endpoint,
         _: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(self.handler())
+        Ok(Self::handler())
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
@@ -182,8 +199,8 @@ impl NetworkBehaviour for Opener {
                 let by_smaller = endpoint.is_dialer() == (self.local < peer_id);
                 self.connected.entry(peer_id).or_default().open.push((connection_id, by_smaller));
                 self.choose_kept(peer_id);
-                for reply in self.waiting.remove(&peer_id).unwrap_or_default() {
-                    self.tell(peer_id, connection_id, Command::Open(reply));
+                for (purpose, reply) in self.waiting.remove(&peer_id).unwrap_or_default() {
+                    self.tell(peer_id, connection_id, Command::Open(purpose, reply));
                 }
             }
             FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, connection_id, remaining_established, .. }) => {
@@ -205,11 +222,11 @@ impl NetworkBehaviour for Opener {
         }
     }
 
-    fn on_connection_handler_event(&mut self, _: PeerId, _: ConnectionId, event: Infallible) {
-        match event {}
+    fn on_connection_handler_event(&mut self, peer: PeerId, _: ConnectionId, stream: Stream) {
+        self.events.push_back(ToSwarm::GenerateEvent(Inbound { peer, stream }));
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Infallible, THandlerInEvent<Self>>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Inbound, THandlerInEvent<Self>>> {
         loop {
             if let Some(event) = self.events.pop_front() {
                 return Poll::Ready(event);
@@ -228,14 +245,14 @@ impl NetworkBehaviour for Opener {
 
 impl ConnectionHandler for Handler {
     type FromBehaviour = Command;
-    type ToBehaviour = Infallible;
-    type InboundProtocol = DeniedUpgrade;
+    type ToBehaviour = Stream;
+    type InboundProtocol = ReadyUpgrade<StreamProtocol>;
     type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
     type InboundOpenInfo = ();
     type OutboundOpenInfo = oneshot::Sender<Stream>;
 
-    fn listen_protocol(&self) -> SubstreamProtocol<DeniedUpgrade> {
-        SubstreamProtocol::new(DeniedUpgrade, ())
+    fn listen_protocol(&self) -> SubstreamProtocol<ReadyUpgrade<StreamProtocol>> {
+        SubstreamProtocol::new(ReadyUpgrade::new(MEMBERS), ())
     }
 
     fn connection_keep_alive(&self) -> bool {
@@ -244,7 +261,7 @@ impl ConnectionHandler for Handler {
 
     fn on_behaviour_event(&mut self, command: Command) {
         match command {
-            Command::Open(reply) => self.wanted.push_back(reply),
+            Command::Open(purpose, reply) => self.wanted.push_back((purpose, reply)),
             Command::Keep(keep) => self.keep = keep,
         }
     }
@@ -252,12 +269,19 @@ impl ConnectionHandler for Handler {
     fn poll(
         &mut self,
         _: &mut Context<'_>,
-    ) -> Poll<ConnectionHandlerEvent<Self::OutboundProtocol, Self::OutboundOpenInfo, Infallible>> {
-        while let Some(reply) = self.wanted.pop_front() {
+    ) -> Poll<ConnectionHandlerEvent<Self::OutboundProtocol, Self::OutboundOpenInfo, Stream>> {
+        if let Some(stream) = self.opened.pop_front() {
+            return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(stream));
+        }
+        while let Some((purpose, reply)) = self.wanted.pop_front() {
             if reply.is_closed() {
                 continue;
             }
-            let upgrade = ReadyUpgrade::new(self.protocol.clone());
+            let protocol = match purpose {
+                Purpose::Kademlia => PROTOCOL,
+                Purpose::Members => MEMBERS,
+            };
+            let upgrade = ReadyUpgrade::new(protocol);
             let protocol = SubstreamProtocol::new(upgrade, reply).with_timeout(STREAM_TIMEOUT);
             return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
         }
@@ -277,7 +301,9 @@ impl ConnectionHandler for Handler {
             ConnectionEvent::DialUpgradeError(DialUpgradeError { error, .. }) => {
                 tracing::debug!(%error, "no stream");
             }
-            ConnectionEvent::FullyNegotiatedInbound(inbound) => core::util::unreachable(inbound.protocol),
+            ConnectionEvent::FullyNegotiatedInbound(inbound) if self.opened.len() < MAX_OPENED => {
+                self.opened.push_back(inbound.protocol);
+            }
             _ => {}
         }
     }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use libp2p::kad::{ProviderRecord, Record, RecordKey};
 use rand::seq::IteratorRandom;
 
 use super::addresses::multiaddr;
+use super::holdings::Holdings;
 use super::keys::ContentId;
 
 /// How many providers of one key are told to one who asks: enough to choose from, in a message of a few kilobytes.
@@ -21,7 +22,7 @@ const MAX_TOLD: usize = 32;
 /// Settings of a [`Records`].
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RecordLimits {
-    /// How many records of others are kept. One costs about 100 bytes.
+    /// How many records of others are kept. One costs 64 bytes at most.
     pub(super) foreign: usize,
     /// How long a record is valid from when it was told.
     pub(super) validity: Duration,
@@ -34,14 +35,10 @@ pub(super) struct Records {
     epoch: Instant,
     own: HashSet<ContentId>,
     own_addresses: Vec<SocketAddr>,
-    foreign: HashMap<ContentId, Vec<Holding>>,
-    /// How many holdings `foreign` has.
-    count: usize,
+    foreign: Holdings,
     providers: Vec<Provider>,
     free: Vec<u32>,
     by_peer: HashMap<PeerId, u32>,
-    /// Holdings in the order in which they were told. Those told again since are also further on.
-    order: VecDeque<Told>,
 }
 
 struct Provider {
@@ -50,18 +47,6 @@ struct Provider {
     records: usize,
     /// Known to be dead: its records are not told, until it tells one again or they expire.
     gone: bool,
-}
-
-#[derive(Clone, Copy)]
-struct Holding {
-    provider: u32,
-    /// In seconds since the epoch of the store.
-    told: u32,
-}
-
-struct Told {
-    id: ContentId,
-    holding: Holding,
 }
 
 // === impl Records ===
@@ -74,12 +59,10 @@ impl Records {
             epoch: now,
             own: HashSet::new(),
             own_addresses: Vec::new(),
-            foreign: HashMap::new(),
-            count: 0,
+            foreign: Holdings::new(),
             providers: Vec::new(),
             free: Vec::new(),
             by_peer: HashMap::new(),
-            order: VecDeque::new(),
         }
     }
 
@@ -101,7 +84,7 @@ impl Records {
 
     /// How many records of others are held.
     pub(super) fn foreign_count(&self) -> usize {
-        self.count
+        self.foreign.len()
     }
 
     /// Keeps what `peer` told about itself. One peer may fill half of the store at most; beyond that it is not heard.
@@ -113,34 +96,23 @@ impl Records {
         let index = self.intern(peer, addresses);
         let provider = &mut self.providers[index as usize];
         provider.gone = false;
-        let holding = Holding { provider: index, told };
-        let holdings = self.foreign.entry(id).or_default();
-        match holdings.iter_mut().find(|held| held.provider == index) {
-            Some(held) if held.told == told => return true,
-            Some(held) => *held = holding,
-            None if provider.records >= self.limits.foreign.div_ceil(2) => {
-                if holdings.is_empty() {
-                    self.foreign.remove(&id);
-                }
-                return false;
-            }
-            None => {
-                holdings.push(holding);
-                provider.records += 1;
-                self.count += 1;
-            }
+        if self.foreign.renew(&id, index, told) {
+            return true;
         }
-        self.order.push_back(Told { id, holding });
-        while self.count > self.limits.foreign && self.pop_oldest() {}
-        self.compact();
+        let provider = &mut self.providers[index as usize];
+        if provider.records >= self.limits.foreign.div_ceil(2) {
+            return false;
+        }
+        provider.records += 1;
+        self.foreign.add(id, index, told);
+        while self.foreign.len() > self.limits.foreign && self.remove_oldest() {}
         true
     }
 
     /// Others that offer `id`, in random order, not more than are told to one who asks.
     pub(super) fn others(&self, now: Instant, id: &ContentId) -> Vec<(PeerId, Arc<[SocketAddr]>)> {
         let oldest = self.oldest_valid(now);
-        let Some(holdings) = self.foreign.get(id) else { return Vec::new() };
-        let valid = holdings.iter().filter(|held| oldest.is_none_or(|oldest| held.told >= oldest));
+        let valid = self.foreign.of(id).filter(|held| oldest.is_none_or(|oldest| held.told >= oldest));
         let alive = valid.map(|held| &self.providers[held.provider as usize]).filter(|provider| !provider.gone);
         let mut chosen = alive.choose_multiple(&mut rand::rng(), MAX_TOLD);
         rand::seq::SliceRandom::shuffle(chosen.as_mut_slice(), &mut rand::rng());
@@ -154,19 +126,31 @@ impl Records {
     /// Drops what has expired.
     pub(super) fn sweep(&mut self, now: Instant) {
         let Some(oldest) = self.oldest_valid(now) else { return };
-        while self.order.front().is_some_and(|first| first.holding.told < oldest) {
-            self.pop_oldest();
+        while self.foreign.oldest().is_some_and(|(_, held)| held.told < oldest) {
+            self.remove_oldest();
         }
-        if self.foreign.len() < self.foreign.capacity() / 4 {
-            self.foreign.shrink_to_fit();
-            self.order.shrink_to_fit();
+    }
+
+    /// Drops what `peer` told about itself and has taken back.
+    pub(super) fn withdrawn(&mut self, id: &ContentId, peer: &PeerId) {
+        if let Some(index) = self.by_peer.get(peer) {
+            self.remove(id, *index);
         }
     }
 
     /// Stops telling about a peer that is dead.
     pub(super) fn forget(&mut self, peer: &PeerId) {
+        self.set_gone(peer, true);
+    }
+
+    /// Tells about it again: it was not dead.
+    pub(super) fn recall(&mut self, peer: &PeerId) {
+        self.set_gone(peer, false);
+    }
+
+    fn set_gone(&mut self, peer: &PeerId, gone: bool) {
         if let Some(index) = self.by_peer.get(peer) {
-            self.providers[*index as usize].gone = true;
+            self.providers[*index as usize].gone = gone;
         }
     }
 
@@ -207,43 +191,23 @@ impl Records {
         }
     }
 
-    fn is_current(&self, told: &Told) -> bool {
-        let same = |held: &Holding| held.provider == told.holding.provider && held.told == told.holding.told;
-        self.foreign.get(&told.id).is_some_and(|holdings| holdings.iter().any(same))
-    }
-
-    /// Takes the oldest out of the order, and the record with it unless it was told again. False if there is none.
-    fn pop_oldest(&mut self) -> bool {
-        let Some(told) = self.order.pop_front() else { return false };
-        if self.is_current(&told) {
-            self.remove(&told.id, told.holding.provider);
-        }
+    /// False if there is none.
+    fn remove_oldest(&mut self) -> bool {
+        let Some((id, held)) = self.foreign.oldest() else { return false };
+        self.remove(&id, held.provider);
         true
     }
 
     fn remove(&mut self, id: &ContentId, index: u32) {
-        let Entry::Occupied(mut entry) = self.foreign.entry(*id) else { return };
-        let before = entry.get().len();
-        entry.get_mut().retain(|held| held.provider != index);
-        let removed = before - entry.get().len();
-        if entry.get().is_empty() {
-            entry.remove();
+        if !self.foreign.remove(id, index) {
+            return;
         }
-        self.count -= removed;
         let provider = &mut self.providers[index as usize];
-        provider.records -= removed;
-        if removed > 0 && provider.records == 0 {
+        provider.records -= 1;
+        if provider.records == 0 {
             self.by_peer.remove(&provider.peer);
             provider.addresses = Arc::default();
             self.free.push(index);
-        }
-    }
-
-    /// Bounds the order by the records: what was told again leaves its earlier place behind.
-    fn compact(&mut self) {
-        if self.order.len() > 2 * self.count + 1024 {
-            let order = std::mem::take(&mut self.order);
-            self.order = order.into_iter().filter(|told| self.is_current(told)).collect();
         }
     }
 }

@@ -33,7 +33,7 @@ fn records_expire_without_being_read() {
     assert_eq!(records.foreign_count(), 1);
     assert_eq!(peers(&records, later, 2), HashSet::from([peer]));
     records.sweep(start + Duration::from_secs(161));
-    assert_eq!((records.foreign_count(), records.by_peer.len(), records.order.len()), (0, 0, 0));
+    assert_eq!((records.foreign_count(), records.by_peer.len()), (0, 0));
 }
 
 #[test]
@@ -86,6 +86,28 @@ fn the_dead_are_not_told_until_they_speak_again() {
     records.add(now, id(2), peer, &[address(1)]);
     assert_eq!(peers(&records, now, 1), HashSet::from([peer]));
     records.forget(&PeerId::random());
+}
+
+#[test]
+fn all_of_many_providers_are_reached_over_several_answers() {
+    let now = Instant::now();
+    let mut records = store(1000, now);
+    (0..100).for_each(|n| assert!(records.add(now, id(1), PeerId::random(), &[address(n)])));
+    let reached: HashSet<PeerId> = (0..60).flat_map(|_| peers(&records, now, 1)).collect();
+    assert_eq!(reached.len(), 100);
+}
+
+#[test]
+fn what_a_peer_takes_back_is_gone_at_once_and_nothing_else() {
+    let now = Instant::now();
+    let mut records = store(10, now);
+    let (a, b) = (PeerId::random(), PeerId::random());
+    for peer in [a, b] {
+        records.add(now, id(1), peer, &[address(1)]);
+    }
+    records.withdrawn(&id(1), &a);
+    records.withdrawn(&id(2), &b);
+    assert_eq!(peers(&records, now, 1), HashSet::from([b]));
 }
 
 #[test]
@@ -162,8 +184,8 @@ proptest! {
                 }
             }
             prop_assert!(records.foreign_count() <= limit);
-            prop_assert_eq!(records.foreign_count(), records.foreign.values().map(Vec::len).sum::<usize>());
-            prop_assert!(records.order.len() <= 2 * records.foreign_count() + 1024);
+            let held: usize = (0..40).map(|key| records.foreign.of(&id(key)).count()).sum();
+            prop_assert_eq!(records.foreign_count(), held);
             prop_assert_eq!(records.by_peer.len() + records.free.len(), records.providers.len());
         }
         prop_assert!(offered.iter().all(|key| records.offers(&id(*key))));

@@ -16,8 +16,10 @@ use super::addresses::Scope;
 use super::client::Client;
 use super::keys::ContentId;
 use super::lookup::Walk;
+use super::metrics::{Outcome, RouterMetrics};
 use super::records::SharedRecords;
-use super::table::{Contact, SharedTable};
+use super::results::Results;
+use super::table::{Contact, SharedTable, Traits};
 use super::wire::{Kind, Message, WirePeer};
 use crate::router::Peer;
 
@@ -42,6 +44,7 @@ struct Inner {
     client: Client,
     runtime: Handle,
     running: Mutex<HashMap<ContentId, Arc<Mutex<Search>>>>,
+    results: Mutex<Results>,
 }
 
 /// What a search reads.
@@ -52,6 +55,7 @@ pub(super) struct Context {
     pub(super) registry_port: u16,
     pub(super) records: SharedRecords,
     pub(super) table: SharedTable,
+    pub(super) metrics: RouterMetrics,
 }
 
 /// What was found so far, and who wants to know.
@@ -66,7 +70,7 @@ struct Search {
 impl Searches {
     /// Searches that run on the given runtime.
     pub(super) fn new(context: Context, client: Client, runtime: Handle) -> Self {
-        Self(Arc::new(Inner { context, client, runtime, running: Mutex::default() }))
+        Self(Arc::new(Inner { context, client, runtime, running: Mutex::default(), results: Mutex::default() }))
     }
 
     /// Starts a search or joins the one that is under way. What this node knows itself is there at once.
@@ -80,6 +84,11 @@ impl Searches {
         let mut search = Search::default();
         search.join(listener);
         let context = &self.0.context;
+        if let Some(found) = self.results().get(Instant::now(), &id) {
+            context.metrics.0.lookup(Outcome::Cached);
+            found.iter().for_each(|peer| search.deliver(Some(peer.clone())));
+            return receiver;
+        }
         for (peer, addresses) in context.records.lock().others(Instant::now(), &id) {
             search.deliver(context.peer(peer, &addresses));
         }
@@ -97,19 +106,26 @@ impl Searches {
         let Context { local, ref scope, .. } = self.0.context;
         let mut walk = Walk::new(local, id.position(), known);
         let mut asking = FuturesUnordered::new();
-        loop {
+        let figures = self.0.context.metrics.0.clone();
+        let outcome = loop {
             let now = Instant::now();
             while let Some(contact) = walk.next(now) {
                 asking.push(self.ask(contact, id));
             }
-            let Some(left) = SEARCH_TIMEOUT.checked_sub(start.elapsed()) else { break };
-            if walk.is_over() || self.end_if_abandoned(&id, &search) {
-                break;
+            let Some(left) = SEARCH_TIMEOUT.checked_sub(start.elapsed()) else { break Outcome::TimedOut };
+            if walk.is_over() {
+                break Outcome::None;
+            }
+            if self.end_if_abandoned(&id, &search) {
+                break Outcome::Abandoned;
             }
             let wait = walk.patience(now).map_or(left, |patience| patience.min(left));
             tokio::select! {
                 Some((contact, answer)) = asking.next() => match answer {
                     Ok(answer) => {
+                        if !answer.provider_peers.is_empty() && lock(&search).found.is_empty() {
+                            figures.hops.observe(f64::from(walk.hops(&contact.peer)));
+                        }
                         for Contact { peer, addresses } in contacts(scope, &answer.provider_peers) {
                             lock(&search).deliver(self.0.context.peer(peer, &addresses));
                         }
@@ -122,8 +138,15 @@ impl Searches {
                 },
                 () = tokio::time::sleep(wait) => {}
             }
+        };
+        let mut running = self.running();
+        let found = lock(&search).found.clone();
+        figures.lookup(if found.is_empty() { outcome } else { Outcome::Found });
+        // Nobody found is a result only if all who would know have said so.
+        if !found.is_empty() || outcome == Outcome::None {
+            self.results().put(Instant::now(), id, found);
         }
-        self.running().remove(&id);
+        running.remove(&id);
     }
 
     async fn ask(&self, contact: Contact, id: ContentId) -> (Contact, io::Result<Message>) {
@@ -140,6 +163,10 @@ impl Searches {
             running.remove(id);
         }
         abandoned
+    }
+
+    fn results(&self) -> MutexGuard<'_, Results> {
+        self.0.results.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<ContentId, Arc<Mutex<Search>>>> {
@@ -178,7 +205,8 @@ impl Context {
                 addresses.push(registry);
             }
         }
-        (!addresses.is_empty()).then(|| Peer::new(peer.to_base58().into(), addresses))
+        let Traits { zone, load } = self.table.read().traits(&peer);
+        (!addresses.is_empty()).then(|| Peer { id: peer.to_base58().into(), addresses, zone, load })
     }
 }
 

@@ -1,5 +1,6 @@
-//! The peers that can be asked now: connected, speaking our protocol, and in kad's routing table.
+//! The peers that can be asked: those that are connected, and the members beyond them.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -23,53 +24,90 @@ struct Entry {
     contact: Contact,
 }
 
-/// The driver's view of who is there, which searches and the advertiser read. Bounded by the buckets of kad's table.
+/// The driver's view of who is there, which searches and the advertiser read: the peers that are connected and in kad's table, and
+/// the members that are known beyond these. The former are bounded by the buckets of kad's table, the latter by the member list.
 #[derive(Debug, Default)]
 pub(super) struct Table {
-    entries: Vec<Entry>,
+    connected: HashMap<PeerId, Entry>,
+    members: HashMap<PeerId, Entry>,
+    traits: HashMap<PeerId, Traits>,
+}
+
+/// What a member says of itself beyond where it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Traits {
+    pub(super) zone: Option<Arc<str>>,
+    pub(super) load: Option<u8>,
 }
 
 // === impl Table ===
 
 impl Table {
-    /// Adds a peer, or changes its addresses. True if it is new.
+    /// Adds a connected peer, or changes its addresses. True if it is new.
     pub(super) fn insert(&mut self, contact: Contact) -> bool {
-        match self.entries.iter_mut().find(|entry| entry.contact.peer == contact.peer) {
-            Some(entry) => {
-                entry.contact = contact;
-                false
-            }
-            None => {
-                self.entries.push(Entry { position: Position::of_peer(&contact.peer), contact });
-                true
-            }
-        }
+        let position = Position::of_peer(&contact.peer);
+        self.connected.insert(contact.peer, Entry { position, contact }).is_none()
     }
 
     pub(super) fn remove(&mut self, peer: &PeerId) -> Option<Contact> {
-        let index = self.entries.iter().position(|entry| entry.contact.peer == *peer)?;
-        Some(self.entries.swap_remove(index).contact)
+        self.connected.remove(peer).map(|entry| entry.contact)
     }
 
+    /// Replaces the members.
+    pub(super) fn set_members(&mut self, members: impl IntoIterator<Item = (Contact, Traits)>) {
+        let mut before = std::mem::take(&mut self.members);
+        self.traits.clear();
+        for (contact, traits) in members {
+            self.traits.insert(contact.peer, traits);
+            let position = before.remove(&contact.peer).map(|entry| entry.position);
+            let position = position.unwrap_or_else(|| Position::of_peer(&contact.peer));
+            self.members.insert(contact.peer, Entry { position, contact });
+        }
+    }
+
+    /// Whether the peer speaks the member protocol.
+    pub(super) fn is_member(&self, peer: &PeerId) -> bool {
+        self.members.contains_key(peer)
+    }
+
+    /// What is known of a peer beyond its addresses.
+    pub(super) fn traits(&self, peer: &PeerId) -> Traits {
+        self.traits.get(peer).cloned().unwrap_or_default()
+    }
+
+    /// A peer that is connected or a member.
+    pub(super) fn find(&self, peer: &PeerId) -> Option<&Contact> {
+        self.get(peer).or_else(|| self.members.get(peer).map(|entry| &entry.contact))
+    }
+
+    /// Whether nobody is connected.
     pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.connected.is_empty()
     }
 
+    /// Whether the peer is connected.
     pub(super) fn contains(&self, peer: &PeerId) -> bool {
-        self.entries.iter().any(|entry| entry.contact.peer == *peer)
+        self.connected.contains_key(peer)
     }
 
+    /// Whether a connected peer has this address.
     pub(super) fn has_address(&self, address: &SocketAddr) -> bool {
-        self.entries.iter().any(|entry| entry.contact.addresses.contains(address))
+        self.connected.values().any(|entry| entry.contact.addresses.contains(address))
     }
 
+    /// The connected peer of this identity.
+    pub(super) fn get(&self, peer: &PeerId) -> Option<&Contact> {
+        self.connected.get(peer).map(|entry| &entry.contact)
+    }
+
+    /// The connected peers.
     pub(super) fn contacts(&self) -> impl Iterator<Item = &Contact> {
-        self.entries.iter().map(|entry| &entry.contact)
+        self.connected.values().map(|entry| &entry.contact)
     }
 
-    /// The peers nearest to a position, in no order.
+    /// The known peers nearest to a position, in no order.
     pub(super) fn closest(&self, target: &Position) -> Vec<Contact> {
-        let mut ranked: Vec<_> = self.entries.iter().map(|entry| (entry.position.distance(target), entry)).collect();
+        let mut ranked: Vec<_> = self.all().map(|entry| (entry.position.distance(target), entry)).collect();
         if ranked.len() > REPLICAS {
             ranked.select_nth_unstable_by_key(REPLICAS, |(distance, _)| *distance);
             ranked.truncate(REPLICAS);
@@ -77,14 +115,15 @@ impl Table {
         ranked.into_iter().map(|(_, entry)| entry.contact.clone()).collect()
     }
 
-    /// Whether a peer is one of the nearest to a position.
+    /// Whether a connected peer is one of the nearest to a position.
     pub(super) fn is_among_closest(&self, peer: &PeerId, target: &Position) -> bool {
-        if self.entries.len() <= REPLICAS {
-            return self.contains(peer);
-        }
-        let own = Position::of_peer(peer).distance(target);
-        self.contains(peer)
-            && self.entries.iter().filter(|entry| entry.position.distance(target) < own).count() < REPLICAS
+        let Some(own) = self.connected.get(peer).map(|entry| entry.position.distance(target)) else { return false };
+        self.all().filter(|entry| entry.position.distance(target) < own).take(REPLICAS).count() < REPLICAS
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Entry> {
+        let apart = self.members.iter().filter(|(peer, _)| !self.connected.contains_key(*peer));
+        self.connected.values().chain(apart.map(|(_, entry)| entry))
     }
 }
 
@@ -133,5 +172,27 @@ mod tests {
             assert_eq!(table.is_among_closest(&contact.peer, &target), rank < REPLICAS);
         }
         assert!(!table.is_among_closest(&PeerId::random(), &target));
+    }
+
+    #[test]
+    fn members_count_once_whether_connected_or_not() {
+        let mut table = Table::default();
+        let contacts: Vec<Contact> = (0..60).map(|_| contact()).collect();
+        for contact in &contacts[..30] {
+            table.insert(contact.clone());
+        }
+        table.set_members(contacts[20..].iter().map(|contact| (contact.clone(), Traits::default())));
+        let target = Position::of_peer(&PeerId::random());
+        let mut sorted = contacts.clone();
+        sorted.sort_by_key(|contact| Position::of_peer(&contact.peer).distance(&target));
+        let mut closest = table.closest(&target);
+        closest.sort_by_key(|contact| Position::of_peer(&contact.peer).distance(&target));
+        assert_eq!(closest, sorted[..REPLICAS]);
+        for (rank, contact) in sorted.iter().enumerate() {
+            let near = rank < REPLICAS && table.contains(&contact.peer);
+            assert_eq!(table.is_among_closest(&contact.peer, &target), near);
+        }
+        table.set_members([]);
+        assert!(!table.is_member(&contacts[25].peer) && table.contains(&contacts[25].peer));
     }
 }

@@ -54,17 +54,23 @@ impl Message {
     }
 }
 
-/// Reads one framed message. Memory grows with what arrives, not with what a peer claims.
+/// Reads one framed message.
 pub(super) async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Message> {
+    let bytes = read_frame(stream, MAX_MESSAGE).await?;
+    Message::decode(bytes.as_slice()).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
+}
+
+/// Reads a length and as many bytes. Memory grows with what arrives, not with what a peer claims.
+pub(super) async fn read_frame(stream: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
     let length = read_length(stream).await?;
-    if length > MAX_MESSAGE {
-        return Err(io::Error::new(ErrorKind::InvalidData, "the message is larger than 4 MiB"));
+    if length > limit {
+        return Err(io::Error::new(ErrorKind::InvalidData, format!("the message is larger than {limit} bytes")));
     }
     let mut bytes = Vec::new();
     if stream.take(length as u64).read_to_end(&mut bytes).await? < length {
         return Err(ErrorKind::UnexpectedEof.into());
     }
-    Message::decode(bytes.as_slice()).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
+    Ok(bytes)
 }
 
 async fn read_length(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {

@@ -92,7 +92,8 @@ pub(super) async fn offered_key_is_found_at_the_registry(network: &mut impl Netw
     a.router.announce(added([key(1), key(2)]));
     for node in [&b, &c] {
         let peers = until(node, &key(1), "the offer arrives", |peers| offers(peers, &a)).await;
-        assert_eq!(peers, [Peer::new(a.id.clone(), vec![a.registry])], "and nobody else offers it");
+        let found: Vec<_> = peers.iter().map(|peer| (peer.id.clone(), peer.addresses.clone())).collect();
+        assert_eq!(found, [(a.id.clone(), vec![a.registry])], "and nobody else offers it");
     }
 }
 
@@ -211,6 +212,38 @@ pub(super) async fn dead_provider_disappears(network: &mut impl Network) {
     assert!(offers(&peers, &c), "the living one stays: {peers:?}");
 }
 
+pub(super) async fn members_know_each_other(network: &mut impl Network) {
+    let [a, b, c] = connected(network).await;
+    let lists = |node: &Node, other: &Node| {
+        let members = node.router.members().borrow().clone();
+        members.iter().any(|member| member.peer.id == other.id && member.peer.addresses == [other.registry])
+    };
+    eventually("everyone lists everyone", || {
+        [(&a, &b), (&a, &c), (&b, &a), (&b, &c), (&c, &a), (&c, &b)].iter().all(|(one, other)| lists(one, other))
+    })
+    .await;
+    assert!(!lists(&a, &a), "a node is not in its own list");
+    b.router.set_load(73);
+    eventually("the load is told", || {
+        a.router.members().borrow().iter().any(|member| member.peer.id == b.id && member.peer.load == Some(73))
+    })
+    .await;
+    let gone = c.id.clone();
+    drop(c);
+    eventually("who left is in no list", || {
+        [&a, &b].iter().all(|node| node.router.members().borrow().iter().all(|member| member.peer.id != gone))
+    })
+    .await;
+}
+
+pub(super) async fn eventually(what: &str, mut good: impl FnMut() -> bool) {
+    let deadline = Instant::now() + 3 * PATIENCE;
+    while !good() {
+        assert!(Instant::now() < deadline, "{what}");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// Makes one test a property of the suite for a kind of network.
 macro_rules! suite {
     ($network:expr, [$($test:ident),* $(,)?]) => {
@@ -235,6 +268,7 @@ macro_rules! suite {
             lookups_of_one_key_all_get_the_answer,
             restarted_provider_is_found_by_its_new_identity,
             dead_provider_disappears,
+            members_know_each_other,
         ]);
     };
 }

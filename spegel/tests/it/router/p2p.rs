@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use spegel::bootstrap::{Bootstrap, BootstrapAddress, BootstrapError, BootstrapPeer, StaticBootstrap};
-use spegel::router::{Identity, P2pRouter, P2pSettings, Readiness, Router, RouterError};
+use spegel::router::{Identity, P2pRouter, P2pSettings, Readiness, Router, RouterError, RouterMetrics};
 use spegel::store::Change;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -59,6 +59,7 @@ impl Loopback {
             peer_networks: Vec::new(),
             network_key: None,
             zone: None,
+            metrics: RouterMetrics::default(),
             advertise_ttl: P2pSettings::ADVERTISE_TTL,
             join_timeout: P2pSettings::JOIN_TIMEOUT,
             max_records: P2pSettings::MAX_RECORDS,

@@ -1,0 +1,136 @@
+//! The streams of the member protocol: one to each neighbour, and those that neighbours opened to us.
+
+use std::collections::HashMap;
+use std::io::{self, ErrorKind};
+use std::time::Duration;
+
+use futures::AsyncWriteExt as _;
+use libp2p::PeerId;
+use libp2p::swarm::Stream;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::client::{Client, frame};
+use super::members::Message;
+use super::opener::{Inbound, Purpose};
+use super::table::Contact;
+use super::wire::read_frame;
+
+/// Larger messages are refused. A comparison of 20,000 members has 400 KB.
+const MAX_MESSAGE: usize = 1024 * 1024;
+
+/// How many messages wait to be written to one neighbour. More are dropped, which comparing lists makes up for.
+const MAX_QUEUE: usize = 64;
+
+/// How long writing one message may take.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many streams one peer may have open to us: one for the list, others for offers.
+const MAX_INBOUND: usize = 8;
+
+/// A message that came, or that a stream ended.
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "nearly all are of the larger kind")]
+pub(super) enum Arrival {
+    Message(PeerId, Message),
+    /// With whether the peer sent what is no message.
+    Ended(PeerId, bool),
+}
+
+/// All streams.
+pub(super) struct Links {
+    client: Client,
+    outbound: HashMap<PeerId, mpsc::Sender<Message>>,
+    inbound: HashMap<PeerId, usize>,
+    arrivals: mpsc::Sender<Arrival>,
+}
+
+// === impl Links ===
+
+impl Links {
+    pub(super) fn new(client: Client, arrivals: mpsc::Sender<Arrival>) -> Self {
+        Self { client, outbound: HashMap::new(), inbound: HashMap::new(), arrivals }
+    }
+
+    /// Queues a message for a neighbour.
+    pub(super) fn send(&mut self, to: &Contact, message: Message) {
+        let message = match self.outbound.get(&to.peer) {
+            Some(link) => match link.try_send(message) {
+                Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => return,
+                Err(mpsc::error::TrySendError::Closed(message)) => message,
+            },
+            None => message,
+        };
+        let (link, messages) = mpsc::channel(MAX_QUEUE);
+        // It is empty.
+        let _ = link.try_send(message);
+        self.outbound.insert(to.peer, link);
+        let (client, to) = (self.client.clone(), to.clone());
+        tokio::spawn(async move {
+            if let Err(error) = write(&client, &to, messages).await {
+                tracing::debug!(peer = %to.peer, %error, "the member stream ended");
+            }
+        });
+    }
+
+    /// The last connection to a peer ended.
+    pub(super) fn forget(&mut self, peer: &PeerId) {
+        self.outbound.remove(peer);
+    }
+
+    /// Reads a stream that a peer opened, unless it has too many already.
+    pub(super) fn accept(&mut self, Inbound { peer, stream }: Inbound) {
+        let open = self.inbound.entry(peer).or_default();
+        if *open >= MAX_INBOUND {
+            return tracing::debug!(%peer, "has too many member streams");
+        }
+        *open += 1;
+        let arrivals = self.arrivals.clone();
+        tokio::spawn(async move {
+            let garbage = match read(peer, stream, &arrivals).await {
+                Err(error) if error.kind() == ErrorKind::InvalidData => {
+                    tracing::debug!(%peer, %error, "sent no message");
+                    true
+                }
+                _ => false,
+            };
+            let _ = arrivals.send(Arrival::Ended(peer, garbage)).await;
+        });
+    }
+
+    /// A stream that was accepted has ended.
+    pub(super) fn ended(&mut self, peer: &PeerId) {
+        if let Some(open) = self.inbound.get_mut(peer) {
+            *open -= 1;
+            if *open == 0 {
+                self.inbound.remove(peer);
+            }
+        }
+    }
+}
+
+async fn write(client: &Client, to: &Contact, mut messages: mpsc::Receiver<Message>) -> io::Result<()> {
+    let mut stream = timeout(WRITE_TIMEOUT, client.open_stream(to, Purpose::Members)).await??;
+    let mut buffer = Vec::new();
+    while let Some(message) = messages.recv().await {
+        buffer.clear();
+        frame(&message, &mut buffer);
+        let written = async {
+            stream.write_all(&buffer).await?;
+            stream.flush().await
+        };
+        timeout(WRITE_TIMEOUT, written).await??;
+    }
+    stream.close().await
+}
+
+/// Until its end. A peer from which more comes than is read waits.
+async fn read(peer: PeerId, mut stream: Stream, arrivals: &mpsc::Sender<Arrival>) -> io::Result<()> {
+    loop {
+        let bytes = read_frame(&mut stream, MAX_MESSAGE).await?;
+        let message = Message::read(&bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+        if arrivals.send(Arrival::Message(peer, message)).await.is_err() {
+            return Ok(());
+        }
+    }
+}

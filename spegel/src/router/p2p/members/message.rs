@@ -1,0 +1,257 @@
+//! The messages of the member protocol, and a member's card.
+//!
+//! All messages go one way: each node writes to a stream of its own to each neighbour, framed as kad's messages are. Fields that a
+//! later version adds are skipped by this one, which is what its number is for.
+
+use std::net::SocketAddr;
+
+use libp2p::identity::{Keypair, PublicKey};
+use libp2p::{Multiaddr, PeerId};
+use prost::Message as _;
+
+use super::super::addresses::{Scope, multiaddr};
+use super::super::keys::{ContentId, Position};
+
+/// What this program speaks.
+pub(in super::super) const VERSION: u32 = 1;
+
+/// What a signature is over, before the card: it cannot be taken for a signature of anything else.
+const CONTEXT: &[u8] = b"spegel/members/1 card:";
+
+/// The largest zone name, in bytes: Kubernetes labels have at most 63.
+const MAX_ZONE: usize = 63;
+
+/// How many addresses a card has at most.
+const MAX_ADDRESSES: usize = 8;
+
+/// How many keys one message offers or withdraws.
+pub(in super::super) const MAX_KEYS: usize = 2_000;
+
+/// A member's short name in rumours: the first eight bytes of its position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(in super::super) struct Tag(pub(super) u64);
+
+/// One message. What is absent is not said.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(in super::super) struct Message {
+    /// What somebody has news of.
+    #[prost(message, repeated, tag = "1")]
+    pub(super) rumours: Vec<Rumour>,
+    /// The tags whose cards are asked for, eight bytes each.
+    #[prost(fixed64, repeated, tag = "2")]
+    pub(super) wanted: Vec<u64>,
+    /// Cards, asked for or not.
+    #[prost(message, repeated, tag = "3")]
+    pub(super) cards: Vec<SignedCard>,
+    /// That the cards are old news, for one who compared its list.
+    #[prost(bool, tag = "4")]
+    pub(super) old_news: bool,
+    /// A sum over the sender's whole list: who has another compares.
+    #[prost(fixed64, optional, tag = "5")]
+    pub(super) sum: Option<u64>,
+    /// The sums of the parts of the sender's list.
+    #[prost(fixed32, repeated, tag = "6")]
+    pub(super) parts: Vec<u32>,
+    /// Parts of the sender's list, whole.
+    #[prost(message, optional, tag = "7")]
+    pub(super) compare: Option<Compare>,
+    /// Content that the sender offers.
+    #[prost(message, optional, tag = "8")]
+    pub(in super::super) offer: Option<Offer>,
+    /// Content that the sender offers no more: hashes of 32 bytes each.
+    #[prost(bytes = "vec", tag = "9")]
+    pub(in super::super) withdrawn: Vec<u8>,
+}
+
+/// That there is a newer card, or that its member is gone.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub(super) struct Rumour {
+    #[prost(fixed64, tag = "1")]
+    pub(super) tag: u64,
+    #[prost(uint64, tag = "2")]
+    pub(super) stamp: u64,
+    #[prost(bool, tag = "3")]
+    pub(super) gone: bool,
+}
+
+/// All that the sender has in these parts.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Compare {
+    #[prost(uint32, repeated, tag = "1")]
+    pub(super) parts: Vec<u32>,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) rumours: Vec<Rumour>,
+}
+
+/// Content ids, 32 bytes each, and where the sender says it is: one message where plain Kademlia takes one for each.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(in super::super) struct Offer {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(in super::super) keys: Vec<u8>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub(in super::super) addrs: Vec<Vec<u8>>,
+}
+
+/// A card as its member signed it. Others pass it on and cannot change it.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(in super::super) struct SignedCard {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) card: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub(super) signature: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct WireCard {
+    #[prost(bytes = "vec", tag = "1")]
+    id: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    stamp: u64,
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    addrs: Vec<Vec<u8>>,
+    #[prost(string, tag = "4")]
+    zone: String,
+    #[prost(uint32, tag = "5")]
+    version: u32,
+    /// One more than the percentage, so that 0 is not known.
+    #[prost(uint32, tag = "6")]
+    load: u32,
+}
+
+/// What a member says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in super::super) struct Card {
+    pub(in super::super) peer: PeerId,
+    /// Newer cards have larger ones: milliseconds since 1970 when it was made.
+    pub(in super::super) stamp: u64,
+    /// Where its router listens.
+    pub(in super::super) addresses: Vec<SocketAddr>,
+    pub(in super::super) zone: Option<String>,
+    pub(in super::super) version: u32,
+    pub(in super::super) load: Option<u8>,
+}
+
+/// Makes and reads cards: with signatures in the network, without in simulations.
+pub(in super::super) trait Signer: Send {
+    /// Signs the bytes.
+    fn sign(&self, bytes: &[u8]) -> Vec<u8>;
+    /// Whether the peer has signed the bytes.
+    fn verify(&self, peer: &PeerId, bytes: &[u8], signature: &[u8]) -> bool;
+}
+
+impl Signer for Keypair {
+    fn sign(&self, bytes: &[u8]) -> Vec<u8> {
+        // Ed25519 cannot fail to sign, and what is not signed is not believed.
+        self.sign(&[CONTEXT, bytes].concat()).unwrap_or_default()
+    }
+
+    /// The key is in the identity, as it is for all Ed25519 keys; other kinds are not members.
+    fn verify(&self, peer: &PeerId, bytes: &[u8], signature: &[u8]) -> bool {
+        let key = PublicKey::try_decode_protobuf(peer.as_ref().digest());
+        key.is_ok_and(|key| key.to_peer_id() == *peer && key.verify(&[CONTEXT, bytes].concat(), signature))
+    }
+}
+
+// === impl Tag ===
+
+impl Tag {
+    pub(in super::super) fn of(position: &Position) -> Self {
+        Self(position.prefix())
+    }
+
+    /// Which of the 256 parts of a list it belongs to.
+    pub(super) fn part(self) -> usize {
+        usize::from(self.0.to_be_bytes()[0])
+    }
+}
+
+// === impl Card ===
+
+impl Card {
+    pub(in super::super) fn sign(&self, signer: &dyn Signer) -> SignedCard {
+        let wire = WireCard {
+            id: self.peer.to_bytes(),
+            stamp: self.stamp,
+            addrs: self.addresses.iter().map(|address| multiaddr(*address).to_vec()).collect(),
+            zone: self.zone.clone().unwrap_or_default(),
+            version: self.version,
+            load: self.load.map_or(0, |load| u32::from(load) + 1),
+        };
+        let card = wire.encode_to_vec();
+        SignedCard { signature: signer.sign(&card), card }
+    }
+
+    /// A card that its member signed, with the believable ones of its addresses; nothing of any other.
+    pub(in super::super) fn read(signed: &SignedCard, scope: &Scope, signer: &dyn Signer) -> Option<Self> {
+        let wire = WireCard::decode(signed.card.as_slice()).ok()?;
+        let peer = PeerId::from_bytes(&wire.id).ok()?;
+        if wire.zone.len() > MAX_ZONE || wire.addrs.len() > MAX_ADDRESSES {
+            return None;
+        }
+        let addresses = addresses(scope, &wire.addrs);
+        if addresses.is_empty() || !signer.verify(&peer, &signed.card, &signed.signature) {
+            return None;
+        }
+        Some(Self {
+            peer,
+            stamp: wire.stamp,
+            addresses,
+            zone: Some(wire.zone).filter(|zone| !zone.is_empty()),
+            version: wire.version,
+            load: wire.load.checked_sub(1).map(|load| u8::try_from(load.min(100)).unwrap_or(100)),
+        })
+    }
+}
+
+// === impl Message ===
+
+impl Message {
+    /// An offer of these keys; a longer list is cut.
+    pub(in super::super) fn offer(own: &[SocketAddr], ids: &[ContentId]) -> Self {
+        let keys = ids.iter().take(MAX_KEYS).flat_map(|id| *id.hash()).collect();
+        let addrs = own.iter().map(|address| multiaddr(*address).to_vec()).collect();
+        Self { offer: Some(Offer { keys, addrs }), ..Self::default() }
+    }
+
+    pub(in super::super) fn withdraw(ids: &[ContentId]) -> Self {
+        Self { withdrawn: ids.iter().take(MAX_KEYS).flat_map(|id| *id.hash()).collect(), ..Self::default() }
+    }
+
+    /// The message in a text of bytes, whatever they are.
+    pub(in super::super) fn read(bytes: &[u8]) -> Result<Self, prost::DecodeError> {
+        Self::decode(bytes)
+    }
+
+    /// What kind of message it is, for the figures: by the weightiest of what it says.
+    pub(in super::super) fn kind(&self) -> &'static str {
+        match self {
+            _ if self.offer.is_some() => "offer",
+            _ if !self.withdrawn.is_empty() => "withdraw",
+            _ if !self.cards.is_empty() => "cards",
+            _ if self.compare.is_some() => "compare",
+            _ if !self.parts.is_empty() => "parts",
+            _ if !self.wanted.is_empty() => "want",
+            _ if !self.rumours.is_empty() => "rumours",
+            _ => "sum",
+        }
+    }
+}
+
+// === impl Offer ===
+
+impl Offer {
+    /// The believable addresses.
+    pub(in super::super) fn addresses(&self, scope: &Scope) -> Vec<SocketAddr> {
+        addresses(scope, &self.addrs)
+    }
+}
+
+/// The whole ids in a text of hashes.
+pub(in super::super) fn ids(hashes: &[u8]) -> impl Iterator<Item = ContentId> + '_ {
+    hashes.as_chunks::<32>().0.iter().take(MAX_KEYS).map(|hash| ContentId::from_hash(*hash))
+}
+
+fn addresses(scope: &Scope, texts: &[Vec<u8>]) -> Vec<SocketAddr> {
+    let parsed: Vec<Multiaddr> = texts.iter().filter_map(|bytes| Multiaddr::try_from(bytes.clone()).ok()).collect();
+    scope.filter(&parsed)
+}

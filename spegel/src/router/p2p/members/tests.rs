@@ -1,0 +1,317 @@
+#![allow(clippy::unwrap_used)]
+
+use libp2p::identity::Keypair;
+use proptest::prelude::*;
+use prost::Message as _;
+
+use super::message::{Card, SignedCard};
+use super::simulation::{NoSigner, SILENCE, Simulation, scope};
+use super::*;
+
+fn network(seed: u64, size: usize) -> Simulation {
+    let mut simulation = Simulation::new(seed);
+    for _ in 0..size {
+        simulation.join();
+        simulation.run(Duration::from_millis(20));
+    }
+    simulation.run(Duration::from_secs(60));
+    simulation
+}
+
+/// The aims of the member list: who joins or dies is known, or forgotten, by 99 of 100 within half a minute, and a node sends and
+/// receives less than a kilobyte a second with one change a second.
+fn check_aims(seed: u64, size: usize) {
+    let mut simulation = network(seed, size);
+    let complete = simulation.nodes.values().map(|node| node.membership.others().count()).min().unwrap();
+    assert_eq!(complete, size - 1, "after a minute everyone knows everyone");
+
+    simulation.reset();
+    simulation.run(Duration::from_secs(60));
+    let at_rest = simulation.traffic() / 60;
+
+    let newcomer = simulation.join();
+    let joined = simulation.seconds_until(&newcomer, true, 0.99);
+    let victim = simulation.any();
+    simulation.kill(victim, SILENCE);
+    let died = simulation.seconds_until(&victim, false, 0.99);
+    assert!(joined <= 30 && died <= 30, "a join took {joined} s, a death {died} s");
+
+    simulation.reset();
+    for second in 0..60 {
+        if second % 2 == 0 {
+            simulation.join();
+        } else {
+            let victim = simulation.any();
+            simulation.kill(victim, Duration::from_millis(100));
+        }
+        simulation.run(Duration::from_secs(1));
+    }
+    let changing = simulation.traffic() / 60;
+    println!(
+        "{size} nodes, seed {seed}: a join is known to 99 % after {joined} s, a silent death after {died} s, \
+         {at_rest} B/s a node at rest, {changing} B/s with one change a second"
+    );
+    for (what, value) in [
+        ("a join known to 99 % (s)", joined),
+        ("a silent death known to 99 % (s)", died),
+        ("member list at rest, bytes/s a node, sent and received", u32::try_from(at_rest).unwrap()),
+        ("member list with one change a second, bytes/s a node, sent and received", u32::try_from(changing).unwrap()),
+    ] {
+        println!("figure {size}|{what}|{value}");
+    }
+    // Sent and received together.
+    assert!(at_rest < 500 && changing < 2_000, "{at_rest} and {changing} B/s");
+}
+
+#[test]
+fn two_hundred_nodes_know_each_other_at_little_cost() {
+    check_aims(7, 200);
+}
+
+#[test]
+#[ignore = "takes minutes; cargo xtask bench router runs it"]
+fn bench_members() {
+    for size in [100, 1_000, 3_000] {
+        check_aims(7, size);
+    }
+}
+
+fn address(n: u8) -> SocketAddr {
+    SocketAddr::from(([10, 0, 0, n], 5001))
+}
+
+fn node(keypair: &Keypair, n: u8, now: Instant) -> Membership {
+    let own = Own { addresses: vec![address(n)], zone: Some("b".into()), load: None };
+    let clock = (now, SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+    Membership::new(keypair.public().to_peer_id(), own, scope(), Box::new(keypair.clone()), 1, clock)
+}
+
+fn sent(node: &mut Membership) -> Vec<(PeerId, Message)> {
+    let actions = std::iter::from_fn(|| node.next_action());
+    actions
+        .filter_map(|action| if let Action::Send(to, message) = action { Some((to, message)) } else { None })
+        .collect()
+}
+
+/// Two nodes that are connected, until neither has anything to say.
+struct Pair {
+    a: Membership,
+    b: Membership,
+    now: Instant,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let now = Instant::now();
+        let (a, b) = (Keypair::generate_ed25519(), Keypair::generate_ed25519());
+        let mut pair = Self { a: node(&a, 1, now), b: node(&b, 2, now), now };
+        pair.a.connected(now, pair.b.local);
+        pair.b.connected(now, pair.a.local);
+        pair.talk();
+        pair
+    }
+
+    fn talk(&mut self) {
+        loop {
+            let (from_a, from_b) = (sent(&mut self.a), sent(&mut self.b));
+            if from_a.is_empty() && from_b.is_empty() {
+                return;
+            }
+            let (a, b) = (self.a.local, self.b.local);
+            from_a.into_iter().filter(|(to, _)| *to == b).for_each(|(_, m)| self.b.receive(self.now, a, m));
+            from_b.into_iter().filter(|(to, _)| *to == a).for_each(|(_, m)| self.a.receive(self.now, b, m));
+        }
+    }
+
+    fn pass(&mut self, seconds: u64) {
+        for _ in 0..seconds {
+            self.now += TICK;
+            self.a.tick(self.now);
+            self.b.tick(self.now);
+            self.talk();
+        }
+    }
+}
+
+#[test]
+fn neighbours_learn_each_others_cards() {
+    let pair = Pair::new();
+    let card = pair.a.card(&pair.b.local).unwrap();
+    assert_eq!(
+        (card.addresses.as_slice(), card.zone.as_deref(), card.version),
+        (&[address(2)][..], Some("b"), VERSION)
+    );
+    assert!(pair.b.card(&pair.a.local).is_some());
+}
+
+#[test]
+fn a_new_address_and_a_new_load_are_told() {
+    let mut pair = Pair::new();
+    pair.b.set_addresses(pair.now, vec![address(9)]);
+    pair.pass(2);
+    assert_eq!(pair.a.card(&pair.b.local).unwrap().addresses, [address(9)]);
+    pair.b.set_load(70);
+    pair.pass(40);
+    assert_eq!(pair.a.card(&pair.b.local).unwrap().load, Some(70));
+    pair.b.set_load(60);
+    pair.pass(40);
+    assert_eq!(pair.a.card(&pair.b.local).unwrap().load, Some(70), "what changes little is not told");
+}
+
+#[test]
+fn two_failed_contacts_and_not_one_make_a_member_leave() {
+    let mut pair = Pair::new();
+    let peer = pair.b.local;
+    pair.a.failed(pair.now, &peer);
+    assert!(pair.a.card(&peer).is_some(), "there is a connection to it");
+    pair.a.disconnected(pair.now, &peer);
+    assert!(pair.a.card(&peer).is_some());
+    pair.a.tick(pair.now + SECOND_TRY);
+    assert!(
+        std::iter::from_fn(|| pair.a.next_action()).any(|action| action == Action::Probe(peer)),
+        "it is tried again"
+    );
+    pair.a.failed(pair.now, &peer);
+    assert!(pair.a.card(&peer).is_none());
+}
+
+#[test]
+fn a_contact_that_works_forgives_the_one_before() {
+    let mut pair = Pair::new();
+    let peer = pair.b.local;
+    for _ in 0..5 {
+        pair.a.disconnected(pair.now, &peer);
+        pair.a.connected(pair.now, peer);
+    }
+    assert!(pair.a.card(&peer).is_some());
+}
+
+#[test]
+fn whoever_is_said_to_be_gone_and_is_not_says_so() {
+    let mut pair = Pair::new();
+    let (stamp, b) = (pair.a.card(&pair.b.local).unwrap().stamp, pair.b.local);
+    let lie = Rumour { tag: Tag::of(&Position::of_peer(&b)).0, stamp, gone: true };
+    let liar = PeerId::random();
+    pair.a.receive(pair.now, liar, Message { rumours: vec![lie], ..Message::default() });
+    assert!(pair.a.card(&b).is_some(), "its neighbour does not believe it");
+    pair.talk();
+    pair.pass(2);
+    assert!(pair.a.card(&b).unwrap().stamp > stamp, "and it made a newer card");
+
+    // Whoever is not connected to it believes it until then.
+    pair.a.parted(&b);
+    let stamp = pair.a.card(&b).unwrap().stamp;
+    pair.a.receive(pair.now, liar, Message { rumours: vec![Rumour { stamp, ..lie }], ..Message::default() });
+    assert!(pair.a.card(&b).is_none());
+    pair.b.receive(pair.now, liar, Message { rumours: vec![Rumour { stamp, ..lie }], ..Message::default() });
+    pair.a.connected(pair.now, b);
+    pair.pass(12);
+    assert!(pair.a.card(&b).unwrap().stamp > stamp);
+}
+
+#[test]
+fn an_old_card_does_not_bring_the_dead_back() {
+    let mut pair = Pair::new();
+    let b = pair.b.local;
+    let old = pair.a.members[&Tag::of(&Position::of_peer(&b))].signed.clone();
+    pair.a.disconnected(pair.now, &b);
+    pair.a.failed(pair.now, &b);
+    pair.a.receive(pair.now, PeerId::random(), Message { cards: vec![old], ..Message::default() });
+    assert!(pair.a.card(&b).is_none());
+}
+
+#[test]
+fn only_its_member_can_make_a_card() {
+    let now = Instant::now();
+    let (ours, victim, thief) = (Keypair::generate_ed25519(), Keypair::generate_ed25519(), Keypair::generate_ed25519());
+    let mut node = node(&ours, 1, now);
+    let card = Card {
+        peer: victim.public().to_peer_id(),
+        stamp: u64::MAX / 2,
+        addresses: vec![address(66)],
+        zone: None,
+        version: 1,
+        load: None,
+    };
+    let mut believe = |signed: SignedCard| {
+        node.receive(now, PeerId::random(), Message { cards: vec![signed], ..Message::default() });
+        node.card(&card.peer).is_some()
+    };
+    assert!(!believe(card.sign(&thief)), "signed by another");
+    let mut changed = card.sign(&victim);
+    changed.card[40] ^= 1;
+    assert!(!believe(changed), "changed since");
+    let loopback = Card { addresses: vec!["127.0.0.1:5001".parse().unwrap()], ..card.clone() };
+    assert!(!believe(loopback.sign(&victim)), "an address that is none here");
+    assert!(believe(card.sign(&victim)));
+    assert_eq!(node.take_refused(), 3);
+}
+
+#[test]
+fn what_a_peer_can_make_us_send_is_bounded() {
+    let mut simulation = network(3, 120);
+    let peer = simulation.any();
+    let now = simulation.now;
+    let node = &mut simulation.nodes.get_mut(&peer).unwrap().membership;
+    let asker = *node.neighbours.keys().next().unwrap();
+    let all: Vec<u64> = node.members.keys().map(|tag| tag.0).collect();
+    let mut bytes = 0;
+    for _ in 0..1_000 {
+        node.receive(now, asker, Message { wanted: all.clone(), ..Message::default() });
+        bytes += sent(node).iter().map(|(_, message)| message.encoded_len()).sum::<usize>();
+    }
+    assert!(bytes <= CARDS_BURST + CARDS_CHUNK, "{bytes} bytes");
+    let stranger = PeerId::random();
+    node.receive(now, stranger, Message { wanted: all, ..Message::default() });
+    assert_eq!(sent(node), [], "nothing for one without a connection");
+}
+
+#[test]
+fn what_a_peer_makes_up_is_bounded() {
+    let now = Instant::now();
+    let mut node = node(&Keypair::generate_ed25519(), 1, now);
+    for batch in 0..20_u64 {
+        let rumours = (0..5_000).map(|n| Rumour { tag: mix(batch * 5_000 + n), stamp: 1, gone: n % 2 == 0 }).collect();
+        node.receive(now, PeerId::random(), Message { rumours, ..Message::default() });
+        sent(&mut node);
+    }
+    assert!(node.gone.len() <= MAX_GONE && node.asked.len() <= MAX_ASKED && node.news.len() <= MAX_NEWS);
+}
+
+#[test]
+fn a_node_that_restarts_behind_its_own_past_overtakes_it() {
+    let now = Instant::now();
+    let keypair = Keypair::generate_ed25519();
+    let mut node = node(&keypair, 1, now);
+    let past =
+        Card { stamp: node.card(&node.local).unwrap().stamp + 5_000_000, ..node.card(&node.local).unwrap().clone() };
+    node.receive(now, PeerId::random(), Message { cards: vec![past.sign(&keypair)], ..Message::default() });
+    assert!(node.card(&node.local).unwrap().stamp > past.stamp);
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        if let Ok(message) = Message::read(&bytes) {
+            let mut node = Membership::new(
+                PeerId::random(), Own::default(), scope(), Box::new(NoSigner), 1, (Instant::now(), SystemTime::now()),
+            );
+            node.connected(Instant::now(), PeerId::random());
+            node.receive(Instant::now(), PeerId::random(), message);
+        }
+    }
+
+    #[test]
+    fn cards_survive_the_wire(stamp: u64, zone in "[a-z]{0,63}", load in proptest::option::of(0..=100_u8)) {
+        let keypair = Keypair::generate_ed25519();
+        let card = Card {
+            peer: keypair.public().to_peer_id(),
+            stamp,
+            addresses: vec![address(1), "[fd00::1]:7".parse().unwrap()],
+            zone: Some(zone).filter(|zone| !zone.is_empty()),
+            version: 3,
+            load,
+        };
+        prop_assert_eq!(Card::read(&card.sign(&keypair), &scope(), &keypair), Some(card));
+    }
+}

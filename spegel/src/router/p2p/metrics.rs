@@ -1,0 +1,178 @@
+//! The router's figures.
+
+use std::sync::Arc;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+/// The router's figures. Without a registry they are counted all the same, and nobody sees them.
+#[derive(Clone, Debug)]
+pub struct RouterMetrics(pub(super) Arc<Figures>);
+
+/// The figures themselves.
+#[derive(Debug)]
+pub(super) struct Figures {
+    pub(super) members: Gauge,
+    pub(super) peers: Gauge,
+    pub(super) records: Gauge,
+    pub(super) advertise_queue: Gauge,
+    pub(super) advertise_age: Gauge,
+    pub(super) lookups: Family<OutcomeLabel, Counter>,
+    pub(super) hops: Histogram,
+    pub(super) messages: Family<MessageLabels, Counter>,
+    pub(super) refused: Family<ReasonLabel, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct OutcomeLabel {
+    outcome: &'static str,
+}
+
+/// How a lookup ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// Somebody offers the key.
+    Found,
+    /// Nobody does, by all who would know.
+    None,
+    /// Whoever asked stopped listening before anybody was found.
+    Abandoned,
+    /// The time was over before all had answered, and nobody was found.
+    TimedOut,
+    /// It was answered with what a lookup just before had found.
+    Cached,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct MessageLabels {
+    direction: &'static str,
+    kind: &'static str,
+}
+
+/// Whose message it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// Ours.
+    Sent,
+    /// A peer's.
+    Received,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// Why what a peer said was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reason {
+    /// It is no message.
+    Undecodable,
+    /// Its key is none of this network.
+    Key,
+    /// It names no address that could be the peer's.
+    Address,
+    /// A card without its member's signature, or without an address.
+    Card,
+}
+
+// === impl RouterMetrics ===
+
+impl RouterMetrics {
+    /// Registers the figures.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        let figures = &metrics.0;
+        registry.register(
+            "spegel_router_members",
+            "Nodes that speak the member protocol, without this one",
+            figures.members.clone(),
+        );
+        registry.register(
+            "spegel_router_table_peers",
+            "Peers in the routing table, to which there is a connection",
+            figures.peers.clone(),
+        );
+        registry.register(
+            "spegel_router_records",
+            "Records of other nodes' content that this node holds",
+            figures.records.clone(),
+        );
+        registry.register(
+            "spegel_router_advertise_queue",
+            "Keys of this node that have not been told to anybody yet",
+            figures.advertise_queue.clone(),
+        );
+        registry.register(
+            "spegel_router_advertise_age_seconds",
+            "How long the oldest of them has waited",
+            figures.advertise_age.clone(),
+        );
+        registry.register("spegel_router_lookups", "Lookups by how they ended", figures.lookups.clone());
+        registry.register(
+            "spegel_router_lookup_hops",
+            "How many peers in a row had to be asked until one named the first provider",
+            figures.hops.clone(),
+        );
+        registry.register("spegel_router_messages", "Messages to and from peers by kind", figures.messages.clone());
+        registry.register(
+            "spegel_router_refused",
+            "What peers said and was not taken, by reason",
+            figures.refused.clone(),
+        );
+        metrics
+    }
+}
+
+impl Default for RouterMetrics {
+    fn default() -> Self {
+        Self(Arc::new(Figures {
+            members: Gauge::default(),
+            peers: Gauge::default(),
+            records: Gauge::default(),
+            advertise_queue: Gauge::default(),
+            advertise_age: Gauge::default(),
+            lookups: Family::default(),
+            hops: Histogram::new((1..=8).map(f64::from)),
+            messages: Family::default(),
+            refused: Family::default(),
+        }))
+    }
+}
+
+// === impl Figures ===
+
+impl Figures {
+    pub(super) fn lookup(&self, outcome: Outcome) {
+        let outcome = match outcome {
+            Outcome::Found => "found",
+            Outcome::None => "none",
+            Outcome::Abandoned => "abandoned",
+            Outcome::TimedOut => "timed_out",
+            Outcome::Cached => "cached",
+        };
+        self.lookups.get_or_create(&OutcomeLabel { outcome }).inc();
+    }
+
+    pub(super) fn message(&self, direction: Direction, kind: &'static str, count: u64) {
+        let direction = match direction {
+            Direction::Sent => "sent",
+            Direction::Received => "received",
+        };
+        self.messages.get_or_create(&MessageLabels { direction, kind }).inc_by(count);
+    }
+
+    pub(super) fn refuse(&self, reason: Reason) {
+        let reason = match reason {
+            Reason::Undecodable => "undecodable",
+            Reason::Key => "key",
+            Reason::Address => "address",
+            Reason::Card => "card",
+        };
+        self.refused.get_or_create(&ReasonLabel { reason }).inc();
+    }
+}
