@@ -179,6 +179,7 @@ mod tests {
                 &["--drain-timeout", "1s"],
                 &["--serve-engine", "tokio"],
                 &["--serve-transfer", "copy"],
+                &["--drop-cold-pages"],
                 &["--watchdog", "0"],
                 &["--watchdog", "1s"],
                 &["--max-connections", "1"],

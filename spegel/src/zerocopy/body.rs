@@ -103,8 +103,7 @@ impl Body {
         let (bytes, source) = match self.kind {
             Kind::Bytes(bytes) => (Some(bytes).filter(|bytes| !bytes.is_empty()), None),
             Kind::File { file, offset, .. } => {
-                let warmer = shared.settings.warmer.clone();
-                (None, Some(Source::File(Box::new(FileSource::new(file, offset, len, transfer, warmer)))))
+                (None, Some(Source::File(Box::new(FileSource::new(file, offset, len, &shared.settings)))))
             }
             Kind::Relay(relay) => {
                 (None, Some(Source::Relay(Box::new(relay.into_source(transfer, &shared.settings.pipes)))))

@@ -2,6 +2,7 @@
 //! socket, since how a connection ends is part of what is tested.
 #![allow(clippy::unwrap_used)]
 
+mod conformance;
 mod engines;
 mod files;
 mod limits;
@@ -194,6 +195,16 @@ impl Client {
         let head = self.head().await;
         let body = self.exactly(usize::try_from(head.length()).unwrap()).await;
         (head, body)
+    }
+
+    /// Reads `len` bytes, or until the server ends the connection.
+    async fn rest_of(&mut self, len: usize) -> (Vec<u8>, Option<Ended>) {
+        while self.buf.len() < len {
+            if let Err(ended) = self.more().await {
+                return (std::mem::take(&mut self.buf), Some(ended));
+            }
+        }
+        (self.exactly(len).await, None)
     }
 
     /// Reads until the server ends the connection.
