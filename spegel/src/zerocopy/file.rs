@@ -21,6 +21,10 @@ use super::warm::{Warm, Window};
 /// Bytes that are read at once where a file is not in memory. One turn's budget.
 const WINDOW: usize = 512 << 10;
 
+/// Bytes of a cold file that wait in a socket to be sent. Its pages count as ours, and cannot be taken back while they wait: 200
+/// clients that take nothing had a process killed whose group is limited to 128 MiB.
+const UNSENT: u32 = 128 << 10;
+
 /// How long a window may take to be read. A disk that is slower than that is no source.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -39,6 +43,8 @@ pub(super) struct FileSource {
     resident_to: u64,
     warming: Option<Warming>,
     behind: Option<Behind>,
+    /// Whether a window was cold, and the client's socket does not know yet.
+    is_news: bool,
     failed: Option<BodyError>,
 }
 
@@ -68,6 +74,7 @@ impl FileSource {
             resident_to: offset,
             warming: None,
             behind,
+            is_news: false,
             failed: None,
         }
     }
@@ -96,6 +103,10 @@ impl FileSource {
             Poll::Ready(Ok(())) => {}
             Poll::Ready(Err(error)) => return Err(error.into()),
             Poll::Pending => return Ok(Push::Waiting),
+        }
+        if std::mem::take(&mut self.is_news) {
+            // Where the kernel refuses, more waits.
+            let _ = socket2::SockRef::from(client.stream).set_tcp_notsent_lowat(UNSENT);
         }
         let resident = self.resident_to - self.offset;
         let max = usize::try_from(self.left.min(resident)).unwrap_or(usize::MAX).min(max);
@@ -129,7 +140,10 @@ impl FileSource {
         if self.warming.is_none() {
             let window = self.window(self.offset);
             match window.resident() {
-                0 => self.warming = Some(self.warm(window)),
+                0 => {
+                    self.is_news = true;
+                    self.warming = Some(self.warm(window));
+                }
                 resident => {
                     self.resident_to = self.offset + resident as u64;
                     return Poll::Ready(Ok(()));

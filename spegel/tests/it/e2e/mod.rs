@@ -13,6 +13,7 @@ mod cri;
 mod faults;
 mod layers;
 mod pulls;
+mod signals;
 mod upstream;
 
 /// Declares each scenario as a test for containerd 1.6 and one for 2.2.

@@ -3,6 +3,9 @@
 use spegel::oci::Key;
 use spegel::router::MemoryNetwork;
 
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
 use super::{Node, digest_of, noise, rogue};
 
 /// Fewer bytes than announced, then an orderly end.
