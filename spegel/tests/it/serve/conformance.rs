@@ -74,7 +74,8 @@ fn len() -> impl Strategy<Value = usize> {
 
 fn step() -> impl Strategy<Value = Step> {
     let parts = (prop::bool::weighted(0.1), 0..LEN, len(), kind());
-    parts.prop_map(|(head, from, len, kind)| Step { head, from, len: len.min(LEN - from), kind })
+    // Of the head of an empty body hyper does not say that it is empty.
+    parts.prop_map(|(head, from, len, kind)| Step { head, from, len: len.max(head.into()).min(LEN - from), kind })
 }
 
 /// Two ends of a connection: ours to the peer, and the peer's.

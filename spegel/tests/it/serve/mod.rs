@@ -44,10 +44,16 @@ impl Mode {
 /// Every combination that this machine has.
 fn modes() -> Vec<Mode> {
     static ENGINES: LazyLock<Vec<EngineChoice>> = LazyLock::new(|| {
-        let of = |engine| Options { engine, runtimes: 1, ..Options::default() };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let within = runtime.enter();
         let handler = |_: Request<Incoming>| async { Response::new(Body::empty()) };
-        match Server::bind(&[loopback()], of(EngineChoice::IoUring), Arc::new(handler)) {
-            Ok(_) => vec![EngineChoice::IoUring, EngineChoice::Tokio],
+        let options = Options { engine: EngineChoice::IoUring, runtimes: 1, ..Options::default() };
+        let tried = Server::bind(&[loopback()], options, Arc::new(handler)).map(drop);
+        // It may be that this is within a runtime already.
+        drop(within);
+        runtime.shutdown_background();
+        match tried {
+            Ok(()) => vec![EngineChoice::IoUring, EngineChoice::Tokio],
             Err(error) => {
                 println!("skipped for io-uring: {error}");
                 vec![EngineChoice::Tokio]
