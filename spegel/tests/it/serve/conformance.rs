@@ -140,7 +140,7 @@ async fn run(fixture: &Fixture, file: &Arc<File>, steps: &[Step], narrow: bool, 
             Kind::Memory => {}
             Kind::File => expected.file += sent,
             Kind::Relay { .. } => {
-                (expected.relay, expected.prefetched) = (expected.relay + sent, expected.prefetched + prefetched)
+                (expected.relay, expected.prefetched) = (expected.relay + sent, expected.prefetched + prefetched);
             }
         }
         requests.push(if step.head {
