@@ -199,6 +199,7 @@ mod tests {
                 &["--service-account-dir", "/elsewhere"],
                 &["--serve-engine", "tokio"],
                 &["--serve-transfer", "copy"],
+                &["--drop-cold-pages"],
                 &["--watchdog", "0"],
                 &["--watchdog", "1s"],
                 &["--max-connections", "1"],

@@ -91,7 +91,50 @@ impl Collector for Process {
             let max = ConstGauge::new(i64::try_from(max).unwrap_or(i64::MAX));
             Self::metric(encoder, "process_max_fds", "Bound of open file descriptors", None, &max)?;
         }
+        if let Some(memory) = GroupMemory::read() {
+            let bytes = |bytes| ConstGauge::new(i64::try_from(bytes).unwrap_or(i64::MAX));
+            let help =
+                "What this process and its like hold themselves, of the memory that its control group is charged for";
+            Self::metric(encoder, "spegel_cgroup_own_memory", help, Some(&Unit::Bytes), &bytes(memory.own))?;
+            let help = "Pages of files, which the kernel takes back at need, of the memory that the control group is charged for";
+            Self::metric(encoder, "spegel_cgroup_page_cache", help, Some(&Unit::Bytes), &bytes(memory.cache))?;
+        }
         Ok(())
+    }
+}
+
+/// What the process's control group is charged for, in bytes. An operator's tools show the sum.
+#[derive(Debug, PartialEq, Eq)]
+struct GroupMemory {
+    own: u64,
+    cache: u64,
+}
+
+impl GroupMemory {
+    /// From the group's `memory.stat`: in a container its own group is the root of what can be seen.
+    fn read() -> Option<Self> {
+        let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let root = std::path::Path::new("/sys/fs/cgroup");
+        let paths = groups.lines().filter_map(|line| {
+            let mut parts = line.splitn(3, ':');
+            let (controllers, path) = (parts.nth(1)?, parts.next()?.trim_start_matches('/'));
+            match controllers {
+                "" => Some([root.join(path), root.to_path_buf()]),
+                "memory" => Some([root.join("memory").join(path), root.join("memory")]),
+                _ => None,
+            }
+        });
+        paths.flatten().find_map(|path| Self::parse(&std::fs::read_to_string(path.join("memory.stat")).ok()?))
+    }
+
+    /// Version 2 says `anon` and `file`, version 1 `total_rss` and `total_cache`.
+    fn parse(text: &str) -> Option<Self> {
+        let field = |name: &str| {
+            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            value.and_then(|value| value.trim().parse().ok())
+        };
+        let own = field("anon").or_else(|| field("total_rss"))?;
+        Some(Self { own, cache: field("file").or_else(|| field("total_cache"))? })
     }
 }
 
@@ -143,6 +186,15 @@ mod tests {
             assert!(text.contains(&format!("\n{name}")), "{name} is missing in:\n{text}");
         }
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn both_versions_of_control_groups_are_understood() {
+        let of = |own, cache| Some(GroupMemory { own, cache });
+        assert_eq!(GroupMemory::parse("anon 1\nfile 2\nkernel 3\nfile_mapped 4\n"), of(1, 2));
+        let v1 = "cache 1\nrss 2\ntotal_cache 3\ntotal_rss 4\ntotal_rss_huge 5\n";
+        assert_eq!(GroupMemory::parse(v1), of(4, 3));
+        assert_eq!(GroupMemory::parse("pgfault 1\n"), None);
     }
 
     #[test]

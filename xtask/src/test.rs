@@ -14,7 +14,7 @@ use crate::helm::Version as Helm;
 use crate::suites::{Counts, End, Outcome, Suite, report};
 
 /// The Debian packages of the end-to-end tests.
-const PACKAGES: [&str; 6] = ["containerd", "runc", "docker-registry", "iproute2", "util-linux", "procps"];
+const PACKAGES: [&str; 7] = ["containerd", "runc", "docker-registry", "iproute2", "util-linux", "procps", "strace"];
 
 #[derive(Debug, Args)]
 pub(crate) struct Test {

@@ -107,7 +107,10 @@ impl SmallCache {
 
 /// How many names the file has, as fstat(2) tells without waiting.
 fn names(blob: &Blob) -> u64 {
-    rustix::fs::fstat(&*blob.file).map_or(0, |stat| u64::from(stat.st_nlink))
+    // 32 bits on some architectures.
+    #[allow(clippy::useless_conversion)]
+    let links = rustix::fs::fstat(&*blob.file).map_or(0, |stat| u64::from(stat.st_nlink));
+    links
 }
 
 fn read(digest: &Digest, blob: &Blob) -> Option<Small> {

@@ -113,18 +113,11 @@ impl Body {
         let (bytes, source) = match self.kind {
             Kind::Bytes(bytes) => (Some(bytes).filter(|bytes| !bytes.is_empty()), None),
             Kind::File { file, offset, .. } => {
-                let warmer = shared.settings.warmer.clone();
-                (None, Some(Source::File(Box::new(FileSource::new(file, offset, len, transfer, warmer)))))
+                (None, Some(Source::File(Box::new(FileSource::new(file, offset, len, &shared.settings)))))
             }
-            Kind::Growing { growing, offset, .. } => (
-                None,
-                Some(Source::Growing(Box::new(growing.into_source(
-                    offset,
-                    len,
-                    transfer,
-                    shared.settings.warmer.clone(),
-                )))),
-            ),
+            Kind::Growing { growing, offset, .. } => {
+                (None, Some(Source::Growing(Box::new(growing.into_source(offset, len, &shared.settings)))))
+            }
             Kind::Relay(relay) => {
                 (None, Some(Source::Relay(Box::new(relay.into_source(transfer, &shared.settings.pipes)))))
             }

@@ -1,7 +1,9 @@
 //! A range of a file as the source of a body.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -11,7 +13,7 @@ use futures::future::BoxFuture;
 use rustix::io::Errno;
 
 use super::error::BodyError;
-use super::ops::{Client, Push, Transfer};
+use super::ops::{Client, Push, Settings, Transfer};
 use super::stage::Stage;
 use super::traffic::Way;
 use super::warm::{Warm, Window};
@@ -19,8 +21,15 @@ use super::warm::{Warm, Window};
 /// Bytes that are read at once where a file is not in memory. One turn's budget.
 const WINDOW: usize = 512 << 10;
 
+/// Bytes of a cold file that wait in a socket to be sent. Its pages count as ours, and cannot be taken back while they wait: 200
+/// clients that take nothing had a process killed whose group is limited to 128 MiB.
+const UNSENT: u32 = 128 << 10;
+
 /// How long a window may take to be read. A disk that is slower than that is no source.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Cold windows that are kept until what was sent of them has left: more than a socket's send buffer holds by default (4 MiB).
+const LAG: usize = 16;
 
 /// What is left of a file's range.
 pub(super) struct FileSource {
@@ -33,26 +42,39 @@ pub(super) struct FileSource {
     /// Up to here the file was in memory when last looked at.
     resident_to: u64,
     warming: Option<Warming>,
+    behind: Option<Behind>,
+    /// Whether a window was cold, and the client's socket does not know yet.
+    is_news: bool,
     failed: Option<BodyError>,
 }
 
 /// A window that is being read.
 struct Warming {
+    start: u64,
     end: u64,
     done: BoxFuture<'static, Result<(), tokio::time::error::Elapsed>>,
 }
 
+/// Lets go of the pages of windows that were not in memory before this body, once they were sent.
+struct Behind {
+    file: Arc<File>,
+    windows: VecDeque<(u64, u64)>,
+}
+
 impl FileSource {
-    pub(super) fn new(file: Arc<File>, offset: u64, len: u64, transfer: Transfer, warmer: Arc<dyn Warm>) -> Self {
+    pub(super) fn new(file: Arc<File>, offset: u64, len: u64, settings: &Settings) -> Self {
+        let behind = settings.drop_cold.then(|| Behind { file: file.clone(), windows: VecDeque::new() });
         Self {
             file,
             offset,
             left: len,
-            transfer,
+            transfer: settings.transfer,
             stage: None,
-            warmer,
+            warmer: settings.warmer.clone(),
             resident_to: offset,
             warming: None,
+            behind,
+            is_news: false,
             failed: None,
         }
     }
@@ -81,6 +103,10 @@ impl FileSource {
             Poll::Ready(Ok(())) => {}
             Poll::Ready(Err(error)) => return Err(error.into()),
             Poll::Pending => return Ok(Push::Waiting),
+        }
+        if std::mem::take(&mut self.is_news) {
+            // Where the kernel refuses, more waits.
+            let _ = socket2::SockRef::from(client.stream).set_tcp_notsent_lowat(UNSENT);
         }
         let resident = self.resident_to - self.offset;
         let max = usize::try_from(self.left.min(resident)).unwrap_or(usize::MAX).min(max);
@@ -114,7 +140,10 @@ impl FileSource {
         if self.warming.is_none() {
             let window = self.window(self.offset);
             match window.resident() {
-                0 => self.warming = Some(self.warm(window)),
+                0 => {
+                    self.is_news = true;
+                    self.warming = Some(self.warm(window));
+                }
                 resident => {
                     self.resident_to = self.offset + resident as u64;
                     return Poll::Ready(Ok(()));
@@ -126,6 +155,9 @@ impl FileSource {
             return Poll::Ready(Err(BodyError::Disk { waited: PATIENCE }));
         }
         self.resident_to = warming.end;
+        if let Some(behind) = &mut self.behind {
+            behind.add(warming.start, warming.end);
+        }
         let next = self.window(self.resident_to);
         self.warming = (next.resident() < next.len).then(|| self.warm(next));
         Poll::Ready(Ok(()))
@@ -138,8 +170,8 @@ impl FileSource {
     }
 
     fn warm(&self, window: Window) -> Warming {
-        let end = window.offset + window.len as u64;
-        Warming { end, done: Box::pin(tokio::time::timeout(PATIENCE, self.warmer.warm(window))) }
+        let (start, end) = (window.offset, window.offset + window.len as u64);
+        Warming { start, end, done: Box::pin(tokio::time::timeout(PATIENCE, self.warmer.warm(window))) }
     }
 
     fn sendfile(&self, client: &Client<'_>, max: usize) -> io::Result<usize> {
@@ -161,5 +193,31 @@ impl FileSource {
         stage.take(n);
         client.traffic.add(Way::FileCopy, n);
         Ok(n)
+    }
+}
+
+// === impl Behind ===
+
+impl Behind {
+    fn add(&mut self, start: u64, end: u64) {
+        self.windows.push_back((start, end));
+        if self.windows.len() > LAG {
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some((start, end)) = self.windows.pop_front() {
+            // Advice: where it is not taken nothing is lost.
+            let _ = rustix::fs::fadvise(&*self.file, start, NonZeroU64::new(end - start), rustix::fs::Advice::DontNeed);
+        }
+    }
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        while !self.windows.is_empty() {
+            self.drop_oldest();
+        }
     }
 }

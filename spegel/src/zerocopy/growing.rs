@@ -11,8 +11,7 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use super::error::BodyError;
 use super::file::FileSource;
-use super::ops::{Client, Push, Transfer};
-use super::warm::Warm;
+use super::ops::{Client, Push, Settings};
 
 /// How far a file has been written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,10 +44,10 @@ impl Growing {
         *self.progress.borrow()
     }
 
-    pub(super) fn into_source(self, offset: u64, len: u64, transfer: Transfer, warmer: Arc<dyn Warm>) -> GrowingSource {
+    pub(super) fn into_source(self, offset: u64, len: u64, settings: &Settings) -> GrowingSource {
         let Self { file, progress } = self;
         let news = News { waiting: ReusableBoxFuture::new(changed(progress.clone())), progress };
-        GrowingSource { file: FileSource::new(file, offset, len, transfer, warmer), end: offset + len, news }
+        GrowingSource { file: FileSource::new(file, offset, len, settings), end: offset + len, news }
     }
 }
 

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod accounting;
 mod bad_input;
 mod changes;
 mod cluster;
@@ -14,6 +15,7 @@ mod layers;
 mod many;
 mod pulls;
 mod receiving;
+mod signals;
 mod upstream;
 
 /// Declares each scenario as a test for containerd 1.6 and one for 2.2.

@@ -3,6 +3,9 @@
 use spegel::oci::Key;
 use spegel::router::MemoryNetwork;
 
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
 use super::{Node, digest_of, noise, rogue};
 
 /// Fewer bytes than announced, then an orderly end.
@@ -109,4 +112,24 @@ async fn a_parallel_fetch_is_kept_to_one_request() {
     for _ in 0..2 {
         assert_eq!(ask("bytes=1000-", "containerd/v2.2.7").await.status, 404, "no chunk can fail");
     }
+}
+
+#[tokio::test]
+async fn a_connection_too_many_is_sent_elsewhere_in_the_same_way() {
+    let node = Node::join(&MemoryNetwork::new(), "a");
+    let (given, other) = (node.shelf.put(&noise(4, 1 << 20)), node.shelf.put(b"other"));
+    let target = |digest: &spegel::oci::Digest| format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let part = [("Range", "bytes=0-99"), ("X-Spegel-Node", "n")];
+    assert_eq!(node.ask("GET", &target(&given), &part).await.status, 206);
+    let turn_away = |digest: &spegel::oci::Digest| {
+        let request = http::Request::get(target(digest)).header("Range", "bytes=500-").header("X-Spegel-Node", "n");
+        let (parts, ()) = request.body(()).unwrap().into_parts();
+        let registry = Arc::clone(&node.registry);
+        async move { registry.turn_away(&parts, Ipv4Addr::LOCALHOST.into()).await.status().as_u16() }
+    };
+    assert_eq!(turn_away(&given).await, 206, "an error status would fail the pull");
+    assert_eq!(turn_away(&given).await, 503, "a second empty body would, too");
+    assert_eq!(turn_away(&other).await, 503);
+    // Others are served meanwhile.
+    assert_eq!(node.get(&target(&other)).await.status, 200);
 }

@@ -2,6 +2,7 @@
 //! socket, since how a connection ends is part of what is tested.
 #![allow(clippy::unwrap_used)]
 
+mod conformance;
 mod engines;
 mod files;
 mod growing;
@@ -44,10 +45,16 @@ impl Mode {
 /// Every combination that this machine has.
 fn modes() -> Vec<Mode> {
     static ENGINES: LazyLock<Vec<EngineChoice>> = LazyLock::new(|| {
-        let of = |engine| Options { engine, runtimes: 1, ..Options::default() };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let within = runtime.enter();
         let handler = |_: Request<Incoming>| async { Response::new(Body::empty()) };
-        match Server::bind(&[loopback()], of(EngineChoice::IoUring), Arc::new(handler)) {
-            Ok(_) => vec![EngineChoice::IoUring, EngineChoice::Tokio],
+        let options = Options { engine: EngineChoice::IoUring, runtimes: 1, ..Options::default() };
+        let tried = Server::bind(&[loopback()], options, Arc::new(handler)).map(drop);
+        // It may be that this is within a runtime already.
+        drop(within);
+        runtime.shutdown_background();
+        match tried {
+            Ok(()) => vec![EngineChoice::IoUring, EngineChoice::Tokio],
             Err(error) => {
                 println!("skipped for io-uring: {error}");
                 vec![EngineChoice::Tokio]
@@ -195,6 +202,16 @@ impl Client {
         let head = self.head().await;
         let body = self.exactly(usize::try_from(head.length()).unwrap()).await;
         (head, body)
+    }
+
+    /// Reads `len` bytes, or until the server ends the connection.
+    async fn rest_of(&mut self, len: usize) -> (Vec<u8>, Option<Ended>) {
+        while self.buf.len() < len {
+            if let Err(ended) = self.more().await {
+                return (std::mem::take(&mut self.buf), Some(ended));
+            }
+        }
+        (self.exactly(len).await, None)
     }
 
     /// Reads until the server ends the connection.
