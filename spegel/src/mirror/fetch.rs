@@ -398,7 +398,7 @@ pub(super) async fn attempt(
     }
 }
 
-fn request(shared: &Shared, wanted: &Wanted, head_only: bool) -> PeerRequest {
+pub(super) fn request(shared: &Shared, wanted: &Wanted, head_only: bool) -> PeerRequest {
     let mut extra = shared.headers();
     if let Some(wait) = wanted.wait {
         extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
@@ -412,16 +412,6 @@ fn request(shared: &Shared, wanted: &Wanted, head_only: bool) -> PeerRequest {
         range: wanted.range.clone().filter(|_| !head_only && wanted.kind == Kind::Blob),
         extra,
     }
-}
-
-/// How many bytes of a blob a peer has now; none if it says nothing sensible.
-pub(super) async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
-    let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
-    let asked = client::request(&shared.pool, &[address], &request, shared.settings.timeouts).await;
-    let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
-    let position = response.head.receiving.unwrap_or(response.head.content_length);
-    shared.keep(address, response);
-    Some(position)
 }
 
 impl Shared {
@@ -452,7 +442,7 @@ impl Shared {
     }
 
     /// Keeps a connection whose response has been read to its end.
-    fn keep(&self, address: SocketAddr, response: PeerResponse) {
+    pub(super) fn keep(&self, address: SocketAddr, response: PeerResponse) {
         if response.head.keep_alive {
             self.pool.put(address, response.stream);
         }

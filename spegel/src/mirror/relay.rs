@@ -10,10 +10,10 @@ use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 use tracing::{debug, info};
 
-use super::fetch::{Streamed, Taken, Use, race};
+use super::fetch::{Streamed, Taken, Use, race, request};
 use super::metrics::End;
 use super::peers::jitter;
-use super::{Shared, Wanted, fetch, lineage};
+use super::{Shared, Wanted, client, lineage};
 use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
@@ -77,6 +77,16 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     Body::relay(relay)
 }
 
+/// How many bytes of a blob a peer has now; none if it says nothing sensible.
+async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
+    let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
+    let asked = client::request(&shared.pool, &[address], &request, shared.settings.timeouts).await;
+    let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
+    let position = response.head.receiving.unwrap_or(response.head.content_length);
+    shared.keep(address, response);
+    Some(position)
+}
+
 impl Shared {
     /// Notes that our containerd is given this by nodes that still receive it themselves.
     fn fed(&self, wanted: &Wanted, chain: Option<lineage::Chain>) -> Option<lineage::Fed> {
@@ -134,7 +144,7 @@ impl Chain {
                 (state.address, state.position)
             };
             let Some(before) = before else { return false };
-            let Some(now) = fetch::position(&chain.shared, &chain.wanted, address).await else { return false };
+            let Some(now) = position(&chain.shared, &chain.wanted, address).await else { return false };
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.position = Some(now);
             now > before
