@@ -192,6 +192,18 @@ impl Containerd {
         self.ctr(&["images", "pull", "--hosts-dir", &hosts, "--snapshotter", self.snapshotter, reference]).map(|_| ())
     }
 
+    /// [`Containerd::pull`] that is ended when it takes longer than `limit`.
+    ///
+    /// # Errors
+    /// What `ctr` says, or the time is over.
+    pub fn pull_within(&self, reference: &str, limit: Duration) -> Result<()> {
+        let hosts = self.certs_dir().display().to_string();
+        let mut command = self.node.command("timeout");
+        command.arg(limit.as_secs().to_string()).arg(&self.binaries.ctr).arg("--address").arg(self.socket());
+        command.args(["--namespace", NAMESPACE, "images", "pull", "--hosts-dir", &hosts]);
+        output(command.args(["--snapshotter", self.snapshotter, reference])).map(|_| ())
+    }
+
     /// Imports an archive, without unpacking it, for every platform.
     ///
     /// # Errors

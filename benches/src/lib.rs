@@ -6,6 +6,8 @@
 pub mod bare;
 pub mod containerd;
 pub mod daemon;
+pub mod faults;
+pub mod gopeer;
 pub mod http;
 pub mod image;
 pub mod load;

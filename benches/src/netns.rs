@@ -124,12 +124,28 @@ impl Lab {
         Ok(())
     }
 
+    /// Takes the limits of [`Lab::limit`] back.
+    ///
+    /// # Errors
+    /// What `tc` says.
+    pub fn unlimit(&self, node: &Node) -> Result<()> {
+        for (namespace, device) in [(node.namespace.as_str(), "eth0"), (self.switch().as_str(), node.port.as_str())] {
+            output(Command::new("tc").args(["-n", namespace, "qdisc", "del", "dev", device, "root"]))?;
+        }
+        Ok(())
+    }
+
     /// Takes a node off the switch, or puts it back: its link stays up at the node, as when a cable fails beyond it.
     ///
     /// # Errors
     /// What `ip` says.
     pub fn set_connected(&self, node: &Node, connected: bool) -> Result<()> {
         ip(&["-n", &self.switch(), "link", "set", &node.port, if connected { "up" } else { "down" }])
+    }
+
+    /// The address of the machine's own namespace in the lab.
+    pub fn host_address(&self) -> Ipv4Addr {
+        self.address(1)
     }
 
     fn switch(&self) -> String {
@@ -162,6 +178,16 @@ impl Node {
     /// The namespace's name, for `ip netns exec`.
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// Runs `ip` in the node.
+    ///
+    /// # Errors
+    /// What `ip` says.
+    pub fn ip(&self, arguments: &[&str]) -> Result<()> {
+        let mut full = vec!["-n", self.namespace.as_str()];
+        full.extend(arguments);
+        ip(&full)
     }
 
     /// A command that runs in the node.

@@ -73,6 +73,30 @@ impl Registry {
         self.daemon = None;
     }
 
+    /// The node that it runs on.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Where it keeps a blob's bytes, which it sends as they are.
+    pub fn blob_path(&self, digest: &str) -> PathBuf {
+        let hex = digest.trim_start_matches("sha256:");
+        let folder = self.folder.path().join("data/docker/registry/v2/blobs/sha256");
+        folder.join(&hex[..2]).join(hex).join("data")
+    }
+
+    /// How many bytes of answers to GETs for a path that contains `part` were sent to a node since the registry first started; an answer
+    /// counts when it has ended, with what the kernel took of it.
+    pub fn sent(&self, to: &Node, part: &str) -> u64 {
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let start = format!("{} ", to.address());
+        let answers = log.lines().filter(|line| line.starts_with(&start)).filter_map(|line| {
+            let (target, rest) = line.split_once("\"GET ")?.1.split_once("\" ")?;
+            target.contains(part).then(|| rest.split(' ').nth(1)?.parse::<u64>().ok())?
+        });
+        answers.sum()
+    }
+
     /// `host:port`, which is also the registry part of the names of images in it.
     pub fn host(&self) -> String {
         self.address.to_string()
@@ -95,6 +119,18 @@ impl Registry {
                 })
             })
             .count()
+    }
+
+    /// How many bytes of bodies it has sent for GETs of a path that contains `part` since it first started.
+    pub fn bytes_sent(&self, part: &str) -> u64 {
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines = log.lines().filter_map(|line| line.split_once("\"GET ")?.1.split_once("\" "));
+        lines
+            .filter(|(target, status)| {
+                target.contains(part) && (status.starts_with("200") || status.starts_with("206"))
+            })
+            .filter_map(|(_, rest)| rest.split_whitespace().nth(1)?.parse::<u64>().ok())
+            .sum()
     }
 
     fn log_path(&self) -> PathBuf {

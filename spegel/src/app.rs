@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod handler;
+mod node;
 mod trace;
 
 use std::io::Write as _;
@@ -15,13 +16,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::bootstrap::{Bootstrap, DnsBootstrap};
+use crate::bootstrap::{Bootstrap, DnsBootstrap, HttpEndpoint, RememberedPeers};
 use crate::cli::{self, Command, Content, RegistrySettings, VersionFormat};
 use crate::mirror::{Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
-use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
+use crate::store::{Change, Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
 use crate::web::Web;
 use crate::{hosts, metrics};
 
@@ -109,9 +110,14 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let mut stop_signal = StopSignal::listen()?;
     let open_files = limit_open_files(settings.serve.open_files);
     let mut figures = metrics::registry();
+    let zone = node::zone(&settings.zone, &settings.node_name).await;
+    metrics::register_node(&mut figures, &settings.node_name, zone.as_deref());
 
     let (store, mut store_task) = open_store(&settings, &stop)?;
-    let router = start_router(&settings, &stop)?;
+    let router = start_router(&settings, zone.clone(), &stop)?;
+    if let Some(endpoint) = &settings.bootstrap_endpoint {
+        serve_bootstrap(endpoint, &router, &stop)?;
+    }
     let mirror = Mirror::new(router.clone(), settings.mirror.clone(), MirrorMetrics::register(&mut figures));
     let registry = Arc::new(Registry::new(crate::registry::Settings {
         store: store.clone(),
@@ -120,6 +126,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         filters: settings.filters.clone(),
         basic_auth: settings.basic_auth.clone(),
         node_name: Some(settings.node_name.clone()),
+        uploads: settings.uploads,
         metrics: RegistryMetrics::register(&mut figures),
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
@@ -129,12 +136,17 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
-    tokio::spawn(announce(store, router.clone()));
+    tokio::spawn(announce(store, router.clone(), Arc::clone(&registry)));
+    if let Some(taint) = settings.startup_taint {
+        let registry = Arc::clone(&registry);
+        tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
+    }
     info!(
         version = env!("CARGO_PKG_VERSION"),
         registry = ?server.addrs(),
         router = %router.peer_id(),
         node = settings.node_name,
+        zone,
         "spegel is up"
     );
 
@@ -171,6 +183,7 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
                 namespace: namespace.clone(),
                 content_path: content_path.clone(),
                 filters: settings.filters.clone(),
+                stall: settings.mirror.stall,
             };
             let (store, task) = Containerd::start(containerd, stop.clone());
             let ended = async move {
@@ -186,26 +199,56 @@ fn open_store(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::
     }
 }
 
-fn start_router(settings: &RegistrySettings, stop: &CancellationToken) -> anyhow::Result<Arc<P2pRouter>> {
-    let sources = settings.bootstrap.iter().map(|kind| -> anyhow::Result<Arc<dyn Bootstrap>> {
-        Ok(match kind {
-            cli::Bootstrap::Dns(name) => Arc::new(DnsBootstrap::new(name).context("the name servers of this host")?),
-            cli::Bootstrap::Static(list) => Arc::new(list.clone()),
-        })
-    });
-    let identity = match &settings.data_dir {
-        Some(dir) => Identity::load_or_create(dir)?,
-        None => Identity::fresh(),
+fn start_router(
+    settings: &RegistrySettings,
+    zone: Option<String>,
+    stop: &CancellationToken,
+) -> anyhow::Result<Arc<P2pRouter>> {
+    let mut sources: Vec<Arc<dyn Bootstrap>> = Vec::new();
+    for kind in &settings.bootstrap {
+        match kind {
+            cli::Bootstrap::Dns(name) => {
+                sources.push(Arc::new(DnsBootstrap::new(name).context("the name servers of this host")?));
+            }
+            cli::Bootstrap::Static(list) => sources.push(Arc::new(list.clone())),
+            cli::Bootstrap::Http(url) => sources.push(Arc::new(url.clone())),
+            cli::Bootstrap::HttpEndpoint | cli::Bootstrap::Mdns => {}
+        }
+    }
+    let (identity, remembered) = match &settings.data_dir {
+        Some(dir) => (Identity::load_or_create(dir)?, Some(RememberedPeers::new(dir))),
+        None => (Identity::fresh(), None),
     };
     let p2p = P2pSettings {
         listen: router_addresses(settings.router_addr),
         registry_port: settings.registry_addr.port(),
         identity,
-        bootstrap: sources.collect::<anyhow::Result<_>>()?,
+        bootstrap: sources,
+        remembered,
+        mdns: settings.bootstrap.iter().any(|kind| matches!(kind, cli::Bootstrap::Mdns)),
+        advertise: settings.peers.advertise.clone(),
+        peer_networks: settings.peers.networks.clone(),
+        network_key: settings.peers.network_key.clone(),
+        zone,
         advertise_ttl: P2pSettings::ADVERTISE_TTL,
-        max_records: P2pSettings::MAX_RECORDS,
+        join_timeout: P2pSettings::JOIN_TIMEOUT,
+        max_records: settings.peers.max_records,
     };
     Ok(P2pRouter::start(p2p, stop)?)
+}
+
+/// Serves this node's addresses, and some of its peers', to those who bootstrap by HTTP.
+fn serve_bootstrap(
+    endpoint: &cli::BootstrapEndpoint,
+    router: &Arc<P2pRouter>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let listener = crate::serve::listen(endpoint.addr)?;
+    let router = Arc::downgrade(router);
+    let peers = move || router.upgrade().map(|router| router.bootstrap_peers()).unwrap_or_default();
+    let endpoint = HttpEndpoint::new(listener, endpoint.certificates.clone(), Arc::new(peers))?;
+    tokio::spawn(endpoint.serve(stop.clone()));
+    Ok(())
 }
 
 /// The router listens on each family by itself.
@@ -230,10 +273,13 @@ async fn stop_serving(registry: &Registry, server: Server, bound: Duration) -> u
 }
 
 /// Tells the network what the store has, as that changes.
-async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>) {
+async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>, registry: Arc<Registry>) {
     let mut changes = store.subscribe();
     drop(store);
     while let Some(change) = changes.next().await {
+        if let Change::Added(keys) = &change {
+            registry.stored(keys);
+        }
         router.announce(change);
     }
 }

@@ -12,7 +12,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 pub use args::{LogFormat, LogLevel, VersionFormat};
 pub use cleanup::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
 pub use serve::ServeSettings;
-pub use settings::{Bootstrap, Content, RegistrySettings};
+pub use settings::{Bootstrap, BootstrapEndpoint, Content, Peers, RegistrySettings, Zone};
 
 /// What the command line and the environment ask for.
 #[derive(Debug)]
@@ -154,15 +154,27 @@ mod tests {
         let secrets = tempfile::tempdir().unwrap();
         std::fs::write(secrets.path().join("username"), "user").unwrap();
         std::fs::write(secrets.path().join("password"), "secret").unwrap();
+        let key = secrets.path().join("network.key");
+        std::fs::write(&key, format!("/key/swarm/psk/1.0.0/\n/base16/\n{}\n", "ab".repeat(32))).unwrap();
+        let key = key.to_str().unwrap();
         let secrets = secrets.path().to_str().unwrap();
         check_flags(
             "registry",
-            &["--bootstrap-kind", "static"],
+            &["--bootstrap-kind", "static", "--startup-taint", "a", "--kubernetes-service-host", "10.0.0.1"],
             &[
                 &["--bootstrap-kind", "dns", "--dns-bootstrap-domain", "spegel.test."],
                 &["--bootstrap-kind=dns", "--dns-bootstrap-domain", "other.test."],
                 &["--dns-bootstrap-domain", "spegel.test.", "--bootstrap-kind", "dns"],
                 &["--static-bootstrap-peers", "10.0.0.1", "/ip4/10.0.0.2/tcp/5001"],
+                &["--bootstrap-kind", "mdns"],
+                &["--bootstrap-kind", "http", "--http-bootstrap-url", "http://a.test/id"],
+                &["--http-bootstrap-url", "http://b.test/id", "--bootstrap-kind", "http"],
+                &["--http-bootstrap-addr", ":1"],
+                &["--http-bootstrap-cert-dir", "/elsewhere", "--http-bootstrap-addr", ":1"],
+                &["--advertise-addr", "10.0.0.1", "[fd00::1]:7"],
+                &["--peer-cidrs", "10.0.0.0/8", "fd00::1"],
+                &["--network-key-file", key],
+                &["--router-max-records", "7"],
                 &["--metrics-addr", ":1"],
                 &["--containerd-sock", "/elsewhere"],
                 &["--containerd-namespace", "default"],
@@ -176,7 +188,15 @@ mod tests {
                 &["--mirror-resolve-timeout", "1s"],
                 &["--mirror-resolve-retries", "7"],
                 &["--mirror-stall-timeout", "1m30s"],
+                &["--max-uploads", "7"],
+                &["--upload-rate", "1000000"],
                 &["--drain-timeout", "1s"],
+                &["--zone", "zone-1"],
+                &["--zone-from-node"],
+                &["--startup-taint", "b"],
+                &["--kubernetes-service-host", "10.0.0.2"],
+                &["--kubernetes-service-port", "6443"],
+                &["--service-account-dir", "/elsewhere"],
                 &["--serve-engine", "tokio"],
                 &["--serve-transfer", "copy"],
                 &["--drop-cold-pages"],
@@ -252,15 +272,17 @@ mod tests {
     }
 
     #[test]
-    fn both_kinds_of_bootstrap_may_be_given_at_once() {
-        let told = settings(&["registry", "--bootstrap-kind", "static,dns", "--dns-bootstrap-domain", "spegel.test."]);
-        assert!(told.contains("Dns(\"spegel.test.\")") && told.contains("Static("), "{told}");
+    fn several_kinds_of_bootstrap_may_be_given_at_once() {
+        let told =
+            settings(&["registry", "--bootstrap-kind", "static,dns,mdns", "--dns-bootstrap-domain", "spegel.test."]);
+        let all = ["Dns(\"spegel.test.\")", "Static(", "Mdns"].iter().all(|kind| told.contains(kind));
+        assert!(all, "{told}");
     }
 
     #[test]
     fn what_is_wrong_is_said_by_flag() {
         for (arguments, says) in [
-            (&["registry", "--bootstrap-kind", "carrier-pigeon"][..], "the kinds are dns and static"),
+            (&["registry", "--bootstrap-kind", "carrier-pigeon"][..], "the kinds are dns, http, mdns and static"),
             (&["registry", "--bootstrap-kind", "dns"], "needs --dns-bootstrap-domain"),
             (&["registry", "--bootstrap-kind", "static", "--registry-addr", "here"], "--registry-addr here"),
             (&["registry", "--bootstrap-kind", "static", "--registry-filters", "("], "--registry-filters"),
@@ -268,13 +290,21 @@ mod tests {
             (&["registry", "--bootstrap-kind", "static", "--serve-engine", "epoll"], "auto, io-uring and tokio"),
             (&["registry", "--bootstrap-kind", "static", "--max-connections", "0"], "at least 1"),
             (&["configuration", "--mirror-targets", "ftp://a"], "--mirror-targets"),
+            (&["registry", "--bootstrap-kind", "static", "--zone", "here, there"], "--zone here, there"),
+            (&["registry", "--bootstrap-kind", "static", "--zone-from-node"], "--kubernetes-service-host"),
+            (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a"], "--kubernetes-service-host"),
+            (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a:NoSchedule"], "key alone"),
             (&["configuration"], "--mirror-targets"),
             (&["cleanup"], "--addr"),
             (&["cleanup-wait"], "--probe-endpoint"),
             (&["cleanup-wait", "--probe-endpoint", "nowhere"], "host and a port"),
             (&["cleanup-wait", "--probe-endpoint", "a:1", "--threshold", "0"], "--threshold"),
             (&["cleanup-wait", "--probe-endpoint", "a:1", "--daemonset", "a"], "--kubernetes-service-host"),
-            (&["registry", "--bootstrap-kind", "static", "--http-bootstrap-addr", ":1"], "unexpected argument"),
+            (&["registry", "--bootstrap-kind", "http"], "--http-bootstrap-url or --http-bootstrap-addr"),
+            (&["registry", "--bootstrap-kind", "http", "--http-bootstrap-url", "a:1"], "--http-bootstrap-url"),
+            (&["registry", "--bootstrap-kind", "mdns", "--advertise-addr", "here"], "--advertise-addr here"),
+            (&["registry", "--bootstrap-kind", "mdns", "--peer-cidrs", "10.0.0.0/99"], "--peer-cidrs 10.0.0.0/99"),
+            (&["registry", "--bootstrap-kind", "mdns", "--network-key-file", "/dev/null"], "/key/swarm/psk/1.0.0/"),
         ] {
             let said = refusal(arguments);
             assert!(said.contains(says), "{arguments:?}: {said}");

@@ -3,12 +3,12 @@
 //! | level | rooms | may import |
 //! |---|---|---|
 //! | 0 | [`oci`], [`metrics`] | nothing of ours |
-//! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`] | level 0 |
+//! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`], [`kube`] | level 0 |
 //! | 2 | [`store`], [`router`] | below; `router` takes `store`'s [`store::Change`] only |
 //! | 3 | [`mirror`] | below |
 //! | 4 | [`registry`] | below |
 //! | 5 | [`serve`], [`web`], [`cleanup`] | below |
-//! | 6 | [`app`], [`cli`] | all |
+//! | 6 | [`app`], [`cli`], [`fuzz`] | all |
 //!
 //! `cargo xtask tidy` fails on an import that climbs.
 
@@ -16,7 +16,10 @@ pub mod app;
 pub mod bootstrap;
 pub mod cleanup;
 pub mod cli;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod hosts;
+pub mod kube;
 pub mod metrics;
 pub mod mirror;
 pub mod oci;

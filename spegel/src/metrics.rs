@@ -7,6 +7,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 /// The content type of [`encode`]'s text, from the [OpenMetrics specification](https://prometheus.io/docs/specs/om/open_metrics_spec/).
@@ -17,6 +18,12 @@ pub fn registry() -> Registry {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Process));
     registry
+}
+
+/// Adds the metric that says which node and which zone the other figures are of, for sums by zone.
+pub fn register_node(registry: &mut Registry, node: &str, zone: Option<&str>) {
+    let labels = vec![("node", node.to_owned()), ("zone", zone.unwrap_or_default().to_owned())];
+    registry.register("spegel_node", "This node's name and zone", Info::new(labels));
 }
 
 /// The text that a scraper reads.

@@ -82,19 +82,28 @@ impl Bench {
         println!("{table}");
         crate::write_json(self.json.as_ref(), &figures.json)?;
         if self.record {
-            let file = crate::root().join("benches/results").join(format!("{}.md", figures.name));
-            std::fs::create_dir_all(crate::root().join("benches/results"))?;
-            let (date, kernel) = (output("date", &["-u", "+%Y-%m-%d %H:%M UTC"])?, output("uname", &["-r"])?);
-            let cores = std::thread::available_parallelism()?;
-            let text = format!(
-                "# {}\n\n{date}, Linux {kernel}, {cores} cores. {}\n\n{table}\nMake it anew: `cargo xtask bench {} --record`.\n",
-                figures.name, figures.method, figures.name
-            );
-            std::fs::write(&file, text)?;
-            println!("written to {}", file.display());
+            let command = format!("cargo xtask bench {} --record", figures.name);
+            record(figures.name, &figures.method, &table, &command)?;
         }
         Ok(true)
     }
+}
+
+/// Writes a table into benches/results, with date, kernel, method and the command that makes it anew.
+///
+/// # Errors
+/// The disk's.
+pub(crate) fn record(name: &str, method: &str, table: &str, command: &str) -> Result<()> {
+    let folder = crate::root().join("benches/results");
+    std::fs::create_dir_all(&folder)?;
+    let (date, kernel) = (output("date", &["-u", "+%Y-%m-%d %H:%M UTC"])?, output("uname", &["-r"])?);
+    let cores = std::thread::available_parallelism()?;
+    let text =
+        format!("# {name}\n\n{date}, Linux {kernel}, {cores} cores. {method}\n\n{table}\nMake it anew: `{command}`.\n");
+    let file = folder.join(format!("{name}.md"));
+    std::fs::write(&file, text)?;
+    println!("written to {}", file.display());
+    Ok(())
 }
 
 impl Figures {

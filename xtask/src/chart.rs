@@ -10,6 +10,8 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Map, Value};
 
+use crate::helm::Version;
+
 /// Between these lines of the README stands what is made.
 const MARKS: (&str, &str) = ("<!-- values: made by `cargo xtask chart` -->\n", "<!-- end of values -->\n");
 
@@ -21,6 +23,9 @@ pub(crate) struct Chart {
     /// Build the Helm of the chart's tests first, with Go, if there is none
     #[arg(long)]
     build_helm: bool,
+    /// Build Helm 4 as well, which takes minutes: the chart's tests then use both
+    #[arg(long)]
+    build_helm4: bool,
 }
 
 // === impl Chart ===
@@ -28,8 +33,10 @@ pub(crate) struct Chart {
 impl Chart {
     /// Writes, or says what differs. False if something does.
     pub(crate) fn run(&self, root: &Path) -> Result<bool> {
-        if self.build_helm {
-            println!("{}", crate::helm::build()?.display());
+        for (wanted, version) in [(self.build_helm, Version::V3), (self.build_helm4, Version::V4)] {
+            if wanted {
+                println!("{}", crate::helm::helm(version)?.display());
+            }
         }
         let chart = root.join("charts/spegel");
         let schema = fs::read_to_string(chart.join("values.schema.json")).context("read values.schema.json")?;
@@ -225,6 +232,9 @@ mod tests {
     #[test]
     fn the_chart_is_what_its_schema_makes_it() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        assert!(Chart { check: true, build_helm: false }.run(root).unwrap(), "run `cargo xtask chart`");
+        assert!(
+            Chart { check: true, build_helm: false, build_helm4: false }.run(root).unwrap(),
+            "run `cargo xtask chart`"
+        );
     }
 }

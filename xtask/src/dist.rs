@@ -148,7 +148,11 @@ mod tests {
         let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let packages = [&first, &second].map(|dir| chart(root(), dir.path()).unwrap());
         assert!(fs::read(&packages[0]).unwrap() == fs::read(&packages[1]).unwrap());
-        let Ok(helm) = crate::helm::find().inspect_err(|reason| println!("half skipped: {reason:#}")) else { return };
+        let Ok(helm) =
+            crate::helm::find(crate::helm::Version::V3).inspect_err(|reason| println!("half skipped: {reason:#}"))
+        else {
+            return;
+        };
         let said = output(Command::new(helm).arg("show").arg("chart").arg(&packages[0])).unwrap();
         assert!(said.contains("appVersion: v"), "{said}");
     }

@@ -1,13 +1,17 @@
-//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`, `tidy`.
+//! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`,
+//! `cluster-test`, `tidy`.
 
 mod bench;
 mod build;
 mod chart;
+mod cluster;
 mod demo;
 mod dist;
+mod faults;
 mod helm;
 mod image;
 mod protoc;
+mod soak;
 mod suites;
 mod test;
 mod tidy;
@@ -41,10 +45,16 @@ enum Command {
     Tidy,
     /// Three nodes on loopback, an image on the first: the others pull it through their mirrors
     Demo(demo::Demo),
+    /// A containerd pulls while one thing after the other fails, and what becomes of it; needs root
+    Faults(faults::Faults),
+    /// Three containerds pull random images while faults come and go; needs root
+    Soak(soak::Soak),
     /// Write the chart's values.yaml and README from its schema
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
     Image(image::Image),
+    /// Install, upgrade and remove the chart in a real Kubernetes cluster on this machine
+    ClusterTest(cluster::ClusterTest),
     /// Make everything that a release consists of
     Dist(dist::Dist),
 }
@@ -70,8 +80,11 @@ fn run(command: Command) -> Result<bool> {
         Command::BenchHelper(helper) => helper.run(),
         Command::Tidy => tidy::run(),
         Command::Demo(demo) => demo.run(),
+        Command::Faults(faults) => faults.run(),
+        Command::Soak(soak) => soak.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
+        Command::ClusterTest(test) => test.run(root()),
         Command::Dist(dist) => dist.run(root()),
     }
 }

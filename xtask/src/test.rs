@@ -8,7 +8,9 @@ use anyhow::Result;
 use clap::Args;
 use spegel_benches::containerd::{self, Version};
 use spegel_benches::daemon::{find_program, output};
+use spegel_benches::gopeer;
 
+use crate::helm::Version as Helm;
 use crate::suites::{Counts, End, Outcome, Suite, report};
 
 /// The Debian packages of the end-to-end tests.
@@ -83,9 +85,9 @@ fn install() {
         };
         println!("{said}");
     }
-    if crate::helm::find().is_err() {
+    if crate::helm::find(Helm::V3).is_err() {
         println!("building Helm with Go, once");
-        match crate::helm::build() {
+        match crate::helm::helm(Helm::V3) {
             Ok(_) => println!("built Helm"),
             Err(reason) => println!("Helm is not built: {reason:#}"),
         }
@@ -95,6 +97,13 @@ fn install() {
         match containerd::build() {
             Ok(_) => println!("built containerd 2.2"),
             Err(reason) => println!("containerd 2.2 is not built: {reason:#}"),
+        }
+    }
+    if gopeer::find().is_err() {
+        println!("building the reference peer on go-libp2p, once");
+        match gopeer::build() {
+            Ok(_) => println!("built the reference peer"),
+            Err(reason) => println!("the reference peer is not built: {reason:#}"),
         }
     }
 }

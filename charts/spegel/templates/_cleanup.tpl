@@ -87,8 +87,9 @@ spec:
   {{- include "spegel.cleanup.spec" . | nindent 2 }}
 {{- end }}
 
+{{/* Without a backslash, which Helm 4 doubles when it prints a hook's log: so the annotation's name has no dot. */}}
 {{- define "spegel.cleanup.repeatCommand" -}}
 {{- $set := printf "%s-cleanup" (include "spegel.fullname" .) -}}
 {{- $kubectl := printf "kubectl -n %s" (include "spegel.namespace" .) -}}
-{{ $kubectl }} get pod {{ $set }}-wait -o jsonpath='{.metadata.annotations.spegel\.dev/cleanup}' | {{ $kubectl }} apply -f - && {{ $kubectl }} rollout status daemonset/{{ $set }} && {{ $kubectl }} delete daemonset/{{ $set }} pod/{{ $set }}-wait
+{{ $kubectl }} get pod {{ $set }}-wait -o jsonpath='{.metadata.annotations.spegel-cleanup}' | {{ $kubectl }} apply -f - && {{ $kubectl }} rollout status daemonset/{{ $set }} && {{ $kubectl }} delete daemonset/{{ $set }} pod/{{ $set }}-wait
 {{- end }}

@@ -68,6 +68,32 @@ hostPort
       fieldPath: spec.nodeName
 {{- end }}
 
+{{/* This one is --zone. A node without a zone, or a cluster that does not copy it to pods, makes it empty, which means none. */}}
+{{- define "spegel.zone" -}}
+- name: ZONE
+{{- if .Values.spegel.zone }}
+  value: {{ .Values.spegel.zone | quote }}
+{{- else }}
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.labels['topology.kubernetes.io/zone']
+{{- end }}
+{{- end }}
+
+{{/* Whether the mirror's pods ask the Kubernetes API for their node: "true" or nothing. */}}
+{{- define "spegel.asksForNode" -}}
+{{- if or .Values.startupTaint.enabled (include "spegel.zoneFromNode" .) }}true{{ end -}}
+{{- end }}
+
+{{- define "spegel.zoneFromNode" -}}
+{{- if and .Values.spegel.zoneFromNode (not .Values.spegel.zone) }}true{{ end -}}
+{{- end }}
+
+{{/* Of objects that have no namespace. */}}
+{{- define "spegel.clusterName" -}}
+{{- printf "%s.%s" (include "spegel.fullname" .) (include "spegel.namespace" .) -}}
+{{- end }}
+
 {{- define "spegel.nodeIp" -}}
 - name: NODE_IP
 {{- if .Values.service.registry.nodeIp }}

@@ -12,8 +12,9 @@ use hyper::body::Incoming;
 use tracing::{info, warn};
 
 use super::StopSignal;
-use crate::cleanup::{self, Api, ApiNodes, Cleaned, Cleaner, DnsNodes, HttpProbe, Nodes};
+use crate::cleanup::{self, ApiNodes, Cleaned, Cleaner, DnsNodes, HttpProbe, Nodes};
 use crate::cli::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
+use crate::kube::Api;
 use crate::serve::{Options, Server};
 use crate::zerocopy::Body;
 

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use super::{Bootstrap, BootstrapAddress, BootstrapError, BootstrapPeer};
 
-/// How long the names of one list may take to resolve.
+/// How long a name may take to resolve.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a text names no peer.
@@ -52,41 +52,56 @@ impl StaticBootstrap {
         Ok(Self { entries })
     }
 
+    /// All names at once: one that cannot be resolved keeps no other back.
     async fn resolve(&self) -> Result<Vec<BootstrapPeer>, BootstrapError> {
-        let mut peers = Vec::with_capacity(self.entries.len());
-        for Entry { id, host, port } in &self.entries {
-            let address = |ip| BootstrapAddress { ip, port: *port };
-            match host {
-                Host::Ip(ip) => peers.push(BootstrapPeer { id: id.clone(), addresses: vec![address(*ip)] }),
-                Host::Name(name) => {
-                    let found = tokio::net::lookup_host((name.as_str(), 0))
-                        .await
-                        .map_err(|error| BootstrapError::Resolve { name: name.clone(), reason: error.to_string() })?;
-                    // With an identity all addresses are one peer's; without, the name may stand for many.
-                    let found = found.map(|found| address(found.ip()));
-                    if id.is_some() {
-                        peers.push(BootstrapPeer { id: id.clone(), addresses: found.collect() });
-                    } else {
-                        peers.extend(found.map(|one| BootstrapPeer { id: None, addresses: vec![one] }));
-                    }
-                }
+        let resolved = futures::future::join_all(self.entries.iter().map(Entry::resolve)).await;
+        let mut found = Vec::with_capacity(resolved.len());
+        let mut failed = None;
+        for result in resolved {
+            match result {
+                Ok(peers) => found.extend(peers),
+                Err(error) => failed = failed.or(Some(error)),
             }
         }
-        peers.retain(|peer| !peer.addresses.is_empty());
-        Ok(peers)
+        match failed {
+            None => Ok(found),
+            Some(error) if found.is_empty() => Err(error),
+            Some(error) => Err(BootstrapError::Partial { found, reason: error.to_string() }),
+        }
     }
 }
 
 #[async_trait]
 impl Bootstrap for StaticBootstrap {
     async fn peers(&self) -> Result<Vec<BootstrapPeer>, BootstrapError> {
-        tokio::time::timeout(RESOLVE_TIMEOUT, self.resolve()).await.unwrap_or_else(|_| {
-            Err(BootstrapError::Timeout { name: "the static peers".into(), seconds: RESOLVE_TIMEOUT.as_secs() })
-        })
+        self.resolve().await
     }
 }
 
 // === impl Entry ===
+
+impl Entry {
+    async fn resolve(&self) -> Result<Vec<BootstrapPeer>, BootstrapError> {
+        let Self { id, host, port } = self;
+        let address = |ip| BootstrapAddress { ip, port: *port };
+        let name = match host {
+            Host::Ip(ip) => return Ok(vec![BootstrapPeer { id: id.clone(), addresses: vec![address(*ip)] }]),
+            Host::Name(name) => name,
+        };
+        let found = tokio::time::timeout(RESOLVE_TIMEOUT, tokio::net::lookup_host((name.as_str(), 0)))
+            .await
+            .map_err(|_| BootstrapError::Timeout { name: name.clone(), seconds: RESOLVE_TIMEOUT.as_secs() })?
+            .map_err(|error| BootstrapError::Resolve { name: name.clone(), reason: error.to_string() })?;
+        let found = found.map(|found| address(found.ip()));
+        // With an identity all addresses are one peer's; without, the name may stand for many.
+        let mut peers: Vec<_> = match id {
+            Some(_) => vec![BootstrapPeer { id: id.clone(), addresses: found.collect() }],
+            None => found.map(|one| BootstrapPeer { id: None, addresses: vec![one] }).collect(),
+        };
+        peers.retain(|peer| !peer.addresses.is_empty());
+        Ok(peers)
+    }
+}
 
 impl FromStr for Entry {
     type Err = ParsePeerError;
@@ -94,6 +109,14 @@ impl FromStr for Entry {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let parsed = if text.starts_with('/') { parse_multiaddr(text) } else { parse_plain(text) };
         parsed.map_err(|reason| ParsePeerError { text: text.into(), reason })
+    }
+}
+
+/// An address and port in the form of a multiaddress; nothing of a name.
+pub(super) fn parse_address(text: &str) -> Option<BootstrapAddress> {
+    match parse_multiaddr(text).ok()? {
+        Entry { host: Host::Ip(ip), port, .. } => Some(BootstrapAddress { ip, port }),
+        Entry { host: Host::Name(_), .. } => None,
     }
 }
 
@@ -175,6 +198,16 @@ mod tests {
         check("[fd00::1]:5001", None, "fd00::1", Some(5001)).await;
         check("[fd00::1]", None, "fd00::1", None).await;
         check("fd00::1", None, "fd00::1", None).await;
+    }
+
+    #[tokio::test]
+    async fn a_name_that_cannot_be_resolved_keeps_no_other_back() {
+        let source = StaticBootstrap::new(["name.invalid", "10.0.0.1"]).unwrap();
+        let error = source.peers().await.unwrap_err();
+        let BootstrapError::Partial { found, .. } = error else { panic!("{error}") };
+        assert_eq!(found[0].addresses[0].ip.to_string(), "10.0.0.1");
+        let alone = StaticBootstrap::new(["name.invalid"]).unwrap().peers().await.unwrap_err();
+        assert!(alone.to_string().contains("name.invalid"), "{alone}");
     }
 
     #[test]

@@ -1,15 +1,22 @@
 //! Whom to call first when joining the network of peers.
 
+mod certificates;
 mod dns;
 mod fixed;
+mod http;
+mod list;
+mod remembered;
 
 use std::fmt;
 use std::net::IpAddr;
 
 use async_trait::async_trait;
 
+pub use certificates::{CertificateError, Certificates};
 pub use dns::DnsBootstrap;
 pub use fixed::{ParsePeerError, StaticBootstrap};
+pub use http::{HttpBootstrap, HttpEndpoint, HttpEndpointError, ParseUrlError};
+pub use remembered::RememberedPeers;
 
 /// A place where a peer's router may be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +54,22 @@ pub enum BootstrapError {
         name: String,
         /// How long was waited.
         seconds: u64,
+    },
+    /// What was asked refuses, or says what is not understood.
+    #[error("no list of peers from {name}: {reason}")]
+    Answer {
+        /// What was asked.
+        name: String,
+        /// What happened instead.
+        reason: String,
+    },
+    /// Some of what the source knows could not be found out; the rest is here.
+    #[error("{reason}")]
+    Partial {
+        /// The peers that are known all the same.
+        found: Vec<BootstrapPeer>,
+        /// What is missing, as the first error said it.
+        reason: String,
     },
 }
 

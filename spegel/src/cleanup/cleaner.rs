@@ -7,6 +7,7 @@ use std::time::Instant;
 use http::{Method, StatusCode};
 use tokio::sync::Mutex;
 
+use crate::bootstrap::RememberedPeers;
 use crate::hosts::{self, HostsError, Report};
 use crate::router::{Identity, IdentityError};
 
@@ -49,6 +50,9 @@ pub enum CleanupError {
     /// The identity could not be removed.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The list of remembered peers could not be removed.
+    #[error("cannot remove the list of remembered peers from the data directory: {0}")]
+    Memory(std::io::Error),
 }
 
 // === impl Cleaner ===
@@ -65,6 +69,9 @@ impl Cleaner {
     /// [`CleanupError`]; files and directories that are not there are none.
     pub fn clean(&self) -> Result<Cleaned, CleanupError> {
         let hosts = hosts::remove(&self.0.config_path)?;
+        if let Some(dir) = &self.0.data_dir {
+            RememberedPeers::forget(dir).map_err(CleanupError::Memory)?;
+        }
         let identity = self.0.data_dir.as_deref().map(Identity::forget).transpose()?.flatten();
         Ok(Cleaned { hosts, identity })
     }
@@ -147,7 +154,7 @@ mod tests {
             Identity::load_or_create(&data).unwrap();
             assert!(certs.join("_default/hosts.toml").exists());
             assert_eq!(ask(&cleaner, "/readyz").await, StatusCode::OK);
-            assert!(!certs.join("_default").exists() && !data.join("private.key").exists());
+            assert!(!certs.exists() && !data.exists());
         }
     }
 

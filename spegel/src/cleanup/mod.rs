@@ -6,13 +6,11 @@
 //! Kubernetes API ([`ApiNodes`]): DNS ([`DnsNodes`]) knows only the nodes whose pod runs already, which is how the
 //! Go program reports success while a node keeps its dead mirror.
 
-mod api;
 mod cleaner;
 mod nodes;
 mod probe;
 mod wait;
 
-pub use api::{Api, ApiError, ApiSettings};
 pub use cleaner::{Cleaned, Cleaner, CleanupError};
 pub use nodes::{ApiNodes, DnsNodes, Node, Nodes, View};
 pub use probe::{HttpProbe, Probe};

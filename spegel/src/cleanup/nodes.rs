@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use async_trait::async_trait;
 
-use super::api::{Api, DaemonSet, Pod};
 use crate::bootstrap::{Bootstrap, DnsBootstrap};
+use crate::kube::{Api, DaemonSet, Pod};
 
 /// A node that must say that it is clean.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,6 +11,8 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 
+use crate::kube::with_causes;
+
 /// How long one answer may take. A clean node needs milliseconds, one whose disk is busy seconds.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -68,16 +70,4 @@ impl Probe for HttpProbe {
             Err(_) => Err(format!("{addr}: no answer within {} s", TIMEOUT.as_secs())),
         }
     }
-}
-
-/// An error with what caused it, which HTTP clients leave out of their own text.
-pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

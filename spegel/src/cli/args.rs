@@ -108,6 +108,20 @@ pub(super) struct NodeArgs {
     pub(super) basic_auth_dir: PathBuf,
 }
 
+/// How the Kubernetes API is reached.
+#[derive(Debug, Args)]
+pub(super) struct ApiArgs {
+    /// The API server's host
+    #[arg(long, env, value_name = "HOST")]
+    pub(super) kubernetes_service_host: Option<String>,
+    /// The API server's port
+    #[arg(long, env, default_value_t = 443, value_name = "PORT")]
+    pub(super) kubernetes_service_port: u16,
+    /// The directory with a service account's files: `ca.crt` and `token`, and `namespace` where none is given
+    #[arg(long, env, default_value = "/var/run/secrets/kubernetes.io/serviceaccount", value_name = "DIR")]
+    pub(super) service_account_dir: PathBuf,
+}
+
 #[derive(Debug, Args)]
 pub(super) struct RegistryArgs {
     /// How to find the first peers; several may be given
@@ -119,6 +133,27 @@ pub(super) struct RegistryArgs {
     /// Peers, for the kind static: multiaddresses, or host[:port]
     #[arg(long, env, num_args = 1.., value_name = "PEER")]
     pub(super) static_bootstrap_peers: Vec<String>,
+    /// Where this node serves its own and its peers' addresses under /id, for others' kind http
+    #[arg(long, env, value_name = "ADDRESS")]
+    pub(super) http_bootstrap_addr: Option<String>,
+    /// Where such a list is fetched, for the kind http
+    #[arg(long, env, value_name = "URL")]
+    pub(super) http_bootstrap_url: Option<String>,
+    /// A directory with ca.crt, tls.crt and tls.key for both of them
+    #[arg(long, env, value_name = "DIR")]
+    pub(super) http_bootstrap_cert_dir: Option<PathBuf>,
+    /// Where peers reach this node, ADDRESS[:PORT], if not at its interfaces' addresses
+    #[arg(long, env, num_args = 1.., value_name = "ADDRESS")]
+    pub(super) advertise_addr: Vec<String>,
+    /// Networks of the peers, such as 10.0.0.0/8; what lies outside is not believed [default: everywhere]
+    #[arg(long, env, num_args = 1.., value_name = "CIDR")]
+    pub(super) peer_cidrs: Vec<String>,
+    /// The key of a private libp2p network: only nodes that have it take part
+    #[arg(long, env, value_name = "FILE")]
+    pub(super) network_key_file: Option<PathBuf>,
+    /// How many records of other nodes' content are kept at most, 64 bytes each
+    #[arg(long, env, default_value_t = 300_000, value_name = "NUMBER")]
+    pub(super) router_max_records: usize,
     /// Where metrics are served
     #[arg(long, env, default_value = ":9090", value_name = "ADDRESS")]
     pub(super) metrics_addr: String,
@@ -164,13 +199,31 @@ pub(super) struct RegistryArgs {
     /// How long a peer may send nothing before it is given up
     #[arg(long, env, default_value = "5s", value_parser = duration, value_name = "DURATION")]
     pub(super) mirror_stall_timeout: Duration,
+    /// How many blobs peers may fetch from this node at once; 0: no bound
+    #[arg(long, env, default_value_t = 0, value_name = "NUMBER")]
+    pub(super) max_uploads: usize,
+    /// How many bytes a second this node gives its peers on average; 0: no bound
+    #[arg(long, env, default_value_t = 0, value_name = "BYTES")]
+    pub(super) upload_rate: u64,
     /// How long responses under way may go on after SIGTERM
     #[arg(long, env, default_value = "20s", value_parser = duration, value_name = "DURATION")]
     pub(super) drain_timeout: Duration,
+    /// The zone that this node is in
+    #[arg(long, env, value_name = "NAME")]
+    pub(super) zone: Option<String>,
+    /// Without --zone, take the zone from this node's label in the Kubernetes API, which must allow to read nodes
+    #[arg(long, env, default_value_t = false, action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(super) zone_from_node: bool,
+    /// The key of a taint that is removed from this node once it is ready, through the Kubernetes API, which must allow to patch
+    /// nodes
+    #[arg(long, env, value_name = "KEY")]
+    pub(super) startup_taint: Option<String>,
     #[command(flatten)]
     pub(super) serve: ServeArgs,
     #[command(flatten)]
     pub(super) node: NodeArgs,
+    #[command(flatten)]
+    pub(super) api: ApiArgs,
 }
 
 impl ConfigurationArgs {
@@ -184,6 +237,8 @@ impl RegistryArgs {
     pub(super) fn split_lists(&mut self, matches: &ArgMatches) {
         split(matches, "bootstrap_kind", &mut self.bootstrap_kind);
         split(matches, "static_bootstrap_peers", &mut self.static_bootstrap_peers);
+        split(matches, "advertise_addr", &mut self.advertise_addr);
+        split(matches, "peer_cidrs", &mut self.peer_cidrs);
         split(matches, "mirrored_registries", &mut self.mirrored_registries);
         split(matches, "registry_filters", &mut self.registry_filters);
         let mut layouts = self.oci_layout.iter().map(|path| path.to_string_lossy().into_owned()).collect();

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args};
 
-use super::args::duration;
-use super::settings::{listen, usage};
-use crate::cleanup::{ApiSettings, WaitSettings};
+use super::args::{ApiArgs, duration};
+use super::settings::{api, listen, usage};
+use crate::cleanup::WaitSettings;
+use crate::kube::ApiSettings;
 use crate::serve::ListenAddr;
 
 /// What `cleanup` needs.
@@ -89,15 +90,8 @@ pub(super) struct CleanupWaitArgs {
     /// A label selector of the mirror's pods: while one of them has not finished its start, it may write its configuration again
     #[arg(long, env, value_name = "SELECTOR")]
     mirror_selector: Option<String>,
-    /// The API server's host
-    #[arg(long, env, value_name = "HOST")]
-    kubernetes_service_host: Option<String>,
-    /// The API server's port
-    #[arg(long, env, default_value_t = 443, value_name = "PORT")]
-    kubernetes_service_port: u16,
-    /// The directory with the files `ca.crt`, `token` and `namespace`
-    #[arg(long, env, default_value = "/var/run/secrets/kubernetes.io/serviceaccount", value_name = "DIR")]
-    service_account_dir: PathBuf,
+    #[command(flatten)]
+    api: ApiArgs,
     /// The command that repeats the cleanup; it is printed if nodes are missing at the end
     #[arg(long, env, value_name = "COMMAND")]
     repeat_command: Option<String>,
@@ -125,13 +119,10 @@ pub(super) fn cleanup_wait(args: CleanupWaitArgs) -> Result<CleanupWaitSettings,
         }
     };
     let given = |text: Option<String>| text.filter(|text| !text.is_empty());
-    let cluster = match (given(args.daemonset), given(args.kubernetes_service_host)) {
-        (None, _) => None,
-        (Some(_), None) => {
-            return Err(usage("--daemonset asks the Kubernetes API: run in a pod, or give --kubernetes-service-host"));
-        }
-        (Some(daemon_set), Some(host)) => Some(ClusterSettings {
-            api: ApiSettings { host, port: args.kubernetes_service_port, service_account: args.service_account_dir },
+    let cluster = match given(args.daemonset) {
+        None => None,
+        Some(daemon_set) => Some(ClusterSettings {
+            api: api(&args.api, "--daemonset")?,
             namespace: given(args.namespace),
             daemon_set,
             mirror_selector: given(args.mirror_selector),

@@ -3,18 +3,22 @@
 use std::fmt::Display;
 use std::fs;
 use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use clap::CommandFactory as _;
 use clap::error::ErrorKind as Usage;
+use ipnet::IpNet;
 
-use super::args::{Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
+use super::args::{ApiArgs, Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
 use super::serve::ServeSettings;
-use crate::bootstrap::StaticBootstrap;
+use crate::bootstrap::{Certificates, HttpBootstrap, StaticBootstrap};
+use crate::kube::{ApiSettings, StartupTaint};
 use crate::oci::Filters;
-use crate::registry::BasicAuth;
+use crate::registry::{BasicAuth, UploadLimits};
+use crate::router::NetworkKey;
 use crate::serve::ListenAddr;
 use crate::{hosts, mirror};
 
@@ -23,6 +27,10 @@ use crate::{hosts, mirror};
 pub struct RegistrySettings {
     /// How to find the first peers; at least one.
     pub bootstrap: Vec<Bootstrap>,
+    /// Where other nodes fetch this node's addresses.
+    pub bootstrap_endpoint: Option<BootstrapEndpoint>,
+    /// Whom to believe as a peer.
+    pub peers: Peers,
     /// Whose content is served.
     pub content: Content,
     /// Where the identity is kept.
@@ -37,14 +45,31 @@ pub struct RegistrySettings {
     pub filters: Filters,
     /// How patient the mirror is.
     pub mirror: mirror::Settings,
+    /// How much peers may fetch.
+    pub uploads: UploadLimits,
     /// Who may fetch.
     pub basic_auth: Option<BasicAuth>,
     /// This node's name.
     pub node_name: String,
+    /// Where this node is.
+    pub zone: Zone,
+    /// What keeps workloads away until this node is ready.
+    pub startup_taint: Option<StartupTaint>,
     /// How long responses may go on after SIGTERM.
     pub drain: Duration,
     /// How bytes are served, and what a client may cost.
     pub serve: ServeSettings,
+}
+
+/// Where this node is.
+#[derive(Debug)]
+pub enum Zone {
+    /// That was not told.
+    Unknown,
+    /// In this zone.
+    Named(String),
+    /// In the zone that its label names, in the Kubernetes API that is reached like this.
+    OfNode(ApiSettings),
 }
 
 /// A source of first peers.
@@ -54,6 +79,34 @@ pub enum Bootstrap {
     Dns(String),
     /// A list.
     Static(StaticBootstrap),
+    /// What a URL says.
+    Http(HttpBootstrap),
+    /// Nobody in particular: this node only serves its addresses.
+    HttpEndpoint,
+    /// Whoever answers on the same link.
+    Mdns,
+}
+
+/// The endpoint that serves this node's addresses.
+#[derive(Debug)]
+pub struct BootstrapEndpoint {
+    /// Where it listens.
+    pub addr: ListenAddr,
+    /// What it proves itself with.
+    pub certificates: Option<Certificates>,
+}
+
+/// The network of peers.
+#[derive(Debug)]
+pub struct Peers {
+    /// Where they reach us, if not at our interfaces' addresses.
+    pub advertise: Vec<SocketAddr>,
+    /// Where they are.
+    pub networks: Vec<IpNet>,
+    /// What they have in common.
+    pub network_key: Option<NetworkKey>,
+    /// How many of their records are kept.
+    pub max_records: usize,
 }
 
 /// Whose content is served.
@@ -101,13 +154,18 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
     };
     Ok(RegistrySettings {
         bootstrap: bootstrap(&args)?,
+        bootstrap_endpoint: bootstrap_endpoint(&args)?,
+        peers: peers(&args)?,
         metrics_addr: listen("--metrics-addr", &args.metrics_addr)?,
         router_addr: listen("--router-addr", &args.router_addr)?,
         registry_addr: listen("--registry-addr", &args.registry_addr)?,
         filters,
         mirror,
+        uploads: UploadLimits { count: args.max_uploads, rate: args.upload_rate },
         basic_auth,
         node_name: node_name(&args.node),
+        zone: zone(&args)?,
+        startup_taint: startup_taint(&args)?,
         drain: args.drain_timeout,
         serve: args.serve.settings(),
         data_dir: args.data_dir.filter(|path| !path.as_os_str().is_empty()),
@@ -124,19 +182,91 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
     })
 }
 
+fn zone(args: &RegistryArgs) -> Result<Zone, clap::Error> {
+    match args.zone.as_deref().filter(|zone| !zone.is_empty()) {
+        Some(zone) if zone.len() > 63 || !zone.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) => {
+            Err(usage(format!(
+                "--zone {zone}: a zone has up to 63 letters, digits, '-', '_' and '.', as a node's label"
+            )))
+        }
+        Some(zone) => Ok(Zone::Named(zone.to_owned())),
+        None if args.zone_from_node => api(&args.api, "--zone-from-node").map(Zone::OfNode),
+        None => Ok(Zone::Unknown),
+    }
+}
+
+fn startup_taint(args: &RegistryArgs) -> Result<Option<StartupTaint>, clap::Error> {
+    let Some(key) = args.startup_taint.as_deref().filter(|key| !key.is_empty()) else { return Ok(None) };
+    if !key.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b)) {
+        return Err(usage(format!("--startup-taint {key}: give the taint's key alone, without value and effect")));
+    }
+    let api = api(&args.api, "--startup-taint")?;
+    Ok(Some(StartupTaint { key: key.to_owned(), api }))
+}
+
+/// How the API is reached that `flag` asks.
+pub(super) fn api(args: &ApiArgs, flag: &str) -> Result<ApiSettings, clap::Error> {
+    let Some(host) = args.kubernetes_service_host.clone().filter(|host| !host.is_empty()) else {
+        return Err(usage(format!("{flag} asks the Kubernetes API: run in a pod, or give --kubernetes-service-host")));
+    };
+    let service_account = args.service_account_dir.clone();
+    Ok(ApiSettings { host, port: args.kubernetes_service_port, service_account })
+}
+const KINDS: &str = "dns, http, mdns and static";
+
 fn bootstrap(args: &RegistryArgs) -> Result<Vec<Bootstrap>, clap::Error> {
     let kinds = args.bootstrap_kind.iter().map(|kind| match kind.as_str() {
         "dns" => match args.dns_bootstrap_domain.as_deref().filter(|name| !name.is_empty()) {
             Some(name) => Ok(Bootstrap::Dns(name.to_owned())),
             None => Err(usage("--bootstrap-kind dns needs --dns-bootstrap-domain")),
         },
+        "http" => match (&args.http_bootstrap_url, &args.http_bootstrap_addr) {
+            (Some(url), _) => HttpBootstrap::new(url, certificates(args))
+                .map(Bootstrap::Http)
+                .map_err(|error| usage(format!("--http-bootstrap-url: {error}"))),
+            (None, Some(_)) => Ok(Bootstrap::HttpEndpoint),
+            (None, None) => Err(usage("--bootstrap-kind http needs --http-bootstrap-url or --http-bootstrap-addr")),
+        },
+        "mdns" => Ok(Bootstrap::Mdns),
         "static" => StaticBootstrap::new(&args.static_bootstrap_peers)
             .map(Bootstrap::Static)
             .map_err(|error| usage(format!("--static-bootstrap-peers: {error}"))),
-        other => Err(usage(format!("--bootstrap-kind {other}: the kinds are dns and static"))),
+        other => Err(usage(format!("--bootstrap-kind {other}: the kinds are {KINDS}"))),
     });
     let kinds = kinds.collect::<Result<Vec<_>, _>>()?;
-    if kinds.is_empty() { Err(usage("--bootstrap-kind needs a kind: dns or static")) } else { Ok(kinds) }
+    if kinds.is_empty() { Err(usage(format!("--bootstrap-kind needs a kind: {KINDS}"))) } else { Ok(kinds) }
+}
+
+fn bootstrap_endpoint(args: &RegistryArgs) -> Result<Option<BootstrapEndpoint>, clap::Error> {
+    let Some(addr) = &args.http_bootstrap_addr else { return Ok(None) };
+    let addr = listen("--http-bootstrap-addr", addr)?;
+    Ok(Some(BootstrapEndpoint { addr, certificates: certificates(args) }))
+}
+
+fn certificates(args: &RegistryArgs) -> Option<Certificates> {
+    args.http_bootstrap_cert_dir.as_deref().map(Certificates::new)
+}
+
+fn peers(args: &RegistryArgs) -> Result<Peers, clap::Error> {
+    let port = listen("--router-addr", &args.router_addr)?.port();
+    let advertise = args.advertise_addr.iter().map(|text| {
+        let plain = text.parse().map(|ip: IpAddr| SocketAddr::new(ip, port));
+        plain
+            .or_else(|_| text.parse())
+            .map_err(|_| usage(format!("--advertise-addr {text}: write ADDRESS or ADDRESS:PORT")))
+    });
+    // A single address stands for a network of one.
+    let networks = args.peer_cidrs.iter().map(|text| {
+        let single = text.parse().map(|ip: IpAddr| IpNet::from(ip));
+        single.or_else(|_| text.parse()).map_err(|_| usage(format!("--peer-cidrs {text}: write it like 10.0.0.0/8")))
+    });
+    let network_key = args.network_key_file.as_deref().map(NetworkKey::load).transpose();
+    Ok(Peers {
+        advertise: advertise.collect::<Result<_, _>>()?,
+        networks: networks.collect::<Result<_, _>>()?,
+        network_key: network_key.map_err(|error| usage(format!("--network-key-file: {error}")))?,
+        max_records: args.router_max_records,
+    })
 }
 
 pub(super) fn listen(flag: &str, text: &str) -> Result<ListenAddr, clap::Error> {

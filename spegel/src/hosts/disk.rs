@@ -4,8 +4,13 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::HostsError;
 
@@ -17,6 +22,12 @@ const LEFTOVER: &str = ".hosts.toml.spegel";
 
 /// The largest file that is read, in bytes: far beyond any configuration.
 const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// How long another run is waited for; one takes milliseconds, on a busy disk seconds.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether it has ended.
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
 /// The file system, for changes.
 pub(super) struct Disk<'a> {
@@ -86,6 +97,35 @@ pub(super) fn has_leftover_only(directory: &Path) -> Result<bool, HostsError> {
     Ok(entries(directory)?.iter().eq([LEFTOVER]))
 }
 
+/// Keeps other runs out of a directory while the file lives that is returned; nothing if the directory is not there.
+///
+/// The lock is flock(2)'s on the directory itself, which pods that mount it share, and which ends with its process.
+pub(super) fn lock(directory: &Path) -> Result<Option<File>, HostsError> {
+    lock_within(directory, LOCK_PATIENCE)
+}
+
+pub(super) fn lock_within(directory: &Path, patience: Duration) -> Result<Option<File>, HostsError> {
+    let end = Instant::now() + patience;
+    loop {
+        let Some(file) = if_there(File::open(directory)).map_err(failed("open", directory))? else { return Ok(None) };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) if Instant::now() < end => {
+                thread::sleep(LOCK_POLL);
+                continue;
+            }
+            Err(Errno::WOULDBLOCK) => return Err(HostsError::Busy(directory.to_owned())),
+            Err(error) => return Err(failed("lock", directory)(error.into())),
+        }
+        let locked = file.metadata().map_err(failed("read", directory))?;
+        match if_there(fs::metadata(directory)).map_err(failed("read", directory))? {
+            Some(now) if (now.dev(), now.ino()) == (locked.dev(), locked.ino()) => return Ok(Some(file)),
+            // What was locked is no longer there.
+            _ => {}
+        }
+    }
+}
+
 fn sync(directory: &Path) -> Result<(), HostsError> {
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed("sync", directory))
 }
@@ -113,6 +153,17 @@ impl<'a> Disk<'a> {
         self.step("create", path)?;
         fs::create_dir_all(path).map_err(failed("create", path))?;
         sync_parent(path)
+    }
+
+    /// Makes an empty file. Others may have made it, or taken its directory away: what counts is looked at under the lock.
+    pub(super) fn create_file(&mut self, path: &Path) -> Result<(), HostsError> {
+        self.step("create", path)?;
+        match if_there(File::create_new(path)) {
+            Ok(Some(_)) => sync_parent(path),
+            Ok(None) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            Err(error) => Err(failed("create", path)(error)),
+        }
     }
 
     /// Gives a file a new content, at once. A secret one is for its owner only.
@@ -176,8 +227,10 @@ impl<'a> Disk<'a> {
         }
         self.step("remove", path)?;
         match fs::remove_dir(path) {
-            // Somebody was faster, and put something in.
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            // Somebody was faster, and put something in; or it is mounted, as in a pod.
+            Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => {
+                Ok(())
+            }
             result => result.map_err(failed("remove", path)).and_then(|()| sync_parent(path)),
         }
     }

@@ -3,7 +3,8 @@
 //! Below containerd's `config_path` each registry has a directory with a `hosts.toml`
 //! ([containerd's description](https://github.com/containerd/containerd/blob/main/docs/hosts.md)). Only files named
 //! `hosts.toml` are written, each with a first line by which it is known. One that was there before is kept in `_backup` beside the
-//! directories. Everything else, certificates too, stays where it is, so that relative paths hold.
+//! directories. Everything else, certificates too, stays where it is, so that relative paths hold. A `config_path` that had to be made
+//! is known by a hidden file in it, and goes with what was written if nothing else is in it.
 
 mod disk;
 mod render;
@@ -26,6 +27,8 @@ pub const NODE_HEADER: &str = "X-Spegel-Node";
 const BACKUP: &str = "_backup";
 /// The file that containerd reads in a registry's directory.
 const HOSTS: &str = "hosts.toml";
+/// Stands in a `config_path` that was made by [`write()`]. containerd looks at directories only.
+const MADE_ROOT: &str = ".made-by-spegel";
 
 /// What to write.
 #[derive(Clone, Debug)]
@@ -92,6 +95,9 @@ pub enum HostsError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Another run has not ended.
+    #[error("another configuration or cleanup is at work in {0} and has not ended within 10 s; try again")]
+    Busy(PathBuf),
     /// A mirror target that is no address.
     #[error(
         "mirror target {0:?} is not of the form http://host:port or https://host:port (an IPv6 address goes in brackets)"
@@ -122,7 +128,7 @@ enum Found {
 
 /// Writes the configuration. What was mirrored before and is no longer gets back what it had.
 ///
-/// A second run with the same settings changes nothing. Each file is replaced at once, so an interruption leaves a
+/// A second run with the same settings changes nothing. Runs of several processes, of [`remove()`] too, wait for each other. Each file is replaced at once, so an interruption leaves a
 /// configuration that containerd can use, and another run completes it.
 ///
 /// # Errors
@@ -140,8 +146,17 @@ pub fn remove(config_path: &Path) -> Result<Report, HostsError> {
 }
 
 fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, HostsError> {
+    check(configuration)?;
     let root = &configuration.config_path;
-    let mut run = Run { disk: Disk::new(hook), root, report: Report::default(), by_go: is_backed_up(root) };
+    let mut run = Run { disk: Disk::new(hook), root, report: Report::default(), by_go: false };
+    let _alone = loop {
+        run.make_root()?;
+        // A cleanup may have taken it away again.
+        if let Some(lock) = disk::lock(root)? {
+            break lock;
+        }
+    };
+    run.by_go = is_backed_up(root);
     let plan = run.plan(configuration)?;
     let wanted: BTreeSet<PathBuf> = plan.iter().map(|planned| planned.directory.clone()).collect();
     for planned in &plan {
@@ -157,10 +172,28 @@ fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, H
 }
 
 fn remove_with(config_path: &Path, hook: Hook<'_>) -> Result<Report, HostsError> {
+    let Some(_alone) = disk::lock(config_path)? else { return Ok(Report::default()) };
     let by_go = is_backed_up(config_path);
     let mut run = Run { disk: Disk::new(hook), root: config_path, report: Report::default(), by_go };
     run.withdraw(&BTreeSet::new())?;
+    run.withdraw_root()?;
     Ok(run.report)
+}
+
+/// What must hold for any file that is there before us; panics where it does not.
+pub(crate) fn check_existing(existing: &[u8]) {
+    render::check_existing(existing);
+}
+
+fn check(configuration: &Configuration) -> Result<(), HostsError> {
+    let node = &configuration.node_name;
+    if node.is_empty() || !node.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b)) {
+        return Err(HostsError::NodeName(node.clone()));
+    }
+    if configuration.mirror_targets.is_empty() {
+        return Err(HostsError::NoTarget);
+    }
+    Ok(())
 }
 
 fn is_backed_up(root: &Path) -> bool {
@@ -235,13 +268,6 @@ impl fmt::Display for MirrorTarget {
 
 impl Run<'_> {
     fn plan(&self, configuration: &Configuration) -> Result<Vec<Planned>, HostsError> {
-        let node = &configuration.node_name;
-        if node.is_empty() || !node.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b)) {
-            return Err(HostsError::NodeName(node.clone()));
-        }
-        if configuration.mirror_targets.is_empty() {
-            return Err(HostsError::NoTarget);
-        }
         let listed = &configuration.mirrored_registries;
         let all = [MirroredRegistry::All];
         let is_all = listed.is_empty() || listed.contains(&MirroredRegistry::All);
@@ -355,6 +381,24 @@ impl Run<'_> {
             }
             number += 1;
         }
+    }
+
+    fn make_root(&mut self) -> Result<(), HostsError> {
+        if self.root.is_dir() {
+            return Ok(());
+        }
+        self.disk.create_directory(self.root)?;
+        self.disk.create_file(&self.root.join(MADE_ROOT))
+    }
+
+    /// The file goes in any case: what others have in the directory makes it theirs.
+    fn withdraw_root(&mut self) -> Result<(), HostsError> {
+        let mark = self.root.join(MADE_ROOT);
+        if mark.symlink_metadata().is_err() {
+            return Ok(());
+        }
+        self.disk.remove(&mark)?;
+        self.disk.remove_empty_directory(self.root)
     }
 
     /// Takes our files away but for those in `wanted`, and puts back what was there.

@@ -143,3 +143,27 @@ pub(super) fn certificates(names: &BTreeSet<OsString>) -> String {
     }
     text
 }
+
+/// What must hold for any file that is there before us; panics where it does not.
+pub(super) fn check_existing(existing: &[u8]) {
+    let marked = read_marker(existing);
+    let _ = is_of_go(existing);
+    let target = "http://127.0.0.1:5000";
+    let configuration = Configuration {
+        config_path: "/certs.d".into(),
+        mirrored_registries: Vec::new(),
+        mirror_targets: target.parse().into_iter().collect(),
+        resolve_tags: true,
+        prepend_existing: true,
+        basic_auth: None,
+        node_name: "node".into(),
+    };
+    // What cannot be kept is refused; what is written is TOML in which our mirror is the first host.
+    let Ok(body) = body(&configuration, &MirroredRegistry::All, Some(existing)) else { return };
+    let written = with_marker(&body, true);
+    assert_eq!(read_marker(written.as_bytes()), Some((true, true)));
+    let document = parse(written.as_bytes()).unwrap_or_else(|error| panic!("{error}: {written}"));
+    let hosts = document.get("host").and_then(Item::as_table_like);
+    let first = hosts.and_then(|hosts| hosts.iter().next().map(|(name, _)| name.to_owned()));
+    assert!(first.as_deref() == Some(target) || marked.is_some(), "{written}");
+}

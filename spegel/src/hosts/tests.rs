@@ -112,3 +112,90 @@ fn interrupted_remove_is_completed_by_the_next() {
         }
     }
 }
+
+/// A configuration of all registries, below a directory that is not there.
+fn below_nothing(root: &Path) -> Configuration {
+    let mut configuration = setting(root);
+    configuration.config_path = root.join("etc/certs.d");
+    configuration.mirrored_registries.clear();
+    configuration
+}
+
+#[test]
+fn a_directory_that_had_to_be_made_goes_unless_others_use_it() {
+    let root = tempfile::tempdir().unwrap();
+    let configuration = below_nothing(root.path());
+    let path = &configuration.config_path;
+    for _ in 0..2 {
+        write(&configuration).unwrap();
+        write(&configuration).unwrap();
+        remove(path).unwrap();
+        assert!(!path.exists());
+    }
+    write(&configuration).unwrap();
+    fs::create_dir(path.join("another.test")).unwrap();
+    remove(path).unwrap();
+    assert_eq!(disk::entries(path).unwrap().into_iter().collect::<Vec<_>>(), ["another.test"]);
+    // It was there this time.
+    fs::remove_dir(path.join("another.test")).unwrap();
+    write(&configuration).unwrap();
+    remove(path).unwrap();
+    assert!(disk::entries(path).unwrap().is_empty() && path.is_dir());
+}
+
+#[test]
+fn no_file_is_left_by_interruptions_and_a_whole_run_leaves_nothing() {
+    for step in 0.. {
+        let root = tempfile::tempdir().unwrap();
+        let configuration = below_nothing(root.path());
+        let path = &configuration.config_path;
+        let (mut written, mut removed) = (0, 0);
+        let result = write_with(&configuration, &mut failing(step, &mut written));
+        let _ = remove_with(path, &mut failing(step, &mut removed));
+        remove(path).unwrap();
+        assert!(!path.exists() || snapshot(path).is_empty(), "step {step}");
+        if result.is_ok() {
+            assert!(step > 2 && !path.exists(), "step {step}");
+            return;
+        }
+    }
+}
+
+#[test]
+fn runs_at_the_same_time_lose_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let configuration = setting(root.path());
+    let before = snapshot(root.path());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| (0..50).for_each(|_| drop(write(&configuration).unwrap())));
+            scope.spawn(|| (0..50).for_each(|_| drop(remove(root.path()).unwrap())));
+        }
+    });
+    remove(root.path()).unwrap();
+    assert_eq!(snapshot(root.path()), before);
+}
+
+#[test]
+fn a_directory_that_comes_and_goes_is_made_again() {
+    let root = tempfile::tempdir().unwrap();
+    let configuration = below_nothing(root.path());
+    let path = &configuration.config_path;
+    std::thread::scope(|scope| {
+        scope.spawn(|| (0..50).for_each(|_| drop(write(&configuration).unwrap())));
+        scope.spawn(|| (0..50).for_each(|_| drop(remove(path).unwrap())));
+    });
+    remove(path).unwrap();
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_run_that_does_not_end_is_not_waited_for_for_ever() {
+    let root = tempfile::tempdir().unwrap();
+    let held = disk::lock(root.path()).unwrap().unwrap();
+    let waited = disk::lock_within(root.path(), std::time::Duration::ZERO);
+    assert!(matches!(waited, Err(HostsError::Busy(_))), "{waited:?}");
+    drop(held);
+    assert!(disk::lock(root.path()).unwrap().is_some());
+    assert!(disk::lock(&root.path().join("nothing")).unwrap().is_none());
+}

@@ -10,11 +10,17 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::pool::Pool;
+use super::{CHAIN_HEADER, RECEIVING_HEADER};
 
 /// The longest response head that is accepted of a peer, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
 /// The most header lines that are accepted of a peer.
 const MAX_HEADERS: usize = 64;
+
+/// The response header of a busy node's 503 that names others: addresses of registries, with commas between.
+pub const HOLDERS_HEADER: &str = "X-Spegel-Holders";
+/// How many others a busy node names, and how many are believed.
+pub const MAX_HOLDERS: usize = 3;
 
 /// Why a peer gave no usable answer. None of these is the client's fault; another peer may do better.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +45,12 @@ pub enum PeerError {
     /// A status other than the ones asked for.
     #[error("answered {0}")]
     Status(u16),
+    /// It gets the blob by way of the node that wants it.
+    #[error("its bytes come through the node that asks")]
+    Circle,
+    /// It has enough to do. These have it too, it says.
+    #[error("is busy, and names {} others", .0.len())]
+    Busy(Vec<SocketAddr>),
     /// The bytes are not those of the digest.
     #[error("sent bytes that are not those of the digest")]
     WrongBytes,
@@ -65,6 +77,10 @@ pub(super) struct PeerHead {
     pub(super) content_type: Option<String>,
     pub(super) content_range: Option<String>,
     pub(super) digest: Option<String>,
+    /// The peer is still receiving what it sends.
+    pub(super) receiving: bool,
+    pub(super) chain: Option<String>,
+    pub(super) holders: Vec<SocketAddr>,
     pub(super) keep_alive: bool,
 }
 
@@ -204,6 +220,12 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
             head.content_range = Some(value.to_owned());
         } else if is("docker-content-digest") {
             head.digest = Some(value.to_owned());
+        } else if is(RECEIVING_HEADER) {
+            head.receiving = true;
+        } else if is(CHAIN_HEADER) {
+            head.chain = Some(value.to_owned());
+        } else if is(HOLDERS_HEADER) {
+            head.holders = parse_holders(value);
         } else if is("connection") && value.split(',').any(|token| token.trim().eq_ignore_ascii_case("close")) {
             head.keep_alive = false;
         }
@@ -214,6 +236,22 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
         None => return Err(PeerError::Malformed("it tells no length")),
     }
     Ok(Some((head, length)))
+}
+
+/// The addresses in a [`HOLDERS_HEADER`], as many as are believed. What is no address is passed over.
+fn parse_holders(value: &str) -> Vec<SocketAddr> {
+    value.split(',').filter_map(|address| address.trim().parse().ok()).take(MAX_HOLDERS).collect()
+}
+
+/// Whether an address that `by` names may be asked: a peer must not be able to send us to any port of any host of the network. On loopback,
+/// where nodes differ by their ports alone, it may.
+pub(super) fn is_plausible(address: SocketAddr, by: SocketAddr) -> bool {
+    let ip = address.ip();
+    address != by
+        && (address.port() == by.port() || by.ip().is_loopback())
+        && !ip.is_unspecified()
+        && !ip.is_multicast()
+        && ip.is_loopback() == by.ip().is_loopback()
 }
 
 #[cfg(test)]
@@ -243,6 +281,19 @@ mod tests {
             "SSH-2.0-OpenSSH_9.2\r\n\r\n",
         ] {
             assert!(matches!(parse_head(head.as_bytes(), false), Err(PeerError::Malformed(_))), "{head}");
+        }
+    }
+
+    #[test]
+    fn holders_are_addresses_of_peers_and_few() {
+        let text = "HTTP/1.1 503 x\r\nX-Spegel-Holders: 10.0.0.1:5000, nonsense, [fd00::1]:5000,10.0.0.2:5000,10.0.0.3:5000\r\n\r\n";
+        let (head, _) = parse_head(text.as_bytes(), false).unwrap().unwrap();
+        let told: Vec<String> = head.holders.iter().map(ToString::to_string).collect();
+        assert_eq!(told, ["10.0.0.1:5000", "[fd00::1]:5000", "10.0.0.2:5000"]);
+        let by = "10.0.0.9:5000".parse().unwrap();
+        assert!(is_plausible(head.holders[0], by) && is_plausible(head.holders[1], by));
+        for other in ["10.0.0.9:5000", "10.0.0.1:22", "127.0.0.1:5000", "0.0.0.0:5000", "224.0.0.1:5000"] {
+            assert!(!is_plausible(other.parse().unwrap(), by), "{other}");
         }
     }
 

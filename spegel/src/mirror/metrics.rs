@@ -15,6 +15,8 @@ pub struct MirrorMetrics {
     attempts: Family<AttemptLabel, Counter>,
     relays: Family<RelayLabel, Counter>,
     resumes: Counter,
+    wrong: Counter,
+    outcasts: Counter,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -41,6 +43,7 @@ pub(super) enum Outcome {
     Lost,
     Malformed,
     Refused,
+    Busy,
     WrongBytes,
 }
 
@@ -61,6 +64,7 @@ impl Outcome {
             Self::Lost => "lost",
             Self::Malformed => "malformed",
             Self::Refused => "refused",
+            Self::Busy => "busy",
             Self::WrongBytes => "wrong_bytes",
         }
     }
@@ -84,6 +88,8 @@ impl MirrorMetrics {
             attempts: Family::default(),
             relays: Family::default(),
             resumes: Counter::default(),
+            wrong: Counter::default(),
+            outcasts: Counter::default(),
         };
         registry.register_with_unit(
             "spegel_resolve_duration",
@@ -95,6 +101,10 @@ impl MirrorMetrics {
         registry.register("spegel_relays", "Bodies relayed from peers, by how they ended", metrics.relays.clone());
         let help = "Bodies that another peer went on with at the byte where the first broke off";
         registry.register("spegel_relay_resumes", help, metrics.resumes.clone());
+        let help = "Peers that are not asked for a digest any more, because what they sent for it was wrong";
+        registry.register("spegel_wrong_bytes", help, metrics.wrong.clone());
+        let help = "Peers that are not asked for anything for a while, because they sent wrong bytes three times";
+        registry.register("spegel_peers_set_aside", help, metrics.outcasts.clone());
         metrics
     }
 
@@ -108,6 +118,11 @@ impl MirrorMetrics {
 
     pub(super) fn resumed(&self) {
         self.resumes.inc();
+    }
+
+    pub(super) fn wrong_bytes(&self, barred: usize, outcast: usize) {
+        self.wrong.inc_by(barred as u64);
+        self.outcasts.inc_by(outcast as u64);
     }
 
     pub(super) fn relayed(&self, end: End) {

@@ -1,32 +1,52 @@
 //! Getting content from a peer: choosing one, asking, and handing on what it sends.
 
+mod blame;
 mod client;
+mod family;
 mod fetch;
-mod health;
+mod lineage;
 mod metrics;
+mod peers;
 mod pool;
 mod relay;
 mod shelf;
+mod siblings;
 mod sources;
 mod verify;
 
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
+use tracing::warn;
 
-use crate::oci::Key;
+use crate::oci::{Digest, Key};
 use crate::router::{Peer, Router};
+use crate::store::Change;
 use crate::zerocopy::Body;
 
-pub use client::{PeerError, Timeouts};
+pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
+pub(crate) use fetch::check_peer_head;
+pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
 
 /// Marks a request between nodes: it is answered from local content only, so that no request goes in circles.
 pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
+
+/// Marks an answer for a blob that the answering node is still receiving: `<position>/<total>`, both in bytes.
+pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
+
+/// The nodes that such an answer's bytes come through, a [`Chain`].
+pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
+
+/// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
+pub const WAIT_HEADER: &str = "X-Spegel-Wait";
+/// Marks a peer's HEAD for a blob that says: what you sent of it is wrong.
+pub const COMPLAINT_HEADER: &str = "X-Spegel-Complaint";
 
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
@@ -35,6 +55,8 @@ const VERIFY_BUDGET_KIB: usize = 32 * 1024;
 /// Memory for verified content that is kept ready, in bytes, and for how long.
 const SHELF_BYTES: usize = 16 * 1024 * 1024;
 const SHELF_LIFETIME: Duration = Duration::from_secs(60);
+/// How many searches may go on after their requests have ended.
+const SEARCHES: usize = 256;
 
 /// How patient the mirror is, and how it presents itself.
 #[derive(Clone, Debug)]
@@ -49,6 +71,10 @@ pub struct Settings {
     pub hedge: Duration,
     /// How long a peer's body may stand still before it is given up.
     pub stall: Duration,
+    /// How long a request may wait for the first bytes of a blob at a peer that gave other blobs of the same image.
+    pub hold: Duration,
+    /// The bytes a second that a peer must send, on average over [`Settings::stall`] of waiting for it.
+    pub floor: u64,
     /// The `Authorization` header's value for peers, where basic authentication is on.
     pub authorization: Option<String>,
 }
@@ -58,9 +84,11 @@ impl Default for Settings {
         Self {
             resolve_timeout: Duration::from_millis(20),
             resolve_retries: 3,
-            timeouts: Timeouts { connect: Duration::from_secs(1), head: Duration::from_secs(3) },
+            timeouts: Timeouts { connect: Duration::from_secs(1), head: Duration::from_secs(2) },
             hedge: Duration::from_millis(200),
             stall: Duration::from_secs(5),
+            hold: Duration::from_secs(2),
+            floor: 32 << 10,
             authorization: None,
         }
     }
@@ -81,6 +109,14 @@ pub struct Wanted {
     pub range: Option<String>,
     /// What to wait for before a body that breaks off is ended.
     pub gate: Option<Gate>,
+    /// The node whose containerd gets it, by name.
+    pub node: Option<Arc<str>>,
+    /// That node may be this one.
+    pub feeds_us: bool,
+    /// What the request is a part of: the upstream's name and the repository.
+    pub pull: Option<Arc<str>>,
+    /// How long a peer is asked to wait for its own first bytes.
+    pub wait: Option<Duration>,
 }
 
 /// Something to wait for. The wait is bounded by the stall bound.
@@ -167,11 +203,29 @@ struct Shared {
     router: Arc<dyn Router>,
     settings: Settings,
     pool: pool::Pool,
-    health: health::Health,
+    peers: peers::Peers,
+    blame: blame::Blame,
+    sizes: family::Sizes,
+    /// Searches that go on after their requests have ended.
+    searches: Arc<Semaphore>,
     sources: sources::Sources,
+    siblings: siblings::Siblings,
     shelf: shelf::Shelf,
+    lineage: Arc<lineage::Lineage>,
     budget: Arc<Semaphore>,
     metrics: MirrorMetrics,
+}
+
+impl Shared {
+    fn punish(&self, digest: &Digest, verdict: &blame::Verdict) {
+        self.metrics.wrong_bytes(verdict.barred.len(), verdict.outcast.len());
+        for peer in &verdict.barred {
+            warn!(%digest, %peer, "a peer sent wrong bytes: it is not asked for this digest any more");
+        }
+        for peer in &verdict.outcast {
+            warn!(%peer, "a peer sent wrong bytes three times: it is not asked for anything for ten minutes. Check its disk");
+        }
+    }
 }
 
 impl Mirror {
@@ -181,20 +235,36 @@ impl Mirror {
             router,
             settings,
             pool: pool::Pool::default(),
-            health: health::Health::default(),
+            peers: peers::Peers::default(),
+            blame: blame::Blame::default(),
+            sizes: family::Sizes::default(),
+            searches: Arc::new(Semaphore::new(SEARCHES)),
             sources: sources::Sources::default(),
+            siblings: siblings::Siblings::default(),
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
+            lineage: Arc::default(),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
             metrics,
         };
         Self { shared: Arc::new(shared) }
     }
 
+    /// The nodes through which this node's containerd is being given a blob that they still receive.
+    pub fn lineage(&self, digest: &Digest) -> Chain {
+        self.shared.lineage.of(digest)
+    }
+
+    /// Whether the node `asker` should not be made to wait for a blob that the node `own`, this one, is about to receive.
+    pub fn declines(&self, digest: &Digest, own: NodeId, asker: NodeId) -> bool {
+        self.shared.siblings.declines(digest, own, asker)
+    }
+
     /// Finds peers that have `wanted`, and takes the first good answer.
     ///
     /// # Errors
     /// [`Miss`] when no peer gave it, after [`Settings::resolve_timeout`] and one bounded attempt with each of
-    /// [`Settings::resolve_retries`] peers at the most.
+    /// [`Settings::resolve_retries`] peers at the most, and for a blob of a pull that peers gave other blobs of, after
+    /// [`Settings::hold`] more.
     pub async fn fetch(&self, wanted: &Wanted) -> Result<Found, Miss> {
         if let (Key::Digest(digest), Kind::Manifest, false) = (&wanted.key, wanted.kind, wanted.head_only)
             && let Some(verified) = self.shared.shelf.take(digest, Instant::now())
@@ -202,5 +272,44 @@ impl Mirror {
             return Ok(Found { peer: None, content: Content::Verified(verified) });
         }
         fetch::fetch(&self.shared, wanted).await
+    }
+
+    /// A client asks again for what it was given all of, and did not store: what peers sent was not what the digest says. They are not asked for
+    /// it any more, and are told; one that this happens with three times is not asked for anything for a while. `target` is the request's path
+    /// and query.
+    pub fn complained(&self, digest: &Digest, target: &str) {
+        let verdict = self.shared.blame.wrong(&Key::Digest(digest.clone()), Instant::now());
+        self.shared.punish(digest, &verdict);
+        fetch::complain(&self.shared, verdict.barred, target);
+    }
+
+    /// This node does not have it after all.
+    pub fn withdraw(&self, key: Key) {
+        self.shared.router.announce(Change::Removed(vec![key]));
+    }
+
+    /// This node has stored these: whoever sent them sent what was right.
+    pub fn confirmed<'a>(&self, keys: impl IntoIterator<Item = &'a Key>) {
+        keys.into_iter().for_each(|key| self.shared.blame.confirmed(key));
+    }
+
+    /// Other nodes that are known to have `key`, [`MAX_HOLDERS`] at the most and none at `asker`. Does not wait.
+    pub fn holders(&self, key: &Key, asker: Option<IpAddr>) -> Vec<SocketAddr> {
+        let mut peers = self.shared.sources.of(key, |_| false, Instant::now());
+        let mut lookup = self.shared.router.lookup(key);
+        while peers.len() < 2 * MAX_HOLDERS
+            && let Ok(peer) = lookup.try_recv()
+        {
+            peers.push(peer);
+        }
+        // On loopback many nodes share an address.
+        let is_asker = |address: &SocketAddr| Some(address.ip()) == asker && !address.ip().is_loopback();
+        let mut holders = Vec::new();
+        for address in peers.iter().filter_map(|peer| peer.addresses.first()) {
+            if !is_asker(address) && !holders.contains(address) && holders.len() < MAX_HOLDERS {
+                holders.push(*address);
+            }
+        }
+        holders
     }
 }

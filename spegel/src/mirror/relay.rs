@@ -10,9 +10,11 @@ use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 use tracing::{debug, info};
 
-use super::fetch::{Streamed, Taken, race};
+use super::fetch::{Streamed, Taken, Use, race};
 use super::metrics::End;
-use super::{Shared, Wanted, health};
+use super::peers::jitter;
+use super::{Shared, Wanted, lineage};
+use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
 /// The peers of one body, one after the other.
@@ -22,40 +24,69 @@ struct Chain {
     /// The bytes of the blob that the client is sent.
     start: u64,
     end: u64,
+    /// The blob's length.
+    total: u64,
     state: Mutex<State>,
 }
 
 struct State {
     address: SocketAddr,
     keep_alive: bool,
+    /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
+    fed: Option<lineage::Fed>,
+    /// Where the present peer went on, and when.
+    since: (u64, Instant),
+    /// The present peer, and those before it, which sent a part.
+    senders: Vec<SocketAddr>,
+    _use_of: Use,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
 pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) -> Body {
-    let Streamed { address, response, part } = streamed;
+    let Streamed { address, response, part, chain, use_of } = streamed;
     let length = response.head.content_length;
-    let start = part.map_or(0, |(start, _)| start);
-    let state = State { address, keep_alive: response.head.keep_alive, broken: HashSet::new() };
+    let (start, total) = part.unwrap_or((0, length));
+    let state = State {
+        address,
+        keep_alive: response.head.keep_alive,
+        since: (0, Instant::now()),
+        senders: vec![address],
+        fed: shared.fed(wanted, chain),
+        _use_of: use_of,
+        broken: HashSet::new(),
+    };
     let chain = Arc::new(Chain {
         shared: Arc::clone(shared),
         wanted: wanted.clone(),
         start,
         end: start + length,
+        total,
         state: Mutex::new(state),
     });
     let ending = Arc::clone(&chain);
     let relay = Relay::new(response.stream, response.leftover, length, Box::new(move |end| ending.ended(end)))
         .stall_timeout(shared.settings.stall)
+        .floor(shared.settings.floor)
         .resume(Box::new(move |offset| Chain::resume(Arc::clone(&chain), offset)));
     Body::relay(relay)
 }
 
 impl Shared {
+    /// Notes that our containerd is given this by nodes that still receive it themselves.
+    fn fed(&self, wanted: &Wanted, chain: Option<lineage::Chain>) -> Option<lineage::Fed> {
+        match &wanted.key {
+            Key::Digest(digest) if wanted.feeds_us => Some(self.lineage.fed(digest, chain?)),
+            _ => None,
+        }
+    }
+
     /// The peer at this address gave less than it had promised.
     fn broke(&self, wanted: &Wanted, address: SocketAddr) {
-        self.health.failed(address, Instant::now(), health::jitter());
+        let now = Instant::now();
+        self.peers.failed(address, self.settings.timeouts.head, now, jitter());
+        self.blame.broke(&wanted.key, address, now);
         self.sources.failed(&wanted.key, &address);
     }
 }
@@ -63,6 +94,16 @@ impl Shared {
 impl Chain {
     fn ended(&self, end: RelayEnd) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let sent = match &end {
+            RelayEnd::Complete(_) => self.end - self.start,
+            RelayEnd::Broken { sent, .. } | RelayEnd::Dropped { sent } => *sent,
+        };
+        if sent > 0 {
+            state.senders.iter().for_each(|peer| self.shared.blame.sent(&self.wanted.key, *peer, now));
+        }
+        let (from, since) = state.since;
+        self.shared.peers.sent(state.address, sent.saturating_sub(from), now.duration_since(since), now);
         let end = match end {
             RelayEnd::Complete(stream) => {
                 if state.keep_alive {
@@ -84,17 +125,27 @@ impl Chain {
     fn resume(chain: Arc<Self>, offset: u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
         Box::pin(async move {
             let (wanted, broken) = chain.rest(offset);
-            let Ok((_, Taken::Streamed(streamed))) = race(&chain.shared, &wanted, &broken).await else {
-                if let Some(gate) = &wanted.gate {
-                    gate.wait().await;
+            let streamed = match race(&chain.shared, &wanted, &broken).await {
+                Ok((_, Taken::Streamed(streamed))) if streamed.part.is_some_and(|(_, total)| total == chain.total) => {
+                    streamed
                 }
-                return None;
+                _ => {
+                    if let Some(gate) = &wanted.gate {
+                        gate.wait().await;
+                    }
+                    return None;
+                }
             };
-            let Streamed { address, response, .. } = streamed;
+            let Streamed { address, response, chain: lineage, use_of, .. } = streamed;
             debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
+            state.fed = chain.shared.fed(&wanted, lineage);
+            (state.since, state._use_of) = ((offset, Instant::now()), use_of);
+            if !state.senders.contains(&address) {
+                state.senders.push(address);
+            }
             Some((response.stream, response.leftover))
         })
     }

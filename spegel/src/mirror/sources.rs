@@ -11,10 +11,11 @@ use rand::seq::SliceRandom as _;
 use crate::oci::Key;
 use crate::router::Peer;
 
-/// How long peers are remembered for a key after the last of them was found or answered.
-const LIFETIME: Duration = Duration::from_secs(10);
+/// How long peers are remembered for a key after the last of them was found or answered. A pull of many layers asks for the last of them long
+/// after the manifest.
+const LIFETIME: Duration = Duration::from_secs(60);
 /// How many keys are remembered.
-const KEYS: usize = 4096;
+const KEYS: usize = 16 * 1024;
 /// How many peers are remembered for each.
 const PEERS: usize = 16;
 
@@ -38,6 +39,14 @@ impl Sources {
         *since = now;
         if !peers.contains(peer) && peers.len() < PEERS {
             peers.push(peer.clone());
+        }
+    }
+
+    /// Who has a manifest has what is beneath it: whoever was found for `parent` is found for its children.
+    pub(super) fn inherit(&self, parent: &Key, children: impl Iterator<Item = Key>, now: Instant) {
+        let peers = self.of(parent, |_| false, now);
+        for child in children {
+            peers.iter().for_each(|peer| self.found(&child, peer, now));
         }
     }
 
@@ -75,7 +84,7 @@ mod tests {
     }
 
     fn peer(n: u32) -> Peer {
-        Peer { id: n.to_string().into(), addresses: vec![SocketAddr::from((n.to_be_bytes(), 5000))] }
+        Peer::new(n.to_string().into(), vec![SocketAddr::from((n.to_be_bytes(), 5000))])
     }
 
     fn ids(sources: &Sources, key: &Key, now: Instant) -> Vec<String> {
@@ -97,6 +106,17 @@ mod tests {
         assert!(ids(&sources, &key(1), now + LIFETIME).is_empty());
         sources.failed(&key(1), &peer(2).addresses[0]);
         assert!(sources.by_key.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn who_has_a_manifest_is_asked_for_what_is_beneath_it() {
+        let (sources, now) = (Sources::default(), Instant::now());
+        sources.found(&key(1), &peer(1), now);
+        sources.found(&key(1), &peer(2), now);
+        sources.found(&key(3), &peer(3), now);
+        sources.inherit(&key(1), [key(2), key(3)].into_iter(), now);
+        assert_eq!(ids(&sources, &key(2), now), ["1", "2"]);
+        assert_eq!(ids(&sources, &key(3), now), ["1", "2", "3"]);
     }
 
     #[test]

@@ -3,20 +3,24 @@
 use std::fmt;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Response, StatusCode};
 use tracing::warn;
 
 use super::promises::{Client, Refusal};
-use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Content, Found, Gate, Kind, Verified, Wanted};
+use super::uploads::Upload;
+use super::{OWN, Registry, SOURCE_HEADER, respond};
+use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
-use crate::store::Blob;
-use crate::zerocopy::Body;
+use crate::store::{Blob, Found as Local, Receiving};
+use crate::zerocopy::{Body, BodyEnd};
+
+/// The longest that a peer is made to wait for what is about to be received.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -24,6 +28,8 @@ pub(super) struct Ask {
     pub(super) is_content: bool,
     pub(super) head_only: bool,
     pub(super) mirrored: bool,
+    /// A peer says that what it got of this is wrong.
+    pub(super) complains: bool,
     /// The operator's filters exclude what is asked for: then it is not looked for at peers.
     pub(super) excluded: bool,
     pub(super) path: String,
@@ -32,10 +38,19 @@ pub(super) struct Ask {
     pub(super) repository: Option<Repository>,
     pub(super) registry: Option<String>,
     pub(super) range: Option<RangeSpec>,
+    /// A range was asked for as containerd's parallel fetch does, and is not kept to.
+    pub(super) is_chunk: bool,
     pub(super) client: Client,
+    /// A peer asks to wait for what is about to be received here.
+    pub(super) wait: Option<Duration>,
 }
 
 impl Ask {
+    /// What the request is a part of.
+    fn pull(&self) -> Option<Arc<str>> {
+        Some(format!("{}/{}", self.registry.as_deref()?, self.repository.as_ref()?).into())
+    }
+
     /// The offset of the first byte that is asked for; unknown of a suffix, as long as the length is.
     fn first_byte(&self) -> Option<u64> {
         match self.range {
@@ -50,6 +65,8 @@ impl Ask {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
     Local,
+    /// This node has some of it, and is receiving the rest.
+    Receiving,
     /// Fetched from a peer and verified a moment ago.
     Ready,
     Peer(Arc<str>),
@@ -60,6 +77,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Local => "local",
+            Self::Receiving => "receiving",
             Self::Ready => "ready",
             Self::Peer(address) => address,
             Self::Nobody => "nobody",
@@ -127,6 +145,10 @@ impl Registry {
             head_only: ask.head_only,
             range: None,
             gate: None,
+            node: self.fed_node(ask),
+            feeds_us: false,
+            pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
+            wait: None,
         };
         let found =
             self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
@@ -160,6 +182,9 @@ impl Registry {
 
     /// What this node has. A store that fails is told in the log, and then peers are as good.
     async fn open(&self, ask: &Ask, digest: &Digest) -> Option<Blob> {
+        if self.audits.is_spoiled(digest) {
+            return None;
+        }
         match self.settings.store.open(digest, ask.repository.as_ref()).await {
             Ok(blob) => blob,
             Err(error) => {
@@ -170,16 +195,19 @@ impl Registry {
     }
 
     pub(super) async fn blob(&self, ask: &Ask, digest: &Digest) -> Result<Answer, OciError> {
-        if let Some(blob) = self.open(ask, digest).await {
-            let body = |start, end: u64| match &blob.small {
-                Some(small) => slice(small.bytes(), start, end),
-                None => Body::file(Arc::clone(&blob.file), start, end - start),
-            };
-            return Ok(self.give(ask, digest, blob.size, Source::Local, body));
+        if let Some(answer) = self.local_blob(ask, digest).await {
+            return Ok(answer);
         }
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
+        }
+        if !ask.head_only
+            && ask.first_byte() == Some(0)
+            && self.client_kind(&ask.client) == OWN
+            && self.promises.is_complaint(&ask.client, digest, Instant::now())
+        {
+            self.settings.mirror.complained(digest, &ask.target);
         }
         let wanted = Wanted {
             key: Key::Digest(digest.clone()),
@@ -188,11 +216,131 @@ impl Registry {
             head_only: ask.head_only,
             range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
             gate: Some(self.gate(ask, digest)),
+            node: self.fed_node(ask),
+            feeds_us: self.may_be_ours(ask),
+            pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
+            wait: None,
         };
         match self.settings.mirror.fetch(&wanted).await {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
             Err(miss) => self.refuse(ask, digest).await.ok_or_else(|| unknown().with_detail(miss.to_string())),
         }
+    }
+
+    /// What this node has, or receives. Only where the asker cannot be who receives it here is the latter looked for.
+    async fn local_blob(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
+        let chain = if self.may_be_ours(ask) { None } else { self.chain_below(ask, digest) };
+        let found = match chain {
+            None => self.open(ask, digest).await.map(Local::Complete),
+            Some(_) => self.find(ask, digest).await,
+        };
+        match found? {
+            Local::Complete(blob) => Some(self.complete_blob(ask, digest, &blob)),
+            Local::Receiving(Receiving { growing, total }) => {
+                let Some(upload) = self.upload(ask, total) else { return Some(self.busy(ask, digest)) };
+                let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
+                let mut answer = self.give(ask, digest, total, Source::Receiving, body);
+                respond::mark_receiving(&mut answer.response, growing.progress().position, total, &chain?);
+                answer.response = answer.response.map(|body| body.with_end(move |_| drop(upload)));
+                Some(answer)
+            }
+        }
+    }
+
+    /// What this node has, receives, or is about to receive if the asker would wait for that.
+    async fn find(&self, ask: &Ask, digest: &Digest) -> Option<Local> {
+        let store = &self.settings.store;
+        let found = match store.find(digest, ask.repository.as_ref()).await {
+            Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
+                Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
+                None => Ok(None),
+            },
+            found => found,
+        };
+        found.unwrap_or_else(|error| {
+            warn!(%digest, %error, "cannot open content of this node, asking peers");
+            None
+        })
+    }
+
+    /// Whether the asker would wait for us while we wait for others.
+    fn declines(&self, ask: &Ask, digest: &Digest) -> bool {
+        match (&ask.client, self.settings.node_name.as_deref()) {
+            (Client::Node(name), Some(own)) => self.settings.mirror.declines(digest, NodeId::of(own), NodeId::of(name)),
+            _ => true,
+        }
+    }
+
+    /// The nodes that a blob comes through for those who get it from here while it is received, unless the asker is one of them or
+    /// they are too many.
+    fn chain_below(&self, ask: &Ask, digest: &Digest) -> Option<Chain> {
+        let above = self.settings.mirror.lineage(digest);
+        let own = NodeId::of(self.settings.node_name.as_deref()?);
+        let chain = above.below(own)?;
+        let is_circle = matches!(&ask.client, Client::Node(name) if chain.contains(NodeId::of(name)));
+        (!is_circle).then_some(chain)
+    }
+
+    /// Whether our own containerd may be who asks.
+    fn may_be_ours(&self, ask: &Ask) -> bool {
+        match &ask.client {
+            _ if ask.mirrored => false,
+            Client::Node(name) => self.settings.node_name.as_deref().is_none_or(|own| own == &**name),
+            Client::Address(_) => true,
+        }
+    }
+
+    /// The node whose containerd gets what is asked for.
+    fn fed_node(&self, ask: &Ask) -> Option<Arc<str>> {
+        match &ask.client {
+            Client::Node(name) => Some(Arc::clone(name)),
+            Client::Address(_) => self.settings.node_name.as_deref().map(Into::into),
+        }
+    }
+
+    /// A blob of this node. What peers may take of it is bounded, what clients may is not.
+    fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
+        if ask.mirrored && ask.complains {
+            self.audits.hear(digest, Arc::clone(&blob.file), blob.size, Instant::now());
+        }
+        let Some(upload) = self.upload(ask, blob.size) else { return self.busy(ask, digest) };
+        let body = |start, end: u64| match &blob.small {
+            Some(small) => slice(small.bytes(), start, end),
+            None => Body::file(Arc::clone(&blob.file), start, end - start),
+        };
+        let Answer { response, source } = self.give(ask, digest, blob.size, Source::Local, body);
+        let (audits, of, file, size) = (Arc::clone(&self.audits), digest.clone(), Arc::clone(&blob.file), blob.size);
+        let ended = move |end: BodyEnd| {
+            drop(upload);
+            if !end.complete {
+                audits.cut_short(&of, &file, size);
+            }
+        };
+        Answer { response: response.map(|body| body.with_end(ended)), source }
+    }
+
+    /// The part of what peers may take that this answer needs: none for clients and heads. Nothing if it would be too much.
+    fn upload(&self, ask: &Ask, size: u64) -> Option<Option<Upload>> {
+        if !ask.mirrored || ask.head_only {
+            return Some(None);
+        }
+        let length = match ask.range.map_or(RangeOutcome::Whole, |range| range.resolve(size)) {
+            RangeOutcome::Part { start, end_exclusive } => end_exclusive - start,
+            RangeOutcome::Whole => size,
+            RangeOutcome::Unsatisfiable => 0,
+        };
+        self.uploads.begin(length, Instant::now()).map(Some)
+    }
+
+    /// Sends a peer elsewhere.
+    fn busy(&self, ask: &Ask, digest: &Digest) -> Answer {
+        self.settings.metrics.refused_upload();
+        let asker = match &ask.client {
+            Client::Address(address) => Some(*address),
+            Client::Node(_) => None,
+        };
+        let holders = self.settings.mirror.holders(&Key::Digest(digest.clone()), asker);
+        Answer { response: respond::busy(&holders), source: Source::Nobody }
     }
 
     /// Holds back the end of a body that breaks off until it is the client's lowest one.
@@ -231,6 +379,8 @@ impl Registry {
             Content::Relay { body, part } => {
                 let (start, total) = part.unwrap_or((0, body.len()));
                 let body = self.promised(ask, digest, total, start, body);
+                let (promises, client, of) = (Arc::clone(&self.promises), ask.client.clone(), digest.clone());
+                let body = body.with_end(move |end| promises.relayed(&client, &of, start, start + end.sent));
                 Answer::from(respond::blob(digest, body, part), source)
             }
             Content::Head { length } => Answer::from(respond::blob_head(digest, length), source),
@@ -256,7 +406,8 @@ impl Registry {
 
     /// A refusal that is not an error status, where one would fail the client's pull.
     pub(super) async fn refuse(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
-        if ask.head_only {
+        // A client that is kept to one request a blob has no other chunk that an error status could fail.
+        if ask.head_only || ask.is_chunk {
             return None;
         }
         let first = ask.first_byte()?;

@@ -30,6 +30,7 @@ pub struct RegistryMetrics {
     inflight: Family<HandlerLabel, Gauge>,
     clients: Family<ClientLabel, Counter>,
     cuts: Counter,
+    refused_uploads: Counter,
     registries: Arc<BoundedLabel>,
 }
 
@@ -67,6 +68,7 @@ impl RegistryMetrics {
             inflight: Family::default(),
             clients: Family::default(),
             cuts: Counter::default(),
+            refused_uploads: Counter::default(),
             registries: Arc::new(BoundedLabel::new(MAX_REGISTRIES)),
         };
         let help = "Requests of clients for content, by whether they got it";
@@ -83,6 +85,8 @@ impl RegistryMetrics {
         metrics.register("spegel_client_requests", help, this.clients.clone());
         let help = "Refusals that were said by an orderly close, because the client had been given a part of that blob";
         metrics.register("spegel_cut_responses", help, this.cuts.clone());
+        let help = "Requests of peers that were sent elsewhere because of --max-uploads or --upload-rate";
+        metrics.register("spegel_rejected_uploads", help, this.refused_uploads.clone());
         this
     }
 
@@ -110,6 +114,10 @@ impl RegistryMetrics {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             self.last_success.set(now.as_secs_f64());
         }
+    }
+
+    pub(super) fn refused_upload(&self) {
+        self.refused_uploads.inc();
     }
 
     pub(super) fn cut(&self) {

@@ -3,16 +3,20 @@
 //! The paths are those of the [OCI distribution specification](https://github.com/opencontainers/distribution-spec/blob/main/spec.md#endpoints)
 //! that read; what writes is refused. How a refusal is said follows what containerd makes of it, see `promises`.
 
+mod audit;
 mod auth;
+mod chunks;
 mod content;
 mod metrics;
 mod promises;
 mod respond;
 mod turns;
+mod uploads;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use http::request::Parts;
 use http::{Response, StatusCode, header};
@@ -20,8 +24,8 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
-use crate::mirror::{MIRRORED_HEADER, Mirror};
-use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
+use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror, WAIT_HEADER};
+use crate::oci::{ErrorCode, Filters, Key, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
 use crate::store::{Health, Store};
 use crate::zerocopy::{Body, BodyEnd};
@@ -29,6 +33,7 @@ use crate::zerocopy::{Body, BodyEnd};
 pub use auth::BasicAuth;
 pub use metrics::RegistryMetrics;
 pub use promises::Client;
+pub use uploads::UploadLimits;
 
 use content::{Answer, Ask, Source};
 use metrics::Observed;
@@ -37,6 +42,9 @@ use promises::Promises;
 /// The response header that tells where content is from: `local`, `ready` (fetched and verified a moment ago), or the
 /// address of a peer.
 pub const SOURCE_HEADER: &str = "X-Spegel-Source";
+
+/// How this node's own containerd is told in the figures of clients.
+const OWN: &str = "own";
 
 /// What a registry is built from.
 #[derive(Debug)]
@@ -53,6 +61,8 @@ pub struct Settings {
     pub basic_auth: Option<BasicAuth>,
     /// This node's name, to tell its own containerd's requests from others'.
     pub node_name: Option<String>,
+    /// How much is given to peers.
+    pub uploads: UploadLimits,
     /// Where requests are counted.
     pub metrics: RegistryMetrics,
 }
@@ -63,6 +73,9 @@ pub struct Registry {
     settings: Settings,
     promises: Arc<Promises>,
     turns: Arc<turns::Turns>,
+    uploads: Arc<uploads::Uploads>,
+    audits: Arc<audit::Audits>,
+    chunked: chunks::Chunked,
     /// The router was ready once.
     joined: AtomicBool,
     /// New requests are refused.
@@ -75,7 +88,10 @@ impl Registry {
     /// A registry over its parts.
     pub fn new(settings: Settings) -> Self {
         Self {
+            uploads: Arc::new(uploads::Uploads::new(settings.uploads)),
+            audits: Arc::new(audit::Audits::new(settings.mirror.clone())),
             settings,
+            chunked: chunks::Chunked::default(),
             promises: Arc::default(),
             turns: Arc::default(),
             joined: AtomicBool::new(false),
@@ -110,6 +126,12 @@ impl Registry {
         }
     }
 
+    /// Hears what this node's store has from now on: content that was relayed and is stored is what its digest says.
+    pub fn stored(&self, keys: &[Key]) {
+        self.settings.mirror.confirmed(keys);
+        self.audits.stored(keys);
+    }
+
     /// Refuses new requests from now on, in the way that makes containerd look elsewhere; what is under way goes on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
@@ -120,8 +142,11 @@ impl Registry {
         Arc::strong_count(&self.flight) - 1
     }
 
-    /// Whether requests should be sent here; else what it waits for.
-    fn ready(&self) -> Result<(), String> {
+    /// Whether requests should be sent here, as `/readyz` says.
+    ///
+    /// # Errors
+    /// What it waits for.
+    pub fn ready(&self) -> Result<(), String> {
         if self.draining.load(Ordering::Relaxed) {
             return Err("it is stopping".to_owned());
         }
@@ -191,7 +216,10 @@ impl Registry {
             Some(name) => Client::Node(name.into()),
             None => Client::Address(remote),
         };
+        let range = text("range").and_then(crate::oci::RangeSpec::parse);
+        let is_chunk = self.chunked.is_chunk(&client, text("user-agent"), range, Instant::now());
         Ask {
+            is_chunk,
             excluded: self.is_excluded(parsed),
             is_content: matches!(parsed, Request::Manifest { .. } | Request::Blob { .. }),
             head_only: request.method == http::Method::HEAD,
@@ -199,9 +227,11 @@ impl Registry {
             repository: parsed.repository(),
             registry: parsed.ns().map(str::to_owned),
             path: request.uri.path().to_owned(),
+            complains: text(COMPLAINT_HEADER).is_some(),
             mirrored: text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true")),
-            range: text("range").and_then(crate::oci::RangeSpec::parse),
+            range: range.filter(|_| !is_chunk),
             client,
+            wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
         }
     }
 
@@ -238,7 +268,7 @@ impl Registry {
 
     fn client_kind(&self, client: &Client) -> &'static str {
         match (client, &self.settings.node_name) {
-            (Client::Node(name), Some(own)) if **name == **own => "own",
+            (Client::Node(name), Some(own)) if **name == **own => OWN,
             (Client::Node(_), Some(_)) => "other_node",
             _ => "unknown",
         }
@@ -268,7 +298,7 @@ fn peer_target(parsed: &Request, path: &str) -> String {
 /// How a body ended, beside what was counted of its request.
 struct Ended {
     end: BodyEnd,
-    elapsed: std::time::Duration,
+    elapsed: Duration,
 }
 
 /// Follows the response's body to its end.

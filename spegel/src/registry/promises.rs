@@ -68,6 +68,8 @@ struct Given {
     total: u64,
     at: Instant,
     closed: VecDeque<(u64, Instant)>,
+    /// What was relayed of it: parts that do not touch, in order.
+    relayed: Vec<(u64, u64)>,
 }
 
 impl Promises {
@@ -85,7 +87,7 @@ impl Promises {
             state.given.remove(&oldest);
         }
         state.order.push_back(key.clone());
-        state.given.insert(key, Given { total, at: now, closed: VecDeque::new() });
+        state.given.insert(key, Given { total, at: now, closed: VecDeque::new(), relayed: Vec::new() });
     }
 
     /// A body for `client` ended before its time, and the next byte would have been the one at `offset`.
@@ -94,6 +96,23 @@ impl Promises {
         if let Some(given) = state.given.get_mut(&(client.clone(), digest.clone())) {
             given.close(offset, now);
         }
+    }
+
+    /// `client` was sent the bytes from `start` to `end` of what peers have.
+    pub(super) fn relayed(&self, client: &Client, digest: &Digest, start: u64, end: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(given) = state.given.get_mut(&(client.clone(), digest.clone())) {
+            given.add(start, end);
+        }
+    }
+
+    /// `client` asks for the blob from its first byte: whether it had all of it from peers before, of which it is then not accused again.
+    pub(super) fn is_complaint(&self, client: &Client, digest: &Digest, now: Instant) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(given) = state.given.get_mut(&(client.clone(), digest.clone())) else { return false };
+        let had_all = given.total > 0 && given.relayed == [(0, given.total)];
+        given.relayed.clear();
+        had_all && now.duration_since(given.at) < LIFETIME
     }
 
     /// How to tell `client` that it cannot have the blob from `offset` on.
@@ -110,6 +129,22 @@ impl Promises {
 }
 
 impl Given {
+    fn add(&mut self, start: u64, end: u64) {
+        if start >= end || self.relayed.len() >= MAX_CLOSED {
+            return;
+        }
+        self.relayed.push((start, end));
+        self.relayed.sort_unstable();
+        let mut merged: Vec<(u64, u64)> = Vec::with_capacity(self.relayed.len());
+        for &(start, end) in &self.relayed {
+            match merged.last_mut() {
+                Some(last) if start <= last.1 => last.1 = last.1.max(end),
+                _ => merged.push((start, end)),
+            }
+        }
+        self.relayed = merged;
+    }
+
     fn is_closed(&self, offset: u64, now: Instant) -> bool {
         self.closed.iter().any(|(at, since)| *at == offset && now.duration_since(*since) < CLOSED_LIFETIME)
     }
@@ -162,6 +197,24 @@ mod tests {
         promises.given(&node("a"), &digest(1), 100, now);
         promises.cut_at(&node("a"), &digest(1), 30, now);
         assert_eq!(promises.refuse(&node("a"), &digest(1), 30, now), Refusal::Status);
+    }
+
+    #[test]
+    fn who_had_all_of_it_and_asks_again_complains() {
+        let promises = Promises::default();
+        let (now, client) = (Instant::now(), node("a"));
+        assert!(!promises.is_complaint(&client, &digest(1), now));
+        promises.given(&client, &digest(1), 100, now);
+        // The chunks of a parallel fetch, in any order, and each longer than its part.
+        for (start, end) in [(50, 90), (0, 40), (80, 100)] {
+            promises.relayed(&client, &digest(1), start, end);
+            assert!(start != 80 || !promises.is_complaint(&node("b"), &digest(1), now));
+        }
+        assert!(!promises.is_complaint(&client, &digest(1), now), "ten bytes are from elsewhere");
+        promises.relayed(&client, &digest(1), 0, 60);
+        promises.relayed(&client, &digest(1), 60, 100);
+        assert!(promises.is_complaint(&client, &digest(1), now));
+        assert!(!promises.is_complaint(&client, &digest(1), now), "one relay is one complaint");
     }
 
     #[test]

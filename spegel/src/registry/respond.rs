@@ -1,14 +1,19 @@
 //! The responses themselves: status, headers, body.
 
+use std::net::SocketAddr;
+
 use http::header::{ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderName, WWW_AUTHENTICATE};
 use http::request::Parts;
 use http::response::Builder;
 use http::{HeaderValue, Method, Response, StatusCode};
 
-use crate::oci::{ALLOWED_METHODS, ContentRange, Digest, ERROR_CONTENT_TYPE, OciError};
+use crate::mirror::{CHAIN_HEADER, Chain, RECEIVING_HEADER};
+use crate::oci::{ALLOWED_METHODS, ContentRange, Digest, ERROR_CONTENT_TYPE, ErrorCode, OciError};
 use crate::zerocopy::Body;
 
 const DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+/// The header of [`crate::mirror::HOLDERS_HEADER`].
+const HOLDERS: HeaderName = HeaderName::from_static("x-spegel-holders");
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 
 /// The one place where an error becomes a response.
@@ -26,6 +31,19 @@ pub(super) fn error(error: &OciError) -> Response<Body> {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"spegel\""));
         }
         _ => {}
+    }
+    response
+}
+
+/// The answer to a peer for which there is no place: it finds the same at `holders`.
+pub(super) fn busy(holders: &[SocketAddr]) -> Response<Body> {
+    let message = "this node gives its peers as much as it may: ask another";
+    let mut response = error(&OciError::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unknown, message));
+    let addresses: Vec<String> = holders.iter().map(ToString::to_string).collect();
+    if let Ok(value) = HeaderValue::from_str(&addresses.join(", "))
+        && !holders.is_empty()
+    {
+        response.headers_mut().insert(HOLDERS, value);
     }
     response
 }
@@ -73,13 +91,22 @@ pub(super) fn blob_head(digest: &Digest, length: u64) -> Response<Body> {
 
 pub(super) fn unsatisfiable(length: u64) -> Response<Body> {
     let message = format!("the range lies outside of the blob, which has {length} bytes");
-    let mut response =
-        error(&OciError::new(StatusCode::RANGE_NOT_SATISFIABLE, crate::oci::ErrorCode::RangeInvalid, message));
+    let mut response = error(&OciError::new(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, message));
     let range = ContentRange::Unsatisfied { total: length }.to_string();
     if let Ok(value) = HeaderValue::from_str(&range) {
         response.headers_mut().insert(CONTENT_RANGE, value);
     }
     response
+}
+
+/// Says that a blob is still being received, how much of it is there, and which nodes it comes through.
+pub(super) fn mark_receiving(response: &mut Response<Body>, position: u64, total: u64, chain: &Chain) {
+    let marks = [(RECEIVING_HEADER, format!("{position}/{total}")), (CHAIN_HEADER, chain.to_string())];
+    for (name, value) in marks {
+        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_str(&value)) {
+            response.headers_mut().insert(name, value);
+        }
+    }
 }
 
 /// The same head without the body, keeping the length that the body would have had.

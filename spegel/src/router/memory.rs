@@ -7,9 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{Peer, Readiness, Router};
+use super::{Member, Members, Peer, Readiness, Router};
 use crate::oci::Key;
 use crate::store::Change;
+
+/// What version of the member protocol the nodes of such a network seem to speak.
+const MEMBER_VERSION: u32 = 1;
 
 /// A table of who offers what, shared by the [`MemoryRouter`]s that joined it.
 #[derive(Clone, Default)]
@@ -24,8 +27,9 @@ struct Table {
 }
 
 struct Node {
-    registry: SocketAddr,
+    peer: Peer,
     readiness: watch::Sender<Readiness>,
+    members: watch::Sender<Members>,
 }
 
 /// One node of a [`MemoryNetwork`]. It leaves the network when it is dropped.
@@ -33,6 +37,7 @@ pub struct MemoryRouter {
     id: Arc<str>,
     network: MemoryNetwork,
     readiness: watch::Receiver<Readiness>,
+    members: watch::Receiver<Members>,
 }
 
 // === impl MemoryNetwork ===
@@ -43,15 +48,26 @@ impl MemoryNetwork {
         Self::default()
     }
 
+    /// Says which zone a node is in, as its `--zone` would.
+    pub fn set_zone(&self, id: &str, zone: &str) {
+        let mut table = self.lock();
+        if let Some(node) = table.nodes.get_mut(id) {
+            node.peer.zone = Some(zone.into());
+        }
+        table.settle();
+    }
+
     /// Adds a node whose registry listens on `registry`. A node of the same name is replaced, and what it offered is gone.
     pub fn join(&self, id: &str, registry: SocketAddr) -> Arc<MemoryRouter> {
         let id: Arc<str> = id.into();
-        let (sender, readiness) = watch::channel(Readiness::Alone);
+        let (readiness, readiness_seen) = watch::channel(Readiness::Alone);
+        let (members, members_seen) = watch::channel(Members::default());
+        let peer = Peer::new(id.clone(), vec![registry]);
         let mut table = self.lock();
         table.withdraw_all(&id);
-        table.nodes.insert(id.clone(), Node { registry, readiness: sender });
-        table.settle_readiness();
-        Arc::new(MemoryRouter { id, network: self.clone(), readiness })
+        table.nodes.insert(id.clone(), Node { peer, readiness, members });
+        table.settle();
+        Arc::new(MemoryRouter { id, network: self.clone(), readiness: readiness_seen, members: members_seen })
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -75,10 +91,15 @@ impl Table {
         });
     }
 
-    fn settle_readiness(&self) {
+    /// Tells every node who is there.
+    fn settle(&self) {
         let readiness = if self.nodes.len() > 1 { Readiness::Connected } else { Readiness::Alone };
-        for node in self.nodes.values() {
+        for (id, node) in &self.nodes {
             node.readiness.send_if_modified(|current| std::mem::replace(current, readiness) != readiness);
+            let others = self.nodes.iter().filter(|(other, _)| *other != id);
+            node.members.send_replace(
+                others.map(|(_, node)| Member { peer: node.peer.clone(), version: MEMBER_VERSION }).collect(),
+            );
         }
     }
 }
@@ -94,10 +115,7 @@ impl Router for MemoryRouter {
             .into_iter()
             .flatten()
             .filter(|id| **id != self.id)
-            .filter_map(|id| {
-                let node = table.nodes.get(id)?;
-                Some(Peer { id: id.clone(), addresses: vec![node.registry] })
-            })
+            .filter_map(|id| table.nodes.get(id).map(|node| node.peer.clone()))
             .collect();
         let (sender, receiver) = mpsc::channel(peers.len().max(1));
         for peer in peers {
@@ -132,6 +150,18 @@ impl Router for MemoryRouter {
     fn readiness(&self) -> watch::Receiver<Readiness> {
         self.readiness.clone()
     }
+
+    fn members(&self) -> watch::Receiver<Members> {
+        self.members.clone()
+    }
+
+    fn set_load(&self, percent: u8) {
+        let mut table = self.network.lock();
+        if let Some(node) = table.nodes.get_mut(&self.id) {
+            node.peer.load = Some(percent.min(100));
+        }
+        table.settle();
+    }
 }
 
 impl Drop for MemoryRouter {
@@ -143,7 +173,7 @@ impl Drop for MemoryRouter {
         if ours {
             table.nodes.remove(&self.id);
             table.withdraw_all(&self.id);
-            table.settle_readiness();
+            table.settle();
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::oci::Key;
 use crate::store::Change;
 
 pub use memory::{MemoryNetwork, MemoryRouter};
-pub use p2p::{Identity, IdentityError, P2pRouter, P2pSettings, RouterError};
+pub use p2p::{Identity, IdentityError, NetworkKey, NetworkKeyError, P2pRouter, P2pSettings, RouterError};
 
 /// A node that offers content, and where its registry listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -22,7 +22,24 @@ pub struct Peer {
     pub id: Arc<str>,
     /// The addresses of its registry, best first. Never empty.
     pub addresses: Vec<SocketAddr>,
+    /// The zone that it says it is in; unknown of nodes that do not speak our member protocol.
+    pub zone: Option<Arc<str>>,
+    /// How busy it said its registry is, in percent of what it can carry; unknown of nodes that do not speak our member
+    /// protocol, and as old as half a minute.
+    pub load: Option<u8>,
 }
+
+/// A node that speaks our member protocol.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Member {
+    /// Who it is, where its registry listens, its zone and load.
+    pub peer: Peer,
+    /// The version of the member protocol that it speaks: each includes those before it.
+    pub version: u32,
+}
+
+/// All members but this node, in no order.
+pub type Members = Arc<[Member]>;
 
 /// How this node stands in the network of peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +48,9 @@ pub enum Readiness {
     Joining,
     /// Every bootstrap source answered, and named nobody but us.
     Alone,
+    /// There may be others, and none could be reached within half a minute. The search goes on; what is here is served meanwhile,
+    /// and what is not gets its 404. Without this bound a rolling update to other ports would wait for its first pod for ever.
+    Isolated,
     /// At least one peer is connected.
     Connected,
 }
@@ -39,6 +59,15 @@ impl Readiness {
     /// Whether requests may be sent here.
     pub fn is_ready(self) -> bool {
         self != Self::Joining
+    }
+}
+
+// === impl Peer ===
+
+impl Peer {
+    /// A peer of which no more is known.
+    pub fn new(id: Arc<str>, addresses: Vec<SocketAddr>) -> Self {
+        Self { id, addresses, zone: None, load: None }
     }
 }
 
@@ -53,4 +82,11 @@ pub trait Router: Send + Sync + fmt::Debug + 'static {
 
     /// How this node stands, followed.
     fn readiness(&self) -> watch::Receiver<Readiness>;
+
+    /// The nodes that speak our member protocol, followed. Each knows nearly all the others; one that has just joined is
+    /// known to nearly all within half a minute, and one that died is forgotten as soon.
+    fn members(&self) -> watch::Receiver<Members>;
+
+    /// Says how busy this node's registry is, in percent. Members hear of it when it has changed by much.
+    fn set_load(&self, percent: u8);
 }

@@ -1,5 +1,6 @@
 //! Takes connections from a listener and hands them to the data runtimes.
 
+use std::fs::File;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -22,6 +23,8 @@ pub(super) struct Acceptor {
     engines: Vec<Arc<Engine>>,
     shared: Arc<Shared>,
     refusals: Arc<Semaphore>,
+    /// A descriptor to give up when there is no other, so that a client can be refused instead of left waiting.
+    reserve: Option<File>,
 }
 
 // === impl Acceptor ===
@@ -33,10 +36,10 @@ impl Acceptor {
         shared: Arc<Shared>,
     ) -> io::Result<Self> {
         let listener = TcpListener::from_std(listener)?;
-        Ok(Self { listener, engines, shared, refusals: Arc::new(Semaphore::new(REFUSALS)) })
+        Ok(Self { listener, engines, shared, refusals: Arc::new(Semaphore::new(REFUSALS)), reserve: reserve() })
     }
 
-    pub(super) async fn run(self) {
+    pub(super) async fn run(mut self) {
         let stop = self.shared.stop.accepting.clone();
         tokio::select! {
             () = stop.cancelled() => {}
@@ -44,21 +47,30 @@ impl Acceptor {
         }
     }
 
-    async fn accept_all(&self) {
+    async fn accept_all(&mut self) {
         let mut failing = false;
         loop {
             match self.accept().await {
                 Ok((stream, remote)) => {
                     failing = false;
+                    if self.reserve.is_none() {
+                        self.reserve = reserve();
+                    }
                     self.place(stream, remote);
                 }
                 // The client left before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     if !std::mem::replace(&mut failing, true) {
-                        tracing::warn!(%error, "cannot accept connections for now");
+                        tracing::warn!(%error, "cannot accept connections for now: new ones are refused");
+                    }
+                    if self.reserve.take().is_some()
+                        && let Ok((stream, remote)) = self.accept().await
+                    {
+                        self.hand_over(stream, remote, true);
                     }
                     tokio::time::sleep(BACK_OFF).await;
+                    self.reserve = reserve();
                 }
             }
         }
@@ -72,7 +84,11 @@ impl Acceptor {
 
     fn place(&self, stream: TcpStream, remote: SocketAddr) {
         let open: usize = self.engines.iter().map(|engine| engine.load()).sum();
-        let one_too_many = open >= self.shared.limits.connections;
+        self.hand_over(stream, remote, open >= self.shared.limits.connections);
+    }
+
+    /// Gives a connection to the least loaded runtime, to be served, or only told to go elsewhere.
+    fn hand_over(&self, stream: TcpStream, remote: SocketAddr, one_too_many: bool) {
         let refusal = match one_too_many.then(|| self.refusals.clone().try_acquire_owned()).transpose() {
             Ok(refusal) => refusal,
             Err(_) => return self.shared.metrics.refuse(),
@@ -83,4 +99,8 @@ impl Acceptor {
             self.shared.metrics.refuse();
         }
     }
+}
+
+fn reserve() -> Option<File> {
+    File::open("/dev/null").ok()
 }

@@ -1,10 +1,13 @@
 //! Which images are here, what they reach, and so what is offered. Pure: what is in files comes in as [`Tree`]s.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
 use super::tree::{Node, Tree};
 use super::{Change, Offered, Referrer};
 use crate::oci::{Digest, Filters, Key, Reference, Repository, TagName};
+
+/// How much content is remembered that came and that no image reaches yet: a pull records its image when it ends.
+const MAX_ARRIVED: usize = 4096;
 
 /// What an image's name says. Names that are no qualified references, such as the bare config digests that the CRI
 /// records beside each image, say nothing: their content counts, but for no repository.
@@ -40,6 +43,10 @@ struct Content {
     /// How many images of each [`Origin`] reach it.
     reached_by: [u32; 3],
     is_offered: bool,
+    /// It is being received.
+    receiving: bool,
+    /// It was received, and no image speaks for it yet.
+    arrived: bool,
     /// The subject of a manifest that has one, and how the referrers API describes the manifest.
     referrer: Option<Box<(Digest, Referrer)>>,
 }
@@ -74,6 +81,8 @@ pub(super) struct Index {
     referrers: HashMap<Digest, BTreeSet<Digest>>,
     /// Digests that may have changed since the last settled state.
     touched: HashSet<Digest>,
+    /// What arrived, the oldest first; some of it may have gone or got an image since.
+    arrivals: VecDeque<Digest>,
 }
 
 // === impl Name ===
@@ -104,6 +113,16 @@ impl Content {
         let reached = |origin: Origin| self.reached_by[origin as usize] > 0;
         reached(Origin::Allowed) || (reached(Origin::Unnamed) && !reached(Origin::Excluded))
     }
+
+    /// Whether it counts without an image: what images of ours are filtered of is not offered while it comes again either.
+    fn may_be_offered_early(&self) -> bool {
+        let reached = |origin: Origin| self.reached_by[origin as usize] > 0;
+        (self.receiving || self.arrived) && (reached(Origin::Allowed) || !reached(Origin::Excluded))
+    }
+
+    fn is_needed(&self) -> bool {
+        self.receiving || self.arrived || self.reached_by != [0; 3]
+    }
 }
 
 // === impl Delta ===
@@ -127,6 +146,7 @@ impl Index {
             tags: HashMap::new(),
             referrers: HashMap::new(),
             touched: HashSet::new(),
+            arrivals: VecDeque::new(),
         }
     }
 
@@ -159,7 +179,39 @@ impl Index {
     pub(super) fn set_absent(&mut self, digest: &Digest) -> Delta {
         if let Some(content) = self.contents.get_mut(digest) {
             content.size = None;
+            content.arrived = false;
             self.touched.insert(digest.clone());
+        }
+        self.settle()
+    }
+
+    /// Content is being received, or is not any more.
+    pub(super) fn set_receiving(&mut self, digest: &Digest, receiving: bool) -> Delta {
+        match self.contents.get_mut(digest) {
+            Some(content) => content.receiving = receiving,
+            None if receiving => {
+                self.contents.insert(digest.clone(), Content { receiving, ..Content::default() });
+            }
+            None => return Delta::default(),
+        }
+        self.touched.insert(digest.clone());
+        self.settle()
+    }
+
+    /// Content came that may have no image yet.
+    pub(super) fn set_arrived(&mut self, digest: &Digest) -> Delta {
+        let content = self.contents.entry(digest.clone()).or_default();
+        if !std::mem::replace(&mut content.arrived, true) {
+            self.arrivals.push_back(digest.clone());
+        }
+        self.touched.insert(digest.clone());
+        while self.arrivals.len() > MAX_ARRIVED
+            && let Some(oldest) = self.arrivals.pop_front()
+        {
+            if let Some(content) = self.contents.get_mut(&oldest) {
+                content.arrived = false;
+            }
+            self.touched.insert(oldest);
         }
         self.settle()
     }
@@ -202,9 +254,11 @@ impl Index {
         let mut delta = Delta::default();
         for digest in std::mem::take(&mut self.touched) {
             let Some(content) = self.contents.get_mut(&digest) else { continue };
-            let is_offered = content.size.is_some() && content.may_be_offered();
+            // From here on the images say how it stands to the filters.
+            content.arrived &= content.size.is_none() || content.reached_by == [0; 3];
+            let is_offered = (content.size.is_some() && content.may_be_offered()) || content.may_be_offered_early();
             let was_offered = std::mem::replace(&mut content.is_offered, is_offered);
-            if content.reached_by == [0; 3] {
+            if !content.is_needed() {
                 self.drop_content(&digest);
             }
             match (was_offered, is_offered) {
@@ -278,6 +332,17 @@ impl Index {
     /// How long this content has to be, if an image says so.
     pub(super) fn expected_size(&self, digest: &Digest) -> Option<u64> {
         self.contents.get(digest)?.expected_size
+    }
+
+    /// Content that came and that no image speaks for yet.
+    pub(super) fn arrived(&self) -> Vec<Digest> {
+        let arrived = self.arrivals.iter().filter(|digest| self.has_arrived(digest));
+        arrived.cloned().collect()
+    }
+
+    /// Whether it came, and no image speaks for it yet.
+    pub(super) fn has_arrived(&self, digest: &Digest) -> bool {
+        self.contents.get(digest).is_some_and(|content| content.arrived)
     }
 
     /// Everything that is offered.

@@ -4,6 +4,7 @@ mod blobs;
 mod changes;
 mod containerd;
 mod index;
+mod ingest;
 mod metrics;
 mod oci_layout;
 mod small;
@@ -13,6 +14,7 @@ mod tree;
 use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -21,6 +23,7 @@ use crate::oci::{Digest, Key, Repository, TagName};
 
 pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings};
+pub use ingest::Receiving;
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
 pub use small::Small;
@@ -34,6 +37,15 @@ pub struct Blob {
     pub size: u64,
     /// All of its bytes, verified, if it is small.
     pub small: Option<Arc<Small>>,
+}
+
+/// Content of this node.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// All of it.
+    Complete(Blob),
+    /// What came of it so far, and the rest as it comes.
+    Receiving(Receiving),
 }
 
 /// A change of what this node can serve. The keys are never empty texts, and each is reported once until it changes back.
@@ -114,6 +126,23 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Opens content of this node, or says that it has none that may be served. `asked` is the repository in whose name
     /// the request came, if it named one: it decides for content that no image reaches yet.
     async fn open(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Blob>, StoreError>;
+
+    /// As [`Store::open`], but content will do that is only being received. Not for the one who receives it: it would wait for
+    /// itself. Stores that never receive anything need not implement it.
+    async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {
+        Ok(self.open(digest, asked).await?.map(Found::Complete))
+    }
+
+    /// As [`Store::find`], for content that is not here but that this node has asked for: waits up to `patience` for its first bytes.
+    /// Nothing at once where it is not on its way. Stores that never receive anything need not implement it.
+    async fn expect(
+        &self,
+        _digest: &Digest,
+        _asked: Option<&Repository>,
+        _patience: Duration,
+    ) -> Result<Option<Found>, StoreError> {
+        Ok(None)
+    }
 
     /// The manifests here whose `subject` is this digest.
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError>;

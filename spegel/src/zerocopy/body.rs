@@ -11,6 +11,7 @@ use bytes::{Buf, Bytes};
 use http_body::{Frame, SizeHint};
 
 use super::file::FileSource;
+use super::growing::Growing;
 use super::ops::{Ops, Shared, Source};
 use super::region;
 use super::relay::Relay;
@@ -26,6 +27,7 @@ pub struct Body {
 enum Kind {
     Bytes(Bytes),
     File { file: Arc<File>, offset: u64, len: u64 },
+    Growing { growing: Growing, offset: u64, len: u64 },
     Relay(Relay),
     Cut { claimed: u64 },
 }
@@ -50,6 +52,14 @@ impl Body {
     #[must_use]
     pub fn file(file: Arc<File>, offset: u64, len: u64) -> Self {
         Self::new(Kind::File { file, offset, len })
+    }
+
+    /// `len` bytes of a file that is still being written, from `offset` on: those that are there at once, the others as they
+    /// come. If its writer gives up, the connection ends with an orderly close after the bytes that came. How long that may
+    /// take is for who tells the file's progress to bound.
+    #[must_use]
+    pub fn growing(growing: Growing, offset: u64, len: u64) -> Self {
+        Self::new(Kind::Growing { growing, offset, len })
     }
 
     /// What a peer sends.
@@ -81,7 +91,7 @@ impl Body {
     pub fn len(&self) -> u64 {
         match &self.kind {
             Kind::Bytes(bytes) => bytes.len() as u64,
-            Kind::File { len, .. } => *len,
+            Kind::File { len, .. } | Kind::Growing { len, .. } => *len,
             Kind::Relay(relay) => relay.len(),
             Kind::Cut { claimed } => *claimed,
         }
@@ -104,6 +114,9 @@ impl Body {
             Kind::Bytes(bytes) => (Some(bytes).filter(|bytes| !bytes.is_empty()), None),
             Kind::File { file, offset, .. } => {
                 (None, Some(Source::File(Box::new(FileSource::new(file, offset, len, &shared.settings)))))
+            }
+            Kind::Growing { growing, offset, .. } => {
+                (None, Some(Source::Growing(Box::new(growing.into_source(offset, len, &shared.settings)))))
             }
             Kind::Relay(relay) => {
                 (None, Some(Source::Relay(Box::new(relay.into_source(transfer, &shared.settings.pipes)))))

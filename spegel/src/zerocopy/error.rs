@@ -21,6 +21,13 @@ pub enum BodyError {
         /// How long was waited.
         waited: Duration,
     },
+    /// The file was not written to its end: its writer gave up, started over, or made no progress within its bound. Another
+    /// source may help.
+    #[error("the file was given up {missing} bytes before the promised length")]
+    Abandoned {
+        /// Bytes promised and not sent.
+        missing: u64,
+    },
     /// The peer that we relay from failed, stalled or closed, and nobody could go on. The peer's fault.
     #[error("the peer failed after {sent} bytes: {reason}")]
     Peer {
@@ -59,7 +66,9 @@ impl From<BodyError> for io::Error {
     fn from(error: BodyError) -> Self {
         let kind = match error {
             BodyError::Cut => io::ErrorKind::ConnectionAborted,
-            BodyError::Truncated { .. } | BodyError::Peer { .. } => io::ErrorKind::UnexpectedEof,
+            BodyError::Truncated { .. } | BodyError::Abandoned { .. } | BodyError::Peer { .. } => {
+                io::ErrorKind::UnexpectedEof
+            }
             BodyError::Disk { .. } => io::ErrorKind::TimedOut,
             BodyError::OutOfStep => io::ErrorKind::InvalidData,
         };

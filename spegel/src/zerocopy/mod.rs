@@ -12,6 +12,7 @@
 mod body;
 mod error;
 mod file;
+mod growing;
 mod io;
 mod ops;
 mod pipe;
@@ -23,6 +24,7 @@ mod warm;
 
 pub use body::{Body, BodyEnd, BoundBody, Chunk};
 pub use error::BodyError;
+pub use growing::{Growing, Progress};
 pub use io::Io;
 pub use ops::{Activity, Ops, Settings, Transfer};
 pub use pipe::PipePool;

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::body::EndHooks;
 use super::error::BodyError;
 use super::file::FileSource;
+use super::growing::GrowingSource;
 use super::pipe::PipePool;
 use super::relay::RelaySource;
 use super::traffic::{Traffic, Way};
@@ -120,6 +121,7 @@ pub struct Activity {
 /// Where the bytes of a body come from.
 pub(super) enum Source {
     File(Box<FileSource>),
+    Growing(Box<GrowingSource>),
     Relay(Box<RelaySource>),
     Cut,
 }
@@ -313,6 +315,7 @@ impl Source {
     fn left(&self) -> Option<u64> {
         match self {
             Self::File(file) => Some(file.left()),
+            Self::Growing(growing) => Some(growing.left()),
             Self::Relay(relay) => Some(relay.left()),
             Self::Cut => None,
         }
@@ -322,6 +325,7 @@ impl Source {
     pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
         match self {
             Self::File(file) => file.at_hand(cx),
+            Self::Growing(growing) => growing.at_hand(cx),
             Self::Relay(relay) => relay.at_hand(cx),
             Self::Cut => false,
         }
@@ -330,6 +334,7 @@ impl Source {
     pub(super) fn push(&mut self, cx: &mut Context<'_>, client: &Client<'_>, max: usize) -> io::Result<Push> {
         match self {
             Self::File(file) => file.push(cx, client, max),
+            Self::Growing(growing) => growing.push(cx, client, max),
             Self::Relay(relay) => relay.push(cx, client, max),
             Self::Cut => Err(BodyError::Cut.into()),
         }

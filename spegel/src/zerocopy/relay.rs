@@ -53,6 +53,7 @@ pub struct Relay {
     prefetched: Bytes,
     len: u64,
     stall: Duration,
+    floor: u64,
     resume: Option<Resume>,
     on_end: EndHook,
 }
@@ -64,13 +65,20 @@ impl Relay {
     #[must_use]
     pub fn new(peer: TcpStream, prefetched: Bytes, len: u64, on_end: Box<dyn FnOnce(RelayEnd) + Send>) -> Self {
         let on_end = EndHook { hook: Some(on_end), sent: 0 };
-        Self { peer, prefetched, len, stall: Duration::from_secs(5), resume: None, on_end }
+        Self { peer, prefetched, len, stall: Duration::from_secs(5), floor: 0, resume: None, on_end }
     }
 
     /// How long the peer may send nothing while the client waits, 5 s by default.
     #[must_use]
     pub fn stall_timeout(mut self, stall: Duration) -> Self {
         self.stall = stall;
+        self
+    }
+
+    /// How many bytes a second the peer must send on average over the stall timeout, counted while the client waits for it; none by default.
+    #[must_use]
+    pub fn floor(mut self, floor: u64) -> Self {
+        self.floor = floor;
         self
     }
 
@@ -87,7 +95,7 @@ impl Relay {
 
     /// A source that reads from the runtime that this is called on.
     pub(super) fn into_source(self, transfer: Transfer, pipes: &Arc<PipePool>) -> RelaySource {
-        let Self { peer, prefetched, len, stall, resume, on_end } = self;
+        let Self { peer, prefetched, len, stall, floor, resume, on_end } = self;
         let mut source = RelaySource {
             peer: None,
             pending: Bytes::new(),
@@ -96,7 +104,7 @@ impl Relay {
             stage: None,
             transfer,
             pipes: pipes.clone(),
-            stall: Stall { after: stall, since: None, timer: None },
+            stall: Stall::new(stall, floor),
             resume,
             resuming: None,
             resumed_at: None,
@@ -290,13 +298,14 @@ impl RelaySource {
                     Err(error) => return Poll::Ready(Err(error)),
                 }
             }
-            let error = match self.read(cx) {
+            let read = if self.stall.too_slow() { Poll::Pending } else { self.read(cx) };
+            let error = match read {
                 Poll::Pending if self.stall.is_over(cx) => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(0)) => io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed early"),
                 Poll::Ready(Ok(n)) => {
                     self.unread -= n as u64;
-                    self.stall.restart();
+                    self.stall.gained(n);
                     return Poll::Ready(Ok(()));
                 }
                 Poll::Ready(Err(error)) => error,
@@ -360,22 +369,50 @@ fn splice_in(peer: &TcpStream, pipe: &mut Pipe, unread: u64) -> io::Result<usize
     Ok(n)
 }
 
-/// Notices that nothing has come for a while. Only time spent waiting counts: a slow client is not the peer's fault.
+/// Notices that nothing, or too little, has come for a while. Only time spent waiting counts: a slow client is not the peer's fault.
 struct Stall {
     after: Duration,
+    /// Bytes that `after` of waiting must bring.
+    least: u64,
     since: Option<Instant>,
     timer: Option<Pin<Box<Sleep>>>,
+    waited: Duration,
+    gained: u64,
+    too_slow: bool,
 }
 
 // === impl Stall ===
 
 impl Stall {
+    fn new(after: Duration, floor: u64) -> Self {
+        let least = floor.saturating_mul(after.as_secs().max(1));
+        Self { after, least, since: None, timer: None, waited: Duration::ZERO, gained: 0, too_slow: false }
+    }
+
     fn restart(&mut self) {
         self.since = None;
+        (self.waited, self.gained, self.too_slow) = (Duration::ZERO, 0, false);
+    }
+
+    /// So many bytes came.
+    fn gained(&mut self, bytes: usize) {
+        self.waited += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        self.gained += bytes as u64;
+        if self.waited >= self.after {
+            self.too_slow = self.gained < self.least;
+            (self.waited, self.gained) = (Duration::ZERO, 0);
+        }
+    }
+
+    fn too_slow(&self) -> bool {
+        self.too_slow
     }
 
     /// Whether the wait has lasted too long; else the task is woken when it has.
     fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.too_slow {
+            return true;
+        }
         let now = Instant::now();
         let deadline = *self.since.get_or_insert(now) + self.after;
         if now >= deadline {

@@ -2,7 +2,9 @@
 
 mod cleanup;
 mod e2e;
+mod fuzz;
 mod hosts;
+mod kube;
 mod oci;
 mod registry;
 mod router;

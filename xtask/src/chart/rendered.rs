@@ -13,6 +13,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 use super::{is_idle, properties};
+use crate::helm::Version;
 
 fn here() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/chart")
@@ -22,9 +23,13 @@ fn chart() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/spegel")
 }
 
-/// Helm, or nothing after the reason was said.
+/// Helm 3, or nothing after the reason was said.
 fn helm() -> Option<PathBuf> {
-    crate::helm::find().inspect_err(|reason| println!("skipped: {reason:#}")).ok()
+    find(Version::V3)
+}
+
+fn find(version: Version) -> Option<PathBuf> {
+    crate::helm::find(version).inspect_err(|reason| println!("skipped: {reason:#}")).ok()
 }
 
 fn run(helm: &Path, kubernetes: &str, values: &[(&str, &Value)]) -> Output {
@@ -65,7 +70,7 @@ fn difference(from: &str, to: &str) -> String {
         let mut told = BTreeSet::new();
         for line in source.lines().filter(|line| counts[line].signum() == want) {
             // The copy of the cleanup that a person may apply says again what the hook's own DaemonSet does.
-            if told.insert(line) && !line.trim_start().starts_with("spegel.dev/cleanup:") {
+            if told.insert(line) && !line.trim_start().starts_with("spegel-cleanup:") {
                 writeln!(text, "{sign} {}x {line}", counts[line].abs()).unwrap();
             }
         }
@@ -117,12 +122,65 @@ fn the_objects_are_as_expected_on_each_kubernetes() {
     check_snapshot("older.snapshot", &difference(&new, &render(&helm, "1.33.9", &[])));
 }
 
-#[test]
-fn helm_finds_nothing_to_complain_about() {
-    let Some(helm) = helm() else { return };
+fn lint(helm: &Path) {
     let output =
         Command::new(helm).args(["lint", "--strict", "--kube-version", "1.34.0"]).arg(chart()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn helm_finds_nothing_to_complain_about() {
+    let Some(helm) = helm() else { return };
+    lint(&helm);
+}
+
+#[test]
+fn helm_4_makes_the_same_objects_and_has_no_complaint() {
+    let (Some(three), Some(four)) = (helm(), find(Version::V4)) else { return };
+    lint(&four);
+    let all = [("networkPolicy.enabled", &Value::Bool(true)), ("startupTaint.enabled", &Value::Bool(true))];
+    for (kubernetes, values) in [("1.33.0", &all[..0]), ("1.34.0", &[]), ("1.35.0", &all)] {
+        // It leaves more empty lines.
+        let changed = difference(&render(&three, kubernetes, values), &render(&four, kubernetes, values));
+        assert!(changed.lines().all(|line| line.ends_with("x ")), "{kubernetes}: {changed}");
+    }
+}
+
+/// Everything that the level `restricted` of Pod Security asks of containers, but for the user, and no token but where it is used.
+#[test]
+fn containers_have_no_more_rights_than_they_need() {
+    let Some(helm) = helm() else { return };
+    let objects = render(&helm, "1.34.0", &[]);
+    let count = |part: &str| objects.matches(part).count();
+    let containers = count("  image: ");
+    assert_eq!(containers, 4);
+    for part in ["allowPrivilegeEscalation: false", "readOnlyRootFilesystem: true", "type: RuntimeDefault"] {
+        assert_eq!(count(part), containers, "{part}");
+    }
+    assert_eq!(count("drop:\n") + count("drop: [ALL]"), containers);
+    assert!(!["privileged:", "hostNetwork", "hostPID", "hostIPC", "add:"].iter().any(|part| objects.contains(part)));
+    // The pod that waits has a token, and is restricted altogether.
+    assert_eq!((count("automountServiceAccountToken: true"), count("runAsNonRoot: true")), (1, 1));
+    assert!(!objects.contains("serviceAccountToken:") && !objects.contains("ClusterRole"));
+}
+
+/// What asks for a right brings that right and nothing else.
+#[test]
+fn rights_come_with_what_needs_them() {
+    let Some(helm) = helm() else { return };
+    let on = Value::Bool(true);
+    let zone = render(&helm, "1.34.0", &[("spegel.zoneFromNode", &on)]);
+    assert!(zone.contains("resources: [nodes]\n    verbs:\n      - get\n---\n"), "{zone}");
+    assert_eq!(zone.matches("serviceAccountToken:").count(), 1);
+    let taint = render(&helm, "1.34.0", &[("startupTaint.enabled", &on)]);
+    assert!(taint.contains("      - get\n      - patch\n---\n") && taint.contains("kind: ValidatingAdmissionPolicy\n"));
+    assert!(!render(&helm, "1.31.0", &[("startupTaint.enabled", &on)]).contains("ValidatingAdmissionPolicy"));
+    let given = Value::from("a");
+    let both = render(&helm, "1.34.0", &[("spegel.zoneFromNode", &on), ("spegel.zone", &given)]);
+    assert!(
+        !both.contains("ClusterRole") && !both.contains("--zone-from-node"),
+        "a zone that is told is not asked for"
+    );
 }
 
 /// The Go program's values at their defaults, as its users' files have them.

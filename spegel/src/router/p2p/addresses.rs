@@ -2,38 +2,53 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 
+use ipnet::IpNet;
 use libp2p::Multiaddr;
 use libp2p::multiaddr::Protocol;
 
 /// How many addresses of one peer are kept.
 pub(super) const MAX_ADDRESSES: usize = 8;
 
-/// What addresses belong to this network: loopback if this process listens on nothing else, else everything but loopback.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What addresses belong to this network: loopback if this process listens on nothing else, else everything but loopback; and
+/// of these only what is in the given networks, if any are given.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Scope {
     loopback: bool,
+    networks: Arc<[IpNet]>,
 }
 
 // === impl Scope ===
 
 impl Scope {
     pub(super) fn of_listeners(listen: &[SocketAddr]) -> Self {
-        Self { loopback: listen.iter().all(|address| address.ip().is_loopback()) }
+        Self { loopback: listen.iter().all(|address| address.ip().is_loopback()), networks: Arc::default() }
+    }
+
+    /// The same within these networks only; within any if there are none.
+    pub(super) fn within(self, networks: &[IpNet]) -> Self {
+        Self { networks: networks.into(), ..self }
     }
 
     /// Whether a peer can be reached there. Link-local addresses mean nothing without the interface that they belong to.
-    pub(super) fn accepts(self, address: SocketAddr) -> bool {
+    pub(super) fn accepts(&self, address: SocketAddr) -> bool {
         let ip = address.ip().to_canonical();
         let usable = match ip {
             IpAddr::V4(ip) => !ip.is_broadcast() && !ip.is_link_local(),
             IpAddr::V6(ip) => !ip.is_unicast_link_local(),
         };
-        usable && address.port() != 0 && !ip.is_unspecified() && !ip.is_multicast() && ip.is_loopback() == self.loopback
+        let named = self.networks.is_empty() || self.networks.iter().any(|network| network.contains(&ip));
+        named
+            && usable
+            && address.port() != 0
+            && !ip.is_unspecified()
+            && !ip.is_multicast()
+            && ip.is_loopback() == self.loopback
     }
 
     /// The believable ones of a peer's addresses, each once.
-    pub(super) fn filter<'a>(self, addresses: impl IntoIterator<Item = &'a Multiaddr>) -> Vec<SocketAddr> {
+    pub(super) fn filter<'a>(&self, addresses: impl IntoIterator<Item = &'a Multiaddr>) -> Vec<SocketAddr> {
         let mut kept = Vec::new();
         for address in addresses.into_iter().filter_map(socket_address) {
             if kept.len() < MAX_ADDRESSES && self.accepts(address) && !kept.contains(&address) {
@@ -44,7 +59,7 @@ impl Scope {
     }
 
     /// The addresses under which peers reach what listens on `listen`: wildcards stand for every address of the node.
-    pub(super) fn reachable(self, listen: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
+    pub(super) fn reachable(&self, listen: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
         let interfaces = if listen.iter().any(|address| address.ip().is_unspecified()) {
             if_addrs::get_if_addrs()?.iter().map(if_addrs::Interface::ip).collect()
         } else {
@@ -101,7 +116,7 @@ mod tests {
         Scope::of_listeners(&[listen.parse().unwrap()])
     }
 
-    fn accepted(scope: Scope, addresses: &[&str]) -> Vec<String> {
+    fn accepted(scope: &Scope, addresses: &[&str]) -> Vec<String> {
         let parsed: Vec<Multiaddr> = addresses.iter().map(|text| text.parse().unwrap()).collect();
         scope.filter(&parsed).iter().map(ToString::to_string).collect()
     }
@@ -124,13 +139,22 @@ mod tests {
 
     #[test]
     fn on_a_network_loopback_and_nonsense_are_not_believed() {
-        assert_eq!(accepted(scope("0.0.0.0:5001"), OFFERED), ["10.0.0.1:5001", "[fd00::1]:5001"]);
+        assert_eq!(accepted(&scope("0.0.0.0:5001"), OFFERED), ["10.0.0.1:5001", "[fd00::1]:5001"]);
     }
 
     #[test]
     fn on_loopback_only_loopback_is_believed() {
         let expected = ["127.0.0.1:5001", "[::1]:5001", "[::ffff:127.0.0.1]:5001"];
-        assert_eq!(accepted(scope("127.0.0.3:5001"), OFFERED), expected);
+        assert_eq!(accepted(&scope("127.0.0.3:5001"), OFFERED), expected);
+    }
+
+    #[test]
+    fn networks_leave_out_all_others() {
+        let networks = ["10.0.0.0/24", "fd00::/8"].map(|text| text.parse().unwrap());
+        let scope = scope("0.0.0.0:5001").within(&networks);
+        let offered = ["/ip4/10.0.0.1/tcp/1", "/ip4/10.0.1.1/tcp/1", "/ip6/fd01::1/tcp/1", "/ip6/fe01::1/tcp/1"];
+        assert_eq!(accepted(&scope, &offered), ["10.0.0.1:1", "[fd01::1]:1"]);
+        assert_eq!(accepted(&scope, &["/ip6/::ffff:10.0.0.7/tcp/1"]), ["[::ffff:10.0.0.7]:1"]);
     }
 
     #[test]

@@ -3,13 +3,20 @@
 use std::time::Duration;
 
 use libp2p::connection_limits::ConnectionLimits;
+use libp2p::core::muxing::StreamMuxerBox;
+use libp2p::core::transport::{Boxed, Transport as _};
+use libp2p::core::upgrade::Version;
 use libp2p::kad::{self, BucketInserts, StoreInserts};
+use libp2p::pnet::{PnetConfig, PreSharedKey};
 use libp2p::swarm::NetworkBehaviour;
+use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
-    PeerId, StreamProtocol, Swarm, SwarmBuilder, connection_limits, identify, identity, noise, ping, tcp, tls, yamux,
+    PeerId, StreamProtocol, Swarm, SwarmBuilder, connection_limits, identify, identity, mdns, noise, ping, tcp, tls,
+    yamux,
 };
 
 use super::opener::Opener;
+use super::per_ip::PerIp;
 use super::records::SharedRecords;
 use super::wire::MAX_MESSAGE;
 
@@ -32,6 +39,12 @@ const REFRESH_INTERVAL: Duration = Duration::from_secs(60);
 /// How long one such query may take.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often is asked by multicast who else is there, once that has been asked often at the start.
+const MDNS_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How many streams of one connection may be negotiating their protocol at once.
+const MAX_NEGOTIATING: usize = 128;
+
 const MAX_PENDING: u32 = 256;
 const MAX_ESTABLISHED_PER_DIRECTION: u32 = 2048;
 const MAX_ESTABLISHED_PER_PEER: u32 = 4;
@@ -42,7 +55,19 @@ pub(super) struct Behaviour {
     limits: connection_limits::Behaviour,
     ping: ping::Behaviour,
     identify: identify::Behaviour,
+    pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
+    per_ip: PerIp,
     pub(super) kad: kad::Behaviour<SharedRecords>,
+    pub(super) opener: Opener,
+}
+
+/// What of the settings the swarm is built with.
+pub(super) struct Setup<'a> {
+    pub(super) identity: &'a identity::Keypair,
+    pub(super) mdns: bool,
+    /// Of a private network: who does not have it cannot even begin to speak.
+    pub(super) network_key: Option<PreSharedKey>,
+    pub(super) records: SharedRecords,
     pub(super) opener: Opener,
 }
 
@@ -50,12 +75,11 @@ pub(super) struct Behaviour {
 ///
 /// # Errors
 ///
-/// The identity cannot be used for TLS or noise.
-pub(super) fn swarm(
-    identity: &identity::Keypair,
-    records: SharedRecords,
-    opener: Opener,
-) -> Result<Swarm<Behaviour>, Box<dyn std::error::Error + Send + Sync>> {
+/// The identity cannot be used for TLS or noise, or multicast DNS cannot be used.
+pub(super) fn swarm(setup: Setup<'_>) -> Result<Swarm<Behaviour>, Box<dyn std::error::Error + Send + Sync>> {
+    let Setup { identity, mdns, network_key, records, opener } = setup;
+    let local = identity.public().to_peer_id();
+    let mdns = if mdns { Some(mdns::tokio::Behaviour::new(mdns_config(), local)?) } else { None };
     let behaviour = Behaviour {
         limits: connection_limits::Behaviour::new(
             ConnectionLimits::default()
@@ -67,17 +91,46 @@ pub(super) fn swarm(
         ),
         ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_INTERVAL).with_timeout(PING_TIMEOUT)),
         identify: identify::Behaviour::new(identify_config(identity)),
-        kad: kademlia(identity.public().to_peer_id(), records),
+        mdns: mdns.into(),
+        per_ip: PerIp::default(),
+        kad: kademlia(local, records),
         opener,
     };
-    let swarm = SwarmBuilder::with_existing_identity(identity.clone())
-        .with_tokio()
-        .with_tcp(tcp::Config::new().nodelay(true), (tls::Config::new, noise::Config::new), yamux::Config::default)?
-        .with_behaviour(|_| Ok(behaviour))?
-        .with_swarm_config(|config| config.with_idle_connection_timeout(IDLE_TIMEOUT))
-        .with_connection_timeout(CONNECT_TIMEOUT)
-        .build();
-    Ok(swarm)
+    let builder = SwarmBuilder::with_existing_identity(identity.clone()).with_tokio();
+    let tcp = tcp::Config::new().nodelay(true);
+    Ok(match network_key {
+        None => builder
+            .with_tcp(tcp, (tls::Config::new, noise::Config::new), yamux::Config::default)?
+            .with_behaviour(|_| Ok(behaviour))?
+            .with_swarm_config(swarm_config)
+            .with_connection_timeout(CONNECT_TIMEOUT)
+            .build(),
+        Some(key) => builder
+            .with_other_transport(|identity| private(tcp, key, identity))?
+            .with_behaviour(|_| Ok(behaviour))?
+            .with_swarm_config(swarm_config)
+            .with_connection_timeout(CONNECT_TIMEOUT)
+            .build(),
+    })
+}
+
+/// The key's cipher lies beneath noise, as go-libp2p's private networks have it.
+fn private(
+    tcp: tcp::Config,
+    key: PreSharedKey,
+    identity: &identity::Keypair,
+) -> Result<Boxed<(PeerId, StreamMuxerBox)>, Box<dyn std::error::Error + Send + Sync>> {
+    let noise = noise::Config::new(identity)?;
+    let private = tcp::tokio::Transport::new(tcp).and_then(move |socket, _| PnetConfig::new(key).handshake(socket));
+    Ok(private.upgrade(Version::V1Lazy).authenticate(noise).multiplex(yamux::Config::default()).boxed())
+}
+
+fn swarm_config(config: libp2p::swarm::Config) -> libp2p::swarm::Config {
+    config.with_idle_connection_timeout(IDLE_TIMEOUT).with_max_negotiating_inbound_streams(MAX_NEGOTIATING)
+}
+
+fn mdns_config() -> mdns::Config {
+    mdns::Config { query_interval: MDNS_INTERVAL, ..mdns::Config::default() }
 }
 
 /// Peers learn the addresses under which they can reach us, not every listener's.

@@ -8,7 +8,7 @@ use futures::StreamExt;
 use libp2p::kad::{self, InboundRequest, RoutingUpdate};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
-use libp2p::{Multiaddr, PeerId, Swarm, identify};
+use libp2p::{Multiaddr, PeerId, Swarm, identify, mdns};
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -18,20 +18,26 @@ use super::advertise::Advertiser;
 use super::behaviour::{Behaviour, BehaviourEvent, PROTOCOL};
 use super::joining::{Answer, Joining, Target};
 use super::keys::ContentId;
+use super::memory::Memory;
 use super::records::SharedRecords;
 use super::table::{Contact, SharedTable};
 use crate::router::Readiness;
 
 /// How often expired records are dropped.
-const SWEEP: Duration = Duration::from_secs(10);
+const SWEEP: Duration = Duration::from_secs(2);
 
 /// A peer that left is dialled once, unless it was already so recently: then it does not want us.
 const REDIAL_PAUSE: Duration = Duration::from_secs(10);
+
+/// Multicast DNS is asked every half second at first: whoever is there has answered by then.
+const MDNS_SETTLES: Duration = Duration::from_secs(3);
 
 /// The swarm and what it keeps up to date.
 pub(super) struct Driver {
     pub(super) swarm: Swarm<Behaviour>,
     pub(super) listen: Vec<SocketAddr>,
+    /// Where others reach us, if that was told.
+    pub(super) advertise: Vec<SocketAddr>,
     pub(super) scope: Scope,
     pub(super) records: SharedRecords,
     pub(super) table: SharedTable,
@@ -39,9 +45,15 @@ pub(super) struct Driver {
     pub(super) joining: Joining,
     pub(super) answers: mpsc::Receiver<Answer>,
     pub(super) readiness: watch::Sender<Readiness>,
+    pub(super) remembered: Option<Memory>,
+    /// The number of multicast DNS among the sources.
+    pub(super) mdns: Option<usize>,
     /// Bootstrap peers of unknown identity that are being dialled or connected: they need no second call.
     pub(super) called: HashMap<ConnectionId, SocketAddr>,
     pub(super) redialled: HashMap<PeerId, Instant>,
+    /// How long the search for a first peer may keep this node from being ready, and since when it does.
+    pub(super) join_timeout: Duration,
+    pub(super) joining_since: tokio::time::Instant,
 }
 
 // === impl Driver ===
@@ -50,10 +62,18 @@ impl Driver {
     pub(super) async fn run(mut self, cancelled: CancellationToken) {
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let multicast = tokio::time::sleep(MDNS_SETTLES);
+        tokio::pin!(multicast);
+        let mut waited = false;
         self.settle();
         loop {
             tokio::select! {
+                () = &mut multicast, if !waited => {
+                    waited = true;
+                    self.mdns.into_iter().for_each(|source| self.joining.waited(source));
+                }
                 () = cancelled.cancelled() => return,
+                () = tokio::time::sleep_until(self.joining_since + self.join_timeout), if *self.readiness.borrow() == Readiness::Joining => {}
                 event = self.swarm.select_next_some() => self.on_event(event),
                 Some(answer) = self.answers.recv() => {
                     self.joining.answered(answer);
@@ -61,6 +81,9 @@ impl Driver {
                 }
                 _ = sweep.tick() => {
                     let now = Instant::now();
+                    if let Some(memory) = &mut self.remembered {
+                        memory.keep(now, &self.table.read());
+                    }
                     self.records.lock().sweep(now);
                     self.redialled.retain(|_, at| now.duration_since(*at) < REDIAL_PAUSE);
                 }
@@ -71,7 +94,9 @@ impl Driver {
 
     /// Offers the addresses that the interfaces have now.
     pub(super) fn refresh_addresses(&mut self) {
-        let own = match self.scope.reachable(&self.listen) {
+        let reachable =
+            || if self.advertise.is_empty() { self.scope.reachable(&self.listen) } else { Ok(self.advertise.clone()) };
+        let own = match reachable() {
             Ok(own) => own,
             Err(error) => {
                 return tracing::warn!(%error, "cannot read the node's addresses; peers keep those told before");
@@ -101,6 +126,7 @@ impl Driver {
                 self.introduced(peer_id, &info.listen_addrs);
             }
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad_event(event),
+            SwarmEvent::Behaviour(BehaviourEvent::Mdns(event)) => self.on_mdns_event(event),
             SwarmEvent::ConnectionClosed { connection_id, peer_id, num_established, .. } => {
                 self.called.remove(&connection_id);
                 self.closed(peer_id, num_established);
@@ -137,6 +163,27 @@ impl Driver {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Somebody on the same link says that it is there, or has not for long.
+    fn on_mdns_event(&mut self, event: mdns::Event) {
+        let Some(source) = self.mdns else { return };
+        match event {
+            mdns::Event::Discovered(found) => {
+                let mut by_peer: HashMap<PeerId, Vec<Multiaddr>> = HashMap::new();
+                for (peer, address) in found {
+                    by_peer.entry(peer).or_default().push(address);
+                }
+                for (peer, addresses) in by_peer {
+                    let addresses = self.scope.filter(&addresses);
+                    if !addresses.is_empty() {
+                        self.joining.appeared(source, peer, addresses);
+                    }
+                }
+                self.dial_named();
+            }
+            mdns::Event::Expired(gone) => gone.iter().for_each(|(peer, _)| self.joining.vanished(source, peer)),
         }
     }
 
@@ -251,15 +298,29 @@ impl Driver {
         }
     }
 
+    /// Whether the search has been without success for so long that it is no reason any more to serve nothing.
+    fn joins_in_vain(&self) -> bool {
+        match *self.readiness.borrow() {
+            Readiness::Isolated => true,
+            Readiness::Joining => self.joining_since.elapsed() >= self.join_timeout,
+            Readiness::Alone | Readiness::Connected => false,
+        }
+    }
+
     fn settle(&mut self) {
         let readiness = if !self.table.read().is_empty() {
             Readiness::Connected
         } else if self.joining.is_alone() || *self.readiness.borrow() == Readiness::Alone {
             // Who was settled to be alone stays ready until somebody has come, named or not.
             Readiness::Alone
+        } else if self.joins_in_vain() {
+            Readiness::Isolated
         } else {
             Readiness::Joining
         };
+        if readiness == Readiness::Joining && *self.readiness.borrow() != Readiness::Joining {
+            self.joining_since = tokio::time::Instant::now();
+        }
         let changed = |current: &mut Readiness| std::mem::replace(current, readiness) != readiness;
         if self.readiness.send_if_modified(changed) {
             tracing::info!(?readiness, "the router");

@@ -80,6 +80,14 @@ impl Identity {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => None,
             Err(source) => return Err(IdentityError::Io { action: "remove", path, source }),
         };
+        for entry in fs::read_dir(data_dir).into_iter().flatten().flatten() {
+            // Of a write that was interrupted.
+            let name = entry.file_name();
+            let part = name.to_str().and_then(|name| name.strip_prefix(FILE)?.strip_prefix('.'));
+            if part.is_some_and(|process| process.bytes().all(|b| b.is_ascii_digit())) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
         // It may hold other things, or be a mount point.
         let _ = fs::remove_dir(data_dir);
         Ok(removed)
@@ -187,6 +195,7 @@ mod tests {
         let data = dir.path().join("data");
         assert_eq!(Identity::forget(&data).unwrap(), None);
         Identity::load_or_create(&data).unwrap();
+        fs::write(data.join("private.key.17"), "half a key").unwrap();
         assert_eq!(Identity::forget(&data).unwrap(), Some(data.join(FILE)));
         assert!(!data.exists());
         Identity::load_or_create(&data).unwrap();

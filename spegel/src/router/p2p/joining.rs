@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::addresses::Scope;
 use super::table::Table;
-use crate::bootstrap::{Bootstrap, BootstrapPeer};
+use crate::bootstrap::{Bootstrap, BootstrapError, BootstrapPeer};
 use crate::router::Readiness;
 
 /// The pause after the first question while nobody is found, and the longest. It grows by half each time.
@@ -28,14 +28,34 @@ const SOURCE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How many peers are dialled from one answer; they know the others.
 const MAX_DIALS: usize = 16;
 
-/// An answer of a source: its index, and the peers unless it failed.
-pub(super) type Answer = (usize, Option<Vec<BootstrapPeer>>);
+/// How many peers that announced themselves are remembered.
+const MAX_APPEARED: usize = 256;
+
+/// What a source said.
+#[derive(Debug)]
+pub(super) struct Answer {
+    /// Which source, by its number.
+    pub(super) source: usize,
+    /// Those that it named.
+    pub(super) peers: Vec<BootstrapPeer>,
+    /// Whether it said all that it knows.
+    pub(super) complete: bool,
+}
 
 /// A peer to dial.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Target {
     pub(super) peer: Option<PeerId>,
     pub(super) addresses: Vec<SocketAddr>,
+}
+
+/// What is known of one source.
+#[derive(Clone, Debug, Default)]
+struct Said {
+    targets: Vec<Target>,
+    complete: bool,
+    /// It knows who was there once, which says nothing about whether somebody is there now.
+    memory: bool,
 }
 
 /// What the sources said.
@@ -46,7 +66,7 @@ pub(super) struct Joining {
     port: u16,
     /// Addresses at which we are ourselves.
     own: HashSet<SocketAddr>,
-    answers: Vec<Option<Vec<Target>>>,
+    sources: Vec<Said>,
 }
 
 // === impl Joining ===
@@ -54,7 +74,14 @@ pub(super) struct Joining {
 impl Joining {
     /// Nothing said yet by `sources` sources. Peers without a port have `port`.
     pub(super) fn new(local: PeerId, scope: Scope, port: u16, sources: usize) -> Self {
-        Self { local, scope, port, own: HashSet::new(), answers: vec![None; sources] }
+        Self { local, scope, port, own: HashSet::new(), sources: vec![Said::default(); sources] }
+    }
+
+    /// Whatever this source names or fails to name, it does not keep us from being alone.
+    pub(super) fn is_memory(&mut self, source: usize) {
+        if let Some(said) = self.sources.get_mut(source) {
+            said.memory = true;
+        }
     }
 
     /// We can be reached there: whoever names the address names us.
@@ -62,23 +89,49 @@ impl Joining {
         self.own.insert(address);
     }
 
-    /// Every source has to answer again.
+    /// Every source has to answer again. Those that were named before are called meanwhile.
     pub(super) fn start_over(&mut self) {
-        self.answers.fill(None);
+        self.sources.iter_mut().for_each(|said| said.complete = false);
     }
 
-    pub(super) fn answered(&mut self, (source, peers): Answer) {
-        let targets = peers.map(|peers| peers.into_iter().filter_map(|peer| self.target(peer)).collect());
-        if let Some(answer) = self.answers.get_mut(source) {
-            *answer = targets;
+    pub(super) fn answered(&mut self, Answer { source, peers, complete }: Answer) {
+        let targets: Vec<Target> = peers.into_iter().filter_map(|peer| self.target(peer)).collect();
+        let Some(said) = self.sources.get_mut(source) else { return };
+        said.complete = complete;
+        // A source that fails has not taken back what it named before.
+        if complete || !targets.is_empty() {
+            said.targets = targets;
+        }
+    }
+
+    /// A peer announced itself on a source that never says all that it knows.
+    pub(super) fn appeared(&mut self, source: usize, peer: PeerId, addresses: Vec<SocketAddr>) {
+        let Some(said) = self.sources.get_mut(source) else { return };
+        if let Some(known) = said.targets.iter_mut().find(|target| target.peer == Some(peer)) {
+            known.addresses = addresses;
+        } else if said.targets.len() < MAX_APPEARED {
+            said.targets.push(Target { peer: Some(peer), addresses });
+        }
+    }
+
+    /// A peer that had announced itself is silent.
+    pub(super) fn vanished(&mut self, source: usize, peer: &PeerId) {
+        if let Some(said) = self.sources.get_mut(source) {
+            said.targets.retain(|target| target.peer.as_ref() != Some(peer));
+        }
+    }
+
+    /// Such a source has had its time to say who is there.
+    pub(super) fn waited(&mut self, source: usize) {
+        if let Some(said) = self.sources.get_mut(source) {
+            said.complete = true;
         }
     }
 
     /// Whether all sources answered and named nobody but us.
     pub(super) fn is_alone(&self) -> bool {
-        self.answers
-            .iter()
-            .all(|answer| answer.as_ref().is_some_and(|named| named.iter().all(|one| self.names_us(one))))
+        let mut present = self.sources.iter().filter(|said| !said.memory);
+        present.all(|said| said.complete && said.targets.iter().all(|one| self.names_us(one)))
     }
 
     /// Some of those who were named and are neither us nor connected.
@@ -87,7 +140,7 @@ impl Joining {
             Some(peer) => table.contains(&peer),
             None => target.addresses.iter().any(|address| table.has_address(address)),
         };
-        let named = self.answers.iter().flatten().flatten();
+        let named = self.sources.iter().flat_map(|said| &said.targets);
         let wanted = named.filter(|target| !self.names_us(target) && !known(target));
         wanted.cloned().choose_multiple(&mut rand::rng(), MAX_DIALS)
     }
@@ -126,13 +179,22 @@ pub(super) async fn follow(
             () = cancelled.cancelled() => return,
             answer = tokio::time::timeout(SOURCE_TIMEOUT, source.peers()) => answer,
         };
-        let peers = match answer {
-            Ok(Ok(peers)) => Some(peers),
-            Ok(Err(error)) => failed(&mut failing, &source, &error),
-            Err(elapsed) => failed(&mut failing, &source, &elapsed),
+        let (peers, complete) = match answer {
+            Ok(Ok(peers)) => (peers, true),
+            Ok(Err(error)) => {
+                failed(&mut failing, &source, &error);
+                match error {
+                    BootstrapError::Partial { found, .. } => (found, false),
+                    _ => (Vec::new(), false),
+                }
+            }
+            Err(elapsed) => {
+                failed(&mut failing, &source, &elapsed);
+                (Vec::new(), false)
+            }
         };
-        failing &= peers.is_none();
-        if answers.send((index, peers)).await.is_err() {
+        failing &= !complete;
+        if answers.send(Answer { source: index, peers, complete }).await.is_err() {
             return;
         }
         let connected = *readiness.borrow_and_update() == Readiness::Connected;
@@ -147,18 +209,13 @@ pub(super) async fn follow(
 }
 
 /// Said once, until it answers again.
-fn failed(
-    failing: &mut bool,
-    source: &dyn std::fmt::Debug,
-    error: &dyn std::fmt::Display,
-) -> Option<Vec<BootstrapPeer>> {
+fn failed(failing: &mut bool, source: &dyn std::fmt::Debug, error: &dyn std::fmt::Display) {
     if *failing {
         tracing::debug!(?source, %error, "bootstrap source still does not answer");
     } else {
         *failing = true;
         tracing::info!(?source, %error, "bootstrap source does not answer; asking again");
     }
-    None
 }
 
 #[cfg(test)]
@@ -180,15 +237,55 @@ mod tests {
         BootstrapPeer { id, addresses: vec![BootstrapAddress { ip: ip.parse().unwrap(), port }] }
     }
 
+    fn all(source: usize, peers: Vec<BootstrapPeer>) -> Answer {
+        Answer { source, peers, complete: true }
+    }
+
+    #[test]
+    fn a_source_that_fails_takes_nothing_back() {
+        let mut joining = joining(1);
+        joining.answered(all(0, vec![named(None, "10.0.0.2", None)]));
+        joining.answered(Answer { source: 0, peers: vec![], complete: false });
+        assert_eq!(joining.to_dial(&Table::default()).len(), 1);
+        joining.answered(Answer { source: 0, peers: vec![named(None, "10.0.0.3", None)], complete: false });
+        assert_eq!(joining.to_dial(&Table::default())[0].addresses[0].ip().to_string(), "10.0.0.3");
+        assert!(!joining.is_alone());
+    }
+
+    #[test]
+    fn the_remembered_are_called_and_do_not_keep_us_from_being_alone() {
+        let mut joining = joining(2);
+        joining.is_memory(1);
+        joining.answered(all(1, vec![named(None, "10.0.0.2", None)]));
+        assert_eq!(joining.to_dial(&Table::default()).len(), 1);
+        assert!(!joining.is_alone());
+        joining.answered(all(0, vec![]));
+        assert!(joining.is_alone());
+    }
+
+    #[test]
+    fn peers_that_appear_are_called_until_they_vanish() {
+        let mut joining = joining(1);
+        let peers: Vec<PeerId> = (0..MAX_APPEARED + 10).map(|_| PeerId::random()).collect();
+        for peer in &peers {
+            joining.appeared(0, *peer, vec!["10.0.0.9:5001".parse().unwrap()]);
+        }
+        joining.waited(0);
+        assert!(!joining.is_alone());
+        assert_eq!(joining.sources[0].targets.len(), MAX_APPEARED);
+        peers.iter().for_each(|peer| joining.vanished(0, peer));
+        assert!(joining.is_alone());
+    }
+
     #[test]
     fn alone_is_settled_when_every_source_named_only_us() {
         let mut joining = joining(2);
         assert!(!joining.is_alone());
-        joining.answered((0, Some(vec![named(None, "10.0.0.1", None)])));
+        joining.answered(all(0, vec![named(None, "10.0.0.1", None)]));
         assert!(!joining.is_alone(), "the other has not answered");
-        joining.answered((1, None));
+        joining.answered(Answer { source: 1, peers: vec![], complete: false });
         assert!(!joining.is_alone(), "the other failed");
-        joining.answered((1, Some(vec![])));
+        joining.answered(all(1, vec![]));
         assert!(joining.is_alone());
         joining.start_over();
         assert!(!joining.is_alone());
@@ -198,8 +295,8 @@ mod tests {
     fn somebody_else_is_dialled_until_connected_or_found_to_be_us() {
         let mut joining = joining(1);
         let id = PeerId::random();
-        joining
-            .answered((0, Some(vec![named(None, "10.0.0.2", None), named(Some(id.to_base58()), "10.0.0.3", Some(7))])));
+        let peers = vec![named(None, "10.0.0.2", None), named(Some(id.to_base58()), "10.0.0.3", Some(7))];
+        joining.answered(all(0, peers));
         assert!(!joining.is_alone());
         let mut table = Table::default();
         let second = Target { peer: None, addresses: vec!["10.0.0.2:5001".parse().unwrap()] };
@@ -216,14 +313,14 @@ mod tests {
     fn our_own_identity_is_us_wherever_it_is() {
         let mut joining = joining(1);
         let id = joining.local.to_base58();
-        joining.answered((0, Some(vec![named(Some(id), "10.0.0.77", None)])));
+        joining.answered(all(0, vec![named(Some(id), "10.0.0.77", None)]));
         assert!(joining.is_alone());
     }
 
     #[test]
     fn dials_are_bounded() {
         let mut joining = joining(1);
-        joining.answered((0, Some((2..200).map(|n| named(None, &format!("10.0.0.{n}"), None)).collect())));
+        joining.answered(all(0, (2..200).map(|n| named(None, &format!("10.0.0.{n}"), None)).collect()));
         assert_eq!(joining.to_dial(&Table::default()).len(), MAX_DIALS);
     }
 

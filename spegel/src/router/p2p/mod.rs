@@ -12,7 +12,10 @@ mod identity;
 mod joining;
 mod keys;
 mod lookup;
+mod memory;
+mod network_key;
 mod opener;
+mod per_ip;
 mod records;
 mod search;
 mod table;
@@ -25,25 +28,30 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use libp2p::Swarm;
 use libp2p::core::transport::TransportError;
+use rand::seq::IteratorRandom as _;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Peer, Readiness, Router};
-use crate::bootstrap::Bootstrap;
+use super::{Members, Peer, Readiness, Router};
+use crate::bootstrap::{Bootstrap, BootstrapAddress, BootstrapPeer, RememberedPeers};
 use crate::oci::Key;
 use crate::store::Change;
 
 use addresses::{Scope, is_ipv6_wildcard, multiaddr};
 use advertise::Advertiser;
+use behaviour::Setup;
 use client::Client;
 use driver::Driver;
 pub use identity::{Identity, IdentityError};
 use joining::Joining;
 use keys::ContentId;
+use memory::Memory;
+pub use network_key::{NetworkKey, NetworkKeyError};
 use opener::Opener;
 use records::{RecordLimits, Records, SharedRecords};
 use search::{Context, Searches};
@@ -54,6 +62,9 @@ const GRACE: Duration = Duration::from_secs(4 * 60);
 
 /// How many streams may wait to be opened, and how many answers of bootstrap sources to be read.
 const QUEUE: usize = 256;
+
+/// How many peers a newcomer is told by way of HTTP.
+const MAX_NAMED_TO_NEWCOMERS: usize = 15;
 
 /// What a [`P2pRouter`] needs to know.
 #[derive(Debug)]
@@ -67,8 +78,22 @@ pub struct P2pSettings {
     pub identity: Identity,
     /// Where the first peers come from. Without any, this node is alone until somebody calls it.
     pub bootstrap: Vec<Arc<dyn Bootstrap>>,
+    /// Peers that were there before, called like those of the sources; it is kept up to date with those that are there now.
+    pub remembered: Option<RememberedPeers>,
+    /// Whether peers on the same link are found by multicast DNS.
+    pub mdns: bool,
+    /// Where others reach this node, if not at the addresses of its interfaces.
+    pub advertise: Vec<SocketAddr>,
+    /// The networks in which peers are; an address outside of them is not believed. None: everywhere.
+    pub peer_networks: Vec<IpNet>,
+    /// The key of a private network; without it anybody who can connect may take part.
+    pub network_key: Option<NetworkKey>,
+    /// The zone that this node says it is in.
+    pub zone: Option<String>,
     /// Within what time each key is told again. Other nodes keep it four minutes longer.
     pub advertise_ttl: Duration,
+    /// How long this node is not ready while none of the peers that are named can be reached.
+    pub join_timeout: Duration,
     /// How many records of other nodes are kept, at about 100 bytes each. When there are more the oldest go first.
     pub max_records: usize,
 }
@@ -87,9 +112,9 @@ pub enum RouterError {
     /// No address to listen on.
     #[error("the router has no address to listen on")]
     NoAddress,
-    /// The identity cannot be used for encrypted connections.
-    #[error("the router's encryption cannot be set up: {0}")]
-    Encryption(String),
+    /// The identity cannot be used for encrypted connections, or there is no multicast DNS here.
+    #[error("the router cannot be set up: {0}")]
+    Setup(String),
 }
 
 /// The router of a node in a libp2p network. It leaves the network when it is dropped.
@@ -101,12 +126,16 @@ pub struct P2pRouter {
     searches: Searches,
     advertiser: Advertiser,
     readiness: watch::Receiver<Readiness>,
+    members: watch::Sender<Members>,
     _stop: DropGuard,
 }
 
 // === impl P2pSettings ===
 
 impl P2pSettings {
+    /// Longer than it takes for the pods of a new release to start, and short enough for a rolling update.
+    pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
+
     /// The time to live that all existing nodes use.
     pub const ADVERTISE_TTL: Duration = Duration::from_secs(15 * 60);
 
@@ -136,14 +165,20 @@ impl P2pRouter {
         let client = Client::new(local, open);
 
         let opener = Opener::new(local, behaviour::PROTOCOL, opens);
-        let mut swarm = behaviour::swarm(&settings.identity.0, records.clone(), opener)
-            .map_err(|error| RouterError::Encryption(error.to_string()))?;
+        let setup = Setup {
+            identity: &settings.identity.0,
+            mdns: settings.mdns,
+            network_key: settings.network_key.as_ref().map(NetworkKey::shared),
+            records: records.clone(),
+            opener,
+        };
+        let mut swarm = behaviour::swarm(setup).map_err(|error| RouterError::Setup(error.to_string()))?;
         let listen = listen(&mut swarm, &settings.listen)?;
-        let scope = Scope::of_listeners(&listen);
+        let scope = Scope::of_listeners(&listen).within(&settings.peer_networks);
 
         let context = Context {
             local,
-            scope,
+            scope: scope.clone(),
             registry_port: settings.registry_port,
             records: records.clone(),
             table: table.clone(),
@@ -151,23 +186,39 @@ impl P2pRouter {
         let searches = Searches::new(context, client.clone(), Handle::current());
         let advertiser = Advertiser::new(records.clone(), table.clone(), client);
         let (readiness, readiness_seen) = watch::channel(Readiness::Joining);
-        let (answer, answers) = mpsc::channel(settings.bootstrap.len().max(1));
-        for (index, source) in settings.bootstrap.iter().cloned().enumerate() {
+        let mut sources = settings.bootstrap;
+        let count = sources.len();
+        // Numbered after the sources that count: the memory, then multicast.
+        sources.extend(settings.remembered.clone().map(|remembered| Arc::new(remembered) as Arc<dyn Bootstrap>));
+        let mdns = settings.mdns.then_some(sources.len());
+        let mut joining =
+            Joining::new(local, scope.clone(), listen[0].port(), sources.len() + usize::from(settings.mdns));
+        if settings.remembered.is_some() {
+            joining.is_memory(count);
+        }
+        let (answer, answers) = mpsc::channel(sources.len().max(1));
+        // The remembered are called first: they are known without asking anybody.
+        for (index, source) in sources.into_iter().enumerate().rev() {
             let seen = readiness_seen.clone();
             tokio::spawn(joining::follow(index, source, seen, answer.clone(), cancelled.clone()));
         }
         let mut driver = Driver {
             swarm,
             listen: listen.clone(),
+            advertise: settings.advertise,
             scope,
             records: records.clone(),
             table: table.clone(),
             advertiser: advertiser.clone(),
-            joining: Joining::new(local, scope, listen[0].port(), settings.bootstrap.len()),
+            joining,
             answers,
             readiness,
+            remembered: settings.remembered.map(Memory::new),
+            mdns,
             called: HashMap::new(),
             redialled: HashMap::new(),
+            join_timeout: settings.join_timeout,
+            joining_since: tokio::time::Instant::now(),
         };
         driver.refresh_addresses();
         tokio::spawn(driver.run(cancelled.clone()));
@@ -180,6 +231,7 @@ impl P2pRouter {
             searches,
             advertiser,
             readiness: readiness_seen,
+            members: watch::Sender::default(),
             _stop: cancelled.drop_guard(),
         }))
     }
@@ -202,11 +254,18 @@ impl P2pRouter {
     /// The peers that are connected now, with the addresses of their routers.
     pub fn peers(&self) -> Vec<Peer> {
         let table = self.table.read();
-        let peer = |contact: &table::Contact| Peer {
-            id: contact.peer.to_base58().into(),
-            addresses: contact.addresses.to_vec(),
-        };
+        let peer = |contact: &table::Contact| Peer::new(contact.peer.to_base58().into(), contact.addresses.to_vec());
         table.contacts().map(peer).collect()
+    }
+
+    /// This node first, then some of its peers: who knows these can join the network.
+    pub fn bootstrap_peers(&self) -> Vec<BootstrapPeer> {
+        let at = |address: &SocketAddr| BootstrapAddress { ip: address.ip(), port: Some(address.port()) };
+        let own = self.reachable_addresses().iter().map(at).collect();
+        let us = BootstrapPeer { id: Some(self.id.to_string()), addresses: own };
+        let table = self.table.read();
+        let others = table.contacts().choose_multiple(&mut rand::rng(), MAX_NAMED_TO_NEWCOMERS);
+        std::iter::once(us).chain(others.into_iter().map(memory::remember)).collect()
     }
 
     /// How many records of other nodes are held.
@@ -227,6 +286,12 @@ impl Router for P2pRouter {
     fn readiness(&self) -> watch::Receiver<Readiness> {
         self.readiness.clone()
     }
+
+    fn members(&self) -> watch::Receiver<Members> {
+        self.members.subscribe()
+    }
+
+    fn set_load(&self, _percent: u8) {}
 }
 
 impl fmt::Debug for P2pRouter {

@@ -94,7 +94,7 @@ impl Searches {
 
     async fn run(self, id: ContentId, known: Vec<Contact>, search: Arc<Mutex<Search>>) {
         let start = Instant::now();
-        let Context { local, scope, .. } = self.0.context;
+        let Context { local, ref scope, .. } = self.0.context;
         let mut walk = Walk::new(local, id.position(), known);
         let mut asking = FuturesUnordered::new();
         loop {
@@ -152,7 +152,7 @@ fn lock(search: &Mutex<Search>) -> MutexGuard<'_, Search> {
 }
 
 /// The usable ones of the peers in an answer.
-fn contacts(scope: Scope, named: &[WirePeer]) -> Vec<Contact> {
+fn contacts(scope: &Scope, named: &[WirePeer]) -> Vec<Contact> {
     let contact = |named: &WirePeer| {
         let peer = PeerId::from_bytes(&named.id).ok()?;
         let addresses: Vec<Multiaddr> =
@@ -178,7 +178,7 @@ impl Context {
                 addresses.push(registry);
             }
         }
-        (!addresses.is_empty()).then(|| Peer { id: peer.to_base58().into(), addresses })
+        (!addresses.is_empty()).then(|| Peer::new(peer.to_base58().into(), addresses))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::convert::Infallible;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::blobs::{BlobDir, io_error};
 use super::super::index::Index;
+use super::super::ingest::Watcher;
 use super::super::tree::{Contents, Tree};
 use super::super::{Health, StoreError};
 use super::Inner;
@@ -46,6 +47,13 @@ struct Ours {
     questions: Mutex<Vec<Digest>>,
 }
 
+/// What is followed across connections: pulls go on in the directory whatever becomes of those.
+#[derive(Default)]
+struct Receiving {
+    dir: Option<PathBuf>,
+    watcher: Option<Watcher>,
+}
+
 /// One connection's time.
 struct Session {
     inner: Arc<Inner>,
@@ -66,8 +74,9 @@ pub(super) async fn run(inner: Arc<Inner>, token: CancellationToken) -> Result<(
 
 async fn reconnect(inner: &Arc<Inner>) -> Result<Infallible, StoreError> {
     let mut wait = FIRST_RETRY;
+    let mut receiving = Receiving::default();
     loop {
-        let Err(error) = session(inner, &mut wait).await;
+        let Err(error) = session(inner, &mut wait, &mut receiving).await;
         inner.set_link(|link| link.rpc = None);
         match error {
             StoreError::Containerd(_) => {}
@@ -92,7 +101,7 @@ fn jittered(duration: Duration) -> Duration {
 }
 
 /// One connection, from subscribing to the error that ends it.
-async fn session(inner: &Arc<Inner>, wait: &mut Duration) -> Result<Infallible, StoreError> {
+async fn session(inner: &Arc<Inner>, wait: &mut Duration, receiving: &mut Receiving) -> Result<Infallible, StoreError> {
     let rpc = Rpc::connect(&inner.settings.socket, &inner.settings.namespace).await?;
     let path = match &inner.settings.content_path {
         Some(path) => path.clone(),
@@ -108,11 +117,32 @@ async fn session(inner: &Arc<Inner>, wait: &mut Duration) -> Result<Infallible, 
             event = events.next() => session.handle(event?).await?,
             () = tokio::time::sleep_until(list_at) => {
                 session.list().await?;
+                receiving.watch(inner, &session.dir);
                 *wait = FIRST_RETRY;
                 listed += 1;
                 list_at = Instant::now() + if listed == 1 { SECOND_LIST } else { jittered(RELIST) };
             }
         }
+    }
+}
+
+// === impl Receiving ===
+
+impl Receiving {
+    /// Watches what is received beside the blobs of `dir`, from the first call on or when the directory is another.
+    fn watch(&mut self, inner: &Arc<Inner>, dir: &BlobDir) {
+        if self.dir.as_deref() == Some(dir.root()) {
+            return;
+        }
+        self.dir = Some(dir.root().to_path_buf());
+        let (receptions, told) = (inner.receptions.clone(), inner.clone());
+        let watcher =
+            Watcher::start(dir.clone(), &inner.settings.namespace, receptions, move |news| told.received(news));
+        self.watcher = watcher
+            .inspect_err(
+                |error| tracing::warn!(%error, "pulls in progress are not noticed, only what they leave is offered"),
+            )
+            .ok();
     }
 }
 
@@ -132,6 +162,7 @@ impl Session {
         .await?;
         let (added, removed) = self.inner.state.change(|index| index.replace(trees));
         self.inner.ownership.forget_all();
+        self.drop_what_went().await?;
         self.inner.set_link(|link| {
             link.rpc = Some(self.rpc.clone());
             link.contents = Some(self.dir.clone());
@@ -140,6 +171,17 @@ impl Session {
             tracing::info!(images = total, content = %self.dir.root().display(), "follows containerd");
         }
         tracing::debug!(images = total, added, removed, "listed containerd's images");
+        Ok(())
+    }
+
+    /// Content that came without an image may have been collected without an event.
+    async fn drop_what_went(&self) -> Result<(), StoreError> {
+        let (arrived, dir) = (self.inner.state.read(Index::arrived), self.dir.clone());
+        let is_gone = move |digest: &Digest| matches!(dir.size(digest), Ok(None));
+        let gone = blocking(move || arrived.into_iter().filter(is_gone).collect::<Vec<_>>()).await?;
+        for digest in gone {
+            self.inner.state.change(|index| index.set_absent(&digest));
+        }
         Ok(())
     }
 

@@ -18,8 +18,9 @@ use self::ownership::Ownership;
 use self::rpc::Rpc;
 use super::blobs::BlobDir;
 use super::index::{Index, Verdict};
+use super::ingest::{News, Receptions};
 use super::state::State;
-use super::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
+use super::{Blob, Changes, Found, Health, Offered, Referrer, Store, StoreError};
 use crate::oci::{Digest, Filters, Repository, TagName};
 
 /// How long a request may wait for containerd to say whose content is. Past it the answer is that it is not here, which
@@ -38,6 +39,8 @@ pub struct ContainerdSettings {
     pub content_path: Option<PathBuf>,
     /// What is neither offered nor served.
     pub filters: Filters,
+    /// How long content that is being received may not grow until it is given up.
+    pub stall: Duration,
 }
 
 /// The store of a running containerd, versions 1.6 to 2.3.
@@ -59,6 +62,7 @@ struct Inner {
     settings: ContainerdSettings,
     state: State,
     ownership: Ownership,
+    receptions: Arc<Receptions>,
     link: RwLock<Link>,
 }
 
@@ -88,6 +92,7 @@ impl Containerd {
         let inner = Arc::new(Inner {
             state: State::new(settings.filters.clone(), waiting),
             ownership: Ownership::default(),
+            receptions: Arc::new(Receptions::new(settings.stall)),
             link: RwLock::new(Link { rpc: None, contents }),
             settings,
         });
@@ -110,13 +115,48 @@ impl Store for Containerd {
             return Ok(None);
         }
         let Some(blob) = contents.open(digest)? else {
-            if verdict == Verdict::Serve {
+            if verdict == Verdict::Serve || self.inner.state.read(|index| index.has_arrived(digest)) {
                 self.inner.state.change(|index| index.set_absent(digest));
             }
             return Ok(None);
         };
         let is_served = verdict == Verdict::Serve || self.inner.is_ours(digest, rpc).await;
         Ok(is_served.then_some(blob))
+    }
+
+    async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {
+        if let Some(blob) = self.open(digest, asked).await? {
+            return Ok(Some(Found::Complete(blob)));
+        }
+        let is_refused = self.inner.state.read(|index| index.verdict(digest, asked)) == Verdict::Refuse;
+        let Link { contents: Some(contents), .. } = self.inner.link() else { return Ok(None) };
+        if is_refused {
+            return Ok(None);
+        }
+        match self.inner.receptions.open(digest, &contents)? {
+            Some(receiving) => Ok(Some(Found::Receiving(receiving))),
+            // It may have become complete between the two looks.
+            None => Ok(self.open(digest, asked).await?.map(Found::Complete)),
+        }
+    }
+
+    async fn expect(
+        &self,
+        digest: &Digest,
+        asked: Option<&Repository>,
+        patience: Duration,
+    ) -> Result<Option<Found>, StoreError> {
+        let mut changes = self.inner.receptions.changes();
+        let deadline = tokio::time::Instant::now() + patience;
+        while self.inner.receptions.expects(digest) {
+            if tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
+                break;
+            }
+            if let Some(found) = self.find(digest, asked).await? {
+                return Ok(Some(found));
+            }
+        }
+        self.find(digest, asked).await
     }
 
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {
@@ -145,6 +185,20 @@ impl Inner {
 
     fn set_link(&self, change: impl FnOnce(&mut Link)) {
         change(&mut self.link.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// What is told of content that is being received.
+    fn received(&self, news: News) {
+        tracing::trace!(?news, "ingests");
+        match news {
+            News::Receiving(digest) => self.state.change(|index| index.set_receiving(&digest, true)),
+            News::NotReceiving(digest) => self.state.change(|index| index.set_receiving(&digest, false)),
+            News::Arrived(digest) => {
+                // containerd records whose it is only after the file is in place.
+                self.ownership.learn(&digest, true);
+                self.state.change(|index| index.set_arrived(&digest))
+            }
+        };
     }
 
     /// Whether content that no image is known to have belongs to our namespace.

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-mod api;
+mod nodes;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,10 +15,13 @@ use serde_json::{Value, json};
 use spegel_benches::daemon::Daemon;
 use spegel_benches::spegel::configure;
 
-use api::FakeApi;
+use crate::kube::fake::{FakeApi, State};
 
 /// A process has this long to do what takes it milliseconds.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the wait looks for in the API.
+const SELECTORS: [&str; 2] = ["--daemonset=spegel-cleanup", "--mirror-selector=app=spegel,part=mirror"];
 
 fn program() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_spegel"))
@@ -35,7 +38,7 @@ struct Cluster {
 impl Cluster {
     fn new(nodes: u8) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let api = FakeApi::start(dir.path());
+        let api = FakeApi::start(dir.path(), Ipv4Addr::LOCALHOST);
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
         let mut cluster = Self { dir, api, port, before: BTreeMap::new() };
         for number in 1..=nodes {
@@ -61,19 +64,7 @@ impl Cluster {
 
     /// All nodes' configuration files.
     fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
-        let mut files = BTreeMap::new();
-        let mut directories: Vec<PathBuf> = vec![self.dir.path().to_owned()];
-        while let Some(directory) = directories.pop() {
-            for entry in fs::read_dir(directory).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() {
-                    directories.push(path);
-                } else if path.components().any(|part| part.as_os_str() == "certs.d") {
-                    files.insert(path.clone(), fs::read(&path).unwrap());
-                }
-            }
-        }
-        files
+        configuration_below(self.dir.path())
     }
 
     /// Starts a node's cleanup.
@@ -90,7 +81,7 @@ impl Cluster {
     fn start_wait(&self, flags: &[&str]) -> std::process::Child {
         let mut command = Command::new(program());
         command.args(["cleanup-wait", &format!("--probe-endpoint=cleanup.invalid:{}", self.port), "--period=50ms"]);
-        command.args(self.api.flags()).args(["--repeat-command", "kubectl clean again"]).args(flags);
+        command.args(self.api.flags()).args(SELECTORS).args(["--repeat-command", "kubectl clean again"]).args(flags);
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
     }
 
@@ -108,15 +99,36 @@ impl Cluster {
     }
 }
 
+/// What stands in any certs.d below a directory.
+fn configuration_below(top: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut directories: Vec<PathBuf> = vec![top.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.components().any(|part| part.as_os_str() == "certs.d") {
+                files.insert(path.clone(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    files
+}
+
 fn log_of(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
 
 fn running(number: u8) -> Value {
+    running_at(number, Ipv4Addr::new(127, 0, 0, number))
+}
+
+fn running_at(number: u8, address: Ipv4Addr) -> Value {
     json!({
         "metadata": { "name": format!("cleanup-{number}") },
         "spec": { "nodeName": format!("node-{number}") },
-        "status": { "phase": "Running", "podIP": format!("127.0.0.{number}") },
+        "status": { "phase": "Running", "podIP": address },
     })
 }
 
@@ -137,7 +149,7 @@ fn every_node_is_as_it_was_before() {
     let cluster = Cluster::new(3);
     let _cleaners: Vec<Daemon> = (1..=3).map(|number| cluster.clean(number)).collect();
     *cluster.api.state() =
-        api::State { observed: true, desired: 3, pods: (1..=3).map(running).collect(), ..api::State::default() };
+        State { observed: true, desired: 3, pods: (1..=3).map(running).collect(), ..State::default() };
     let output = cluster.wait(&[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(text(&output.stdout), "All 3 nodes are clean: containerd asks the mirror no more.\n");
@@ -148,13 +160,9 @@ fn every_node_is_as_it_was_before() {
 fn a_node_whose_pod_does_not_start_is_named_with_what_repeats_the_cleanup() {
     let cluster = Cluster::new(3);
     let _cleaners = [cluster.clean(1), cluster.clean(2)];
-    *cluster.api.state() = api::State {
-        observed: true,
-        desired: 3,
-        pods: vec![running(1), running(2), pending(3)],
-        ..api::State::default()
-    };
-    let output = cluster.wait(&["--deadline=1s"]);
+    *cluster.api.state() =
+        State { observed: true, desired: 3, pods: vec![running(1), running(2), pending(3)], ..State::default() };
+    let output = cluster.wait(&["--deadline=4s"]);
     assert_eq!(output.status.code(), Some(1));
     let told = text(&output.stdout);
     assert!(told.contains("1 of 3 nodes") && told.contains("node-3: pod cleanup-3 has not started"), "{told}");
@@ -169,7 +177,7 @@ fn success_waits_for_the_controller_for_late_nodes_and_for_pods_of_the_mirror_th
     let mut wait = cluster.start_wait(&["--threshold=2"]);
     // The controller has not seen the DaemonSet, so "no node is needed" means nothing.
     cluster.a_round_later();
-    *cluster.api.state() = api::State { observed: true, desired: 2, pods: vec![running(1)], ..api::State::default() };
+    *cluster.api.state() = State { observed: true, desired: 2, pods: vec![running(1)], ..State::default() };
     cluster.a_round_later();
     let starting = json!({
         "metadata": { "name": "spegel-2", "deletionTimestamp": "2026-01-01T00:00:00Z" },
@@ -184,7 +192,7 @@ fn success_waits_for_the_controller_for_late_nodes_and_for_pods_of_the_mirror_th
     }
     cluster.a_round_later();
     assert!(wait.try_wait().unwrap().is_none(), "it must not have succeeded");
-    // The pod on its way out writes once more, and then is gone.
+    // The pod on its way out writes once more, while the cleanup is at work there, and then is gone.
     cluster.mirror(2);
     cluster.api.state().mirror.clear();
     let output = wait.wait_with_output().unwrap();
@@ -198,7 +206,7 @@ fn success_waits_for_the_controller_for_late_nodes_and_for_pods_of_the_mirror_th
 #[test]
 fn an_api_that_refuses_is_told_of() {
     let cluster = Cluster::new(1);
-    let output = cluster.wait(&["--deadline=500ms", "--namespace=elsewhere"]);
+    let output = cluster.wait(&["--deadline=4s", "--namespace=elsewhere"]);
     assert_eq!(output.status.code(), Some(1));
     let told = text(&output.stdout);
     assert!(told.contains("403 Forbidden: this service account may not do that"), "{told}");
@@ -211,7 +219,7 @@ fn an_api_server_of_another_authority_is_not_believed() {
     let account = other.api.flags().into_iter().filter(is_account);
     let rest = cluster.api.flags().into_iter().filter(|flag| !is_account(flag));
     let mut command = Command::new(program());
-    command.args(["cleanup-wait", "--probe-endpoint=x:1", "--deadline=500ms"]).args(rest).args(account);
+    command.args(["cleanup-wait", "--probe-endpoint=x:1", "--deadline=4s"]).args(SELECTORS).args(rest).args(account);
     let told = text(&command.output().unwrap().stdout);
     assert!(told.contains("does not answer") && told.contains("ertificate"), "{told}");
     assert!(cluster.api.state().asked.is_empty());

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -31,6 +32,10 @@ struct Alone {
 
 impl Alone {
     fn start() -> Self {
+        Self::start_as(|program, _| program.to_path_buf())
+    }
+
+    fn start_as(program: impl FnOnce(&Path, &Path) -> PathBuf) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let layout = folder.path().join("layout");
         let image = ImageBuilder::new("bad.test/team/app:1")
@@ -38,7 +43,9 @@ impl Alone {
             .build(folder.path())
             .unwrap();
         image.write_layout(&layout).unwrap();
-        let spegel = settings(&folder, Source::Layout(layout)).start().unwrap();
+        let mut settings = settings(&folder, Source::Layout(layout));
+        settings.program = program(Path::new(PROGRAM), folder.path());
+        let spegel = settings.start().unwrap();
         let alone = Self { spegel, image, _folder: folder };
         wait_until(Duration::from_secs(20), "the image", || alone.serves()).unwrap();
         alone
@@ -138,6 +145,35 @@ fn half_open_connections() {
     assert!(alone.serves() && alone.spegel.daemon.is_alive());
     drop(held);
     assert!(alone.serves());
+}
+
+/// A process that has no descriptor left refuses, keeps what it has, and heals.
+#[test]
+fn no_descriptors() {
+    let mut alone = Alone::start_as(|program, folder| {
+        let wrapper = folder.join("limited");
+        fs::write(&wrapper, format!("#!/bin/sh\nexec prlimit --nofile=90:90 {} \"$@\"\n", program.display())).unwrap();
+        fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
+        wrapper
+    });
+    let mut held: Vec<TcpStream> = Vec::new();
+    for _ in 0..150 {
+        held.push(TcpStream::connect_timeout(&alone.address(), Duration::from_secs(10)).unwrap());
+    }
+    // Whoever was let in is served as before.
+    let first = &mut held[0];
+    first.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    first.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut answer = [0; 12];
+    first.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200");
+    drop(held.drain(1..).step_by(2).collect::<Vec<_>>());
+    let refusals = (0..150).map(|_| alone.raw(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"));
+    let said: Vec<String> = refusals.filter(|answer| !answer.starts_with("HTTP/1.1 200")).collect();
+    assert!(said.iter().all(|answer| answer.is_empty() || answer.starts_with("HTTP/1.1 503")), "{said:?}");
+    drop(held);
+    wait_until(Duration::from_secs(20), "service as before", || alone.serves()).unwrap();
+    assert!(alone.spegel.daemon.is_alive() && alone.spegel.daemon.log().contains("cannot accept connections"));
 }
 
 /// `configuration` that shall keep what it cannot read says so, names the file, and changes nothing.

@@ -20,7 +20,7 @@ pub(super) const NOTICED: Duration = Duration::from_secs(20);
 
 /// The default of 20 ms is for release builds on machines with a core to spare. Where nobody has anything the answer comes as soon as the
 /// router knows that, whatever this is.
-const RESOLVE_TIMEOUT: &str = "1s";
+pub(super) const RESOLVE_TIMEOUT: &str = "1s";
 
 /// Everything; what is declared first ends first.
 pub(super) struct Cluster {

@@ -17,9 +17,14 @@ const OPENING: Duration = Duration::from_secs(20);
 
 /// Pulls for this machine's platform.
 pub(super) fn pull(socket: &Path, reference: &str) -> Result<(), String> {
+    pull_unless(socket, reference, std::future::pending())
+}
+
+/// Pulls for this machine's platform, and takes the pull back when `cancelled` is ready.
+pub(super) fn pull_unless(socket: &Path, reference: &str, cancelled: impl Future<Output = ()>) -> Result<(), String> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
-    runtime.block_on(async {
+    let pull = async {
         let image = ImageSpec { image: reference.to_owned(), ..ImageSpec::default() };
         let request = PullImageRequest { image: Some(image), ..PullImageRequest::default() };
         let mut client = connect(socket).await?;
@@ -33,6 +38,12 @@ pub(super) fn pull(socket: &Path, reference: &str) -> Result<(), String> {
                 }
                 Ok(Err(status)) => return Err(format!("PullImage of {reference}: {status}")),
             }
+        }
+    };
+    runtime.block_on(async {
+        tokio::select! {
+            pulled = pull => pulled,
+            () = cancelled => Err("cancelled".to_owned()),
         }
     })
 }

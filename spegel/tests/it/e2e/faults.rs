@@ -6,12 +6,60 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use spegel_benches::containerd::{Options, Version};
 use spegel_benches::daemon::wait_until;
+use spegel_benches::faults::{Scene, Setup, rows};
 use spegel_benches::image::Compression;
 
-use super::cluster::Cluster;
+use super::cluster::{Cluster, PROGRAM, RESOLVE_TIMEOUT};
 use super::{cri, for_each_containerd};
 
-for_each_containerd!(a_peer_is_killed_in_the_middle_of_a_layer, a_peer_is_stopped_in_the_middle_of_a_layer);
+for_each_containerd!(
+    a_peer_is_killed_in_the_middle_of_a_layer,
+    a_peer_is_stopped_in_the_middle_of_a_layer,
+    the_only_peer_speaks_badly
+);
+
+/// The rows of `cargo xtask faults` that have failed pulls once, or would hang one for ever; all of them take minutes.
+const ROWS: [&str; 6] =
+    ["length too small", "stops at 1, FIN", "stops at half, silence", "1 KiB/s", "wrong bytes", "silent"];
+
+fn the_only_peer_speaks_badly(version: Version) {
+    check_rows(version, Options::default());
+}
+
+#[test]
+fn the_only_peer_speaks_badly_to_a_parallel_fetch() {
+    check_rows(Version::V2_2, Options { layer_fetch_buffer: Some(1 << 20) });
+}
+
+/// Each pull succeeds, with the rest from upstream; where the bytes were wrong the next one does.
+fn check_rows(version: Version, options: Options) {
+    let setup = Setup {
+        program: PROGRAM.into(),
+        version,
+        options,
+        layer: 6 << 20,
+        company: false,
+        upstream_mbit: 400,
+        arguments: vec!["--mirror-resolve-timeout".into(), RESOLVE_TIMEOUT.into()],
+    };
+    let mut scene = match Scene::start(&setup) {
+        Ok(scene) => scene,
+        Err(reason) => {
+            println!("skipped: {reason:#}");
+            return;
+        }
+    };
+    let baseline = scene.baseline().unwrap();
+    for row in rows().iter().filter(|row| ROWS.contains(&row.name.as_str())) {
+        let outcome = scene.run(row).unwrap();
+        println!("{version}, {}: {:.1} s, no mirror {baseline:.1} s", row.name, outcome.seconds);
+        assert!(outcome.met, "{outcome:#?}");
+        assert!(outcome.failed.is_none() || row.name == "wrong bytes", "{outcome:#?}");
+        assert!(outcome.failed_again.is_none(), "{outcome:#?}");
+        // A stall is noticed after five seconds.
+        assert!(outcome.seconds < baseline + 10.0, "{outcome:#?}");
+    }
+}
 
 /// SIGKILL resets the connection: containerd resumes from upstream where the relay ended.
 fn a_peer_is_killed_in_the_middle_of_a_layer(version: Version) {

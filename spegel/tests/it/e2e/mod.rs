@@ -12,7 +12,9 @@ mod cluster;
 mod cri;
 mod faults;
 mod layers;
+mod many;
 mod pulls;
+mod receiving;
 mod signals;
 mod upstream;
 

@@ -1,13 +1,16 @@
 //! Tests of `registry` and `mirror` together, through real sockets: nodes with a store in memory, joined by a memory router.
 #![allow(clippy::unwrap_used)]
 
+mod hostile;
 mod local;
 mod peers;
+mod receiving;
 mod refusals;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Seek as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,10 +18,10 @@ use async_trait::async_trait;
 use sha2::{Digest as _, Sha256};
 use spegel::mirror::{Mirror, MirrorMetrics, Settings as MirrorSettings};
 use spegel::oci::{Digest, Filters, Key, Repository, TagName};
-use spegel::registry::{BasicAuth, Registry, RegistryMetrics, Settings};
-use spegel::router::{MemoryNetwork, MemoryRouter, Router as _};
+use spegel::registry::{BasicAuth, Registry, RegistryMetrics, Settings, UploadLimits};
+use spegel::router::{MemoryNetwork, MemoryRouter, Router};
 use spegel::serve::{ListenAddr, Options, RemoteAddr, Server};
-use spegel::store::{Blob, Change, Changes, Health, Offered, Referrer, Store, StoreError};
+use spegel::store::{Blob, Change, Changes, Found, Health, Offered, Receiving, Referrer, Store, StoreError};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -43,13 +46,19 @@ const MANIFEST: &[u8] = br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.
 #[derive(Debug)]
 struct Shelf {
     blobs: Mutex<HashMap<Digest, Arc<std::fs::File>>>,
+    receiving: Mutex<HashMap<Digest, Receiving>>,
     tags: Mutex<HashMap<TagName, Digest>>,
     health: watch::Sender<Health>,
 }
 
 impl Shelf {
     fn new() -> Arc<Self> {
-        Arc::new(Self { blobs: Mutex::default(), tags: Mutex::default(), health: watch::channel(Health::Ready).0 })
+        Arc::new(Self {
+            blobs: Mutex::default(),
+            receiving: Mutex::default(),
+            tags: Mutex::default(),
+            health: watch::channel(Health::Ready).0,
+        })
     }
 
     fn put(&self, bytes: &[u8]) -> Digest {
@@ -80,6 +89,13 @@ impl Store for Shelf {
     async fn open(&self, digest: &Digest, _: Option<&Repository>) -> Result<Option<Blob>, StoreError> {
         let file = self.blobs.lock().unwrap().get(digest).cloned();
         Ok(file.map(|file| Blob { size: file.metadata().unwrap().len(), file, small: None }))
+    }
+
+    async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {
+        if let Some(blob) = self.open(digest, asked).await? {
+            return Ok(Some(Found::Complete(blob)));
+        }
+        Ok(self.receiving.lock().unwrap().get(digest).cloned().map(Found::Receiving))
     }
 
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {
@@ -125,6 +141,9 @@ struct Setup {
     basic_auth: Option<BasicAuth>,
     filters: Option<Filters>,
     mirror: Option<MirrorSettings>,
+    uploads: UploadLimits,
+    /// The lookup's bound as it is set, and not the tests' own.
+    exact: bool,
 }
 
 impl Node {
@@ -133,6 +152,25 @@ impl Node {
     }
 
     fn with(network: &MemoryNetwork, id: &str, setup: Setup) -> Self {
+        Self::make(network, id, setup, |router| router)
+    }
+
+    /// A node whose mirror asks another router than the one it announces with, with just these settings.
+    fn behind(
+        network: &MemoryNetwork,
+        id: &str,
+        mirror: MirrorSettings,
+        wrap: impl FnOnce(Arc<MemoryRouter>) -> Arc<dyn Router>,
+    ) -> Self {
+        Self::make(network, id, Setup { mirror: Some(mirror), exact: true, ..Setup::default() }, wrap)
+    }
+
+    fn make(
+        network: &MemoryNetwork,
+        id: &str,
+        setup: Setup,
+        wrap: impl FnOnce(Arc<MemoryRouter>) -> Arc<dyn Router>,
+    ) -> Self {
         // The address must be known before the router that the server's handler needs.
         let reserved = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = reserved.local_addr().unwrap();
@@ -140,18 +178,20 @@ impl Node {
         let router = network.join(id, address);
         let shelf = Shelf::new();
         let mut figures = prometheus_client::registry::Registry::default();
+        let given = setup.mirror.unwrap_or_default();
         let settings = MirrorSettings {
-            resolve_timeout: Duration::from_millis(500),
+            resolve_timeout: if setup.exact { given.resolve_timeout } else { Duration::from_millis(500) },
             authorization: setup.basic_auth.as_ref().map(|auth| auth.header().to_owned()),
-            ..setup.mirror.unwrap_or_default()
+            ..given
         };
         let registry = Arc::new(Registry::new(Settings {
             store: shelf.clone(),
-            mirror: Mirror::new(router.clone(), settings, MirrorMetrics::register(&mut figures)),
+            mirror: Mirror::new(wrap(router.clone()), settings, MirrorMetrics::register(&mut figures)),
             readiness: router.readiness(),
             filters: setup.filters.unwrap_or_else(|| Filters::new(&[], &[]).unwrap()),
             basic_auth: setup.basic_auth,
             node_name: Some(id.to_owned()),
+            uploads: setup.uploads,
             metrics: RegistryMetrics::register(&mut figures),
         }));
         let served = registry.clone();
@@ -208,22 +248,36 @@ impl Node {
 
 /// A peer that answers every connection with the same bytes, then closes in an orderly way.
 async fn rogue(network: &MemoryNetwork, id: &str, key: Key, answer: Vec<u8>) -> Arc<MemoryRouter> {
+    scripted(network, id, &[key], move |_| answer.clone()).await.0
+}
+
+/// A peer that answers every connection as its request's head says, then closes in an orderly way; and how many it has had.
+async fn scripted(
+    network: &MemoryNetwork,
+    id: &str,
+    keys: &[Key],
+    answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static,
+) -> (Arc<MemoryRouter>, Arc<AtomicUsize>) {
     let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let router = network.join(id, listener.local_addr().unwrap());
-    router.announce(Change::Added(vec![key]));
+    router.announce(Change::Added(keys.to_vec()));
+    let (asked, answer) = (Arc::new(AtomicUsize::new(0)), Arc::new(answer));
+    let count = asked.clone();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let answer = answer.clone();
+            count.fetch_add(1, Ordering::Relaxed);
             tokio::spawn(async move {
                 let mut buffer = [0; 4096];
-                let _ = stream.read(&mut buffer).await;
+                let read = stream.read(&mut buffer).await.unwrap_or_default();
+                let answer = answer(&String::from_utf8_lossy(&buffer[..read]));
                 let _ = stream.write_all(&answer).await;
                 let _ = stream.shutdown().await;
                 let _ = stream.read(&mut buffer).await;
             });
         }
     });
-    router
+    (router, asked)
 }
 
 // === a client that sees how a connection ends ===

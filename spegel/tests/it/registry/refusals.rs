@@ -108,3 +108,28 @@ async fn a_connection_too_many_is_sent_elsewhere_in_the_same_way() {
     // Others are served meanwhile.
     assert_eq!(node.get(&target(&other)).await.status, 200);
 }
+
+/// A containerd that would fetch in parallel chunks gets the whole in one answer, which it can resume anywhere; others get what they ask for.
+#[tokio::test]
+async fn a_parallel_fetch_is_kept_to_one_request() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
+    let bytes = noise(90, 3 << 20);
+    let digest = a.offer(&bytes);
+    let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let ask = |range: &'static str, agent: &'static str| {
+        let (b, target) = (&b, &target);
+        async move { b.ask("GET", target, &[("Range", range), ("User-Agent", agent)]).await }
+    };
+    assert_eq!(ask("bytes=1000-", "containerd/v2.2.7").await.status, 206, "it resumes");
+    assert_eq!(ask("bytes=0-", "curl/8.0").await.status, 206);
+    for range in ["bytes=0-", "bytes=1000-"] {
+        let reply = ask(range, "containerd/v2.2.7").await;
+        assert_eq!((reply.status, reply.header("content-range")), (200, ""), "{range}");
+        assert!(reply.body == bytes);
+    }
+    a.withdraw(&digest);
+    for _ in 0..2 {
+        assert_eq!(ask("bytes=1000-", "containerd/v2.2.7").await.status, 404, "no chunk can fail");
+    }
+}

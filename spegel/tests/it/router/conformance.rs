@@ -92,7 +92,7 @@ pub(super) async fn offered_key_is_found_at_the_registry(network: &mut impl Netw
     a.router.announce(added([key(1), key(2)]));
     for node in [&b, &c] {
         let peers = until(node, &key(1), "the offer arrives", |peers| offers(peers, &a)).await;
-        assert_eq!(peers, [Peer { id: a.id.clone(), addresses: vec![a.registry] }], "and nobody else offers it");
+        assert_eq!(peers, [Peer::new(a.id.clone(), vec![a.registry])], "and nobody else offers it");
     }
 }
 

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod conformance;
+mod golang;
+mod joining;
 mod memory;
 mod p2p;
 mod stock;

@@ -47,15 +47,44 @@ impl Loopback {
         Ipv4Addr::new(127, process, self.network, node)
     }
 
-    fn settings(&self, ip: Ipv4Addr) -> P2pSettings {
+    pub(super) fn settings(&self, ip: Ipv4Addr) -> P2pSettings {
         P2pSettings {
             listen: vec![SocketAddr::from((ip, ROUTER_PORT))],
             registry_port: REGISTRY_PORT,
             identity: Identity::fresh(),
             bootstrap: vec![Arc::new(self.directory.clone())],
+            remembered: None,
+            mdns: false,
+            advertise: Vec::new(),
+            peer_networks: Vec::new(),
+            network_key: None,
+            zone: None,
             advertise_ttl: P2pSettings::ADVERTISE_TTL,
+            join_timeout: P2pSettings::JOIN_TIMEOUT,
             max_records: P2pSettings::MAX_RECORDS,
         }
+    }
+
+    /// A node that others do not find by the directory, with settings of its own.
+    pub(super) fn start_with(&self, node: u8, change: impl FnOnce(&mut P2pSettings)) -> Node {
+        let ip = self.address(node);
+        let mut settings = self.settings(ip);
+        change(&mut settings);
+        let router = P2pRouter::start(settings, &CancellationToken::new()).unwrap();
+        let registry = SocketAddr::from((ip, REGISTRY_PORT));
+        Node { id: router.peer_id().clone(), router, registry, _membership: Box::new(()) }
+    }
+
+    /// The same, and others find it by the directory.
+    pub(super) fn start_named(&self, node: u8, change: impl FnOnce(&mut P2pSettings)) -> Node {
+        let at = BootstrapAddress { ip: self.address(node).into(), port: None };
+        self.directory.0.lock().unwrap().push(BootstrapPeer { id: None, addresses: vec![at] });
+        self.start_with(node, change)
+    }
+
+    /// Empties the directory.
+    pub(super) fn forget_all(&mut self) {
+        self.directory.0.lock().unwrap().clear();
     }
 
     fn start(&self, ip: Ipv4Addr) -> Node {
@@ -194,6 +223,21 @@ async fn node_whose_last_peer_left_settles_that_it_is_alone() {
     network.directory.0.lock().unwrap().retain(|peer| peer.addresses[0].ip == a.registry.ip());
     drop(b);
     reaches(&a, Readiness::Alone).await;
+}
+
+/// A rolling update to other ports waits for its first pod, which nobody of the old ones can answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn node_that_reaches_none_of_those_named_is_ready_after_a_while_and_joins_later() {
+    let mut network = Loopback::new();
+    let ip = network.address(9);
+    let named = BootstrapPeer { id: None, addresses: vec![BootstrapAddress { ip: ip.into(), port: None }] };
+    network.directory.0.lock().unwrap().push(named);
+    let a = network.start_named(1, |settings| settings.join_timeout = Duration::from_secs(1));
+    assert_eq!(*a.router.readiness().borrow(), Readiness::Joining);
+    reaches(&a, Readiness::Isolated).await;
+    let _b = network.start(ip);
+    reaches(&a, Readiness::Connected).await;
+    network.forget_all();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,6 +5,7 @@
 mod conformance;
 mod engines;
 mod files;
+mod growing;
 mod limits;
 mod relays;
 mod stop;

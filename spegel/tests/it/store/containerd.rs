@@ -15,8 +15,8 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 
 /// A containerd on a node of its own.
-struct Daemon {
-    containerd: daemon::Containerd,
+pub(super) struct Daemon {
+    pub(super) containerd: daemon::Containerd,
     archives: TempDir,
     _lab: Lab,
 }
@@ -37,6 +37,7 @@ impl Daemon {
             namespace: daemon::NAMESPACE.to_owned(),
             content_path: Some(self.containerd.content_path()),
             filters: everything(),
+            stall: Duration::from_secs(5),
         }
     }
 
@@ -54,7 +55,7 @@ impl Daemon {
         lines.filter_map(|mut words| Some((words.next()?.to_owned(), words.nth(1)?.to_owned()))).collect()
     }
 
-    fn ctr(&self, arguments: &[&str]) {
+    pub(super) fn ctr(&self, arguments: &[&str]) {
         self.containerd.ctr(arguments).unwrap();
     }
 }
@@ -109,6 +110,7 @@ async fn all(version: Version) {
     conformance::conforms(&mut daemon).await;
     other_namespaces_are_not_served(&mut daemon).await;
     content_before_its_image(&mut daemon).await;
+    receiving::conforms(&mut daemon).await;
     content_deleted_beneath_its_image(&mut daemon).await;
     path_from_introspection(&mut daemon).await;
     wrong_path(&mut daemon).await;

@@ -5,6 +5,7 @@
 mod conformance;
 mod containerd;
 mod oci_layout;
+mod receiving;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! A small fake of the questions that `cleanup-wait` asks the Kubernetes API, over TLS as the real one.
+//! A small fake of what spegel asks the Kubernetes API, over TLS as the real one.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -14,30 +14,36 @@ const TOKEN: &str = "a-token-of-the-service-account";
 
 /// What the cluster is like.
 #[derive(Default)]
-pub(super) struct State {
+pub(crate) struct State {
     /// Whether the DaemonSet's controller has seen it.
-    pub(super) observed: bool,
+    pub(crate) observed: bool,
     /// Nodes that need a pod.
-    pub(super) desired: usize,
+    pub(crate) desired: usize,
     /// The cleanup's pods.
-    pub(super) pods: Vec<Value>,
+    pub(crate) pods: Vec<Value>,
     /// The mirror's pods.
-    pub(super) mirror: Vec<Value>,
+    pub(crate) mirror: Vec<Value>,
+    /// A node, under its name.
+    pub(crate) node: Value,
+    /// How many requests are still refused.
+    pub(crate) refuse: usize,
+    /// What somebody else adds to the node's taints as soon as it was read.
+    pub(crate) add_taint: Option<Value>,
     /// What was asked.
-    pub(super) asked: Vec<String>,
+    pub(crate) asked: Vec<String>,
 }
 
 /// The fake, served until the test ends.
-pub(super) struct FakeApi {
-    port: u16,
+pub(crate) struct FakeApi {
+    address: SocketAddr,
     service_account: PathBuf,
     state: Arc<Mutex<State>>,
 }
 
 impl FakeApi {
-    /// Starts it, with a service account's files in `dir`.
-    pub(super) fn start(dir: &Path) -> Self {
-        let authority = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
+    /// Starts it on an address, with a service account's files in `dir`.
+    pub(crate) fn start(dir: &Path, address: Ipv4Addr) -> Self {
+        let authority = rcgen::generate_simple_self_signed(vec![address.to_string()]).unwrap();
         let service_account = dir.join("service-account");
         fs::create_dir_all(&service_account).unwrap();
         fs::write(service_account.join("ca.crt"), authority.cert.pem()).unwrap();
@@ -52,8 +58,8 @@ impl FakeApi {
             .with_single_cert(vec![authority.cert.der().clone()], key)
             .unwrap();
         let (config, state) = (Arc::new(config), Arc::new(Mutex::new(State::default())));
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
         let served = Arc::clone(&state);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -62,21 +68,19 @@ impl FakeApi {
                 thread::spawn(move || answer(stream, config, &state).ok());
             }
         });
-        Self { port, service_account, state }
+        Self { address, service_account, state }
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
 
     /// The flags that lead to it.
-    pub(super) fn flags(&self) -> Vec<String> {
+    pub(crate) fn flags(&self) -> Vec<String> {
         vec![
-            "--kubernetes-service-host=127.0.0.1".to_owned(),
-            format!("--kubernetes-service-port={}", self.port),
+            format!("--kubernetes-service-host={}", self.address.ip()),
+            format!("--kubernetes-service-port={}", self.address.port()),
             format!("--service-account-dir={}", self.service_account.display()),
-            "--daemonset=spegel-cleanup".to_owned(),
-            "--mirror-selector=app=spegel,part=mirror".to_owned(),
         ]
     }
 }
@@ -92,11 +96,32 @@ fn answer(stream: TcpStream, config: Arc<rustls::ServerConfig>, state: &Mutex<St
         head.push(byte[0]);
     }
     let head = String::from_utf8_lossy(&head).into_owned();
-    let path = head.split(' ').nth(1).unwrap_or_default();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok()).unwrap_or(0);
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body)?;
+    let mut words = head.split(' ');
+    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let (status, body) = if head.contains(&format!("authorization: Bearer {TOKEN}\r\n")) {
         let mut state = state.lock().unwrap();
-        state.asked.push(path.to_owned());
-        look_up(&state, path)
+        state.asked.push(format!("{method} {path}"));
+        let is_patch = head.contains("content-type: application/json-patch+json\r\n");
+        match method {
+            _ if state.refuse > 0 => {
+                state.refuse -= 1;
+                ("503 Service Unavailable", json!({ "kind": "Status", "message": "etcd has no leader" }))
+            }
+            "PATCH" if is_patch && path == node_path(&state) => patch(&mut state.node, &serde_json::from_slice(&body)?),
+            "GET" if path == node_path(&state) => {
+                let node = state.node.clone();
+                let added = state.add_taint.take();
+                if let (Some(taints), Some(added)) = (state.node["spec"]["taints"].as_array_mut(), added) {
+                    taints.push(added);
+                }
+                ("200 OK", node)
+            }
+            "GET" => look_up(&state, path),
+            _ => forbidden(),
+        }
     } else {
         ("401 Unauthorized", json!({ "kind": "Status", "message": "Unauthorized" }))
     };
@@ -126,6 +151,29 @@ fn look_up(state: &State, path: &str) -> (&'static str, Value) {
         "/api/v1/namespaces/spegel-system/pods?resourceVersion=0&labelSelector=app%3Dspegel%2Cpart%3Dmirror" => {
             ("200 OK", json!({ "items": state.mirror }))
         }
-        _ => ("403 Forbidden", json!({ "kind": "Status", "message": "this service account may not do that" })),
+        _ => forbidden(),
     }
+}
+
+fn forbidden() -> (&'static str, Value) {
+    ("403 Forbidden", json!({ "kind": "Status", "message": "this service account may not do that" }))
+}
+
+fn node_path(state: &State) -> String {
+    format!("/api/v1/nodes/{}", state.node["metadata"]["name"].as_str().unwrap_or("-"))
+}
+
+/// Tests and replaces, as RFC 6902 says; the status of a failed test is the API server's.
+fn patch(node: &mut Value, changes: &Value) -> (&'static str, Value) {
+    let mut patched = node.clone();
+    for change in changes.as_array().into_iter().flatten() {
+        let place = patched.pointer_mut(change["path"].as_str().unwrap_or("-"));
+        match (change["op"].as_str(), place) {
+            (Some("test"), Some(place)) if *place == change["value"] => {}
+            (Some("replace"), Some(place)) => *place = change["value"].clone(),
+            _ => return ("422 Unprocessable Entity", json!({ "kind": "Status", "message": "the test failed" })),
+        }
+    }
+    *node = patched;
+    ("200 OK", node.clone())
 }

@@ -1,7 +1,7 @@
-//! The few questions to the Kubernetes API, with the rights of the pod's service account.
+//! The client.
 //!
-//! A small client on hyper and the rustls that libp2p brings along: the general ones generate every type of the API for the
-//! two objects that are looked at here, which would cost more code than the mirror has.
+//! It is small, on hyper and the rustls that libp2p brings along: the general ones generate every type of the API for the three
+//! objects that are looked at here, which would cost more code than the mirror has.
 
 use std::fs;
 use std::io;
@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, AUTHORIZATION, HeaderValue, USER_AGENT};
-use http::{Request, StatusCode};
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue, USER_AGENT};
+use http::{Method, Request, StatusCode, request};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -23,13 +23,16 @@ use rustls::pki_types::pem::PemObject as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::probe::with_causes;
+use super::objects::{DaemonSet, Node, Pod, PodList};
 
 /// How long one answer of the API server may take. A list of 3,000 pods takes it a second or two.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The largest answer that is read, in bytes: 3,000 pods are about 25 MB.
 const MAX_ANSWER: usize = 64 << 20;
+
+/// The [well-known label](https://kubernetes.io/docs/reference/labels-annotations-taints/#topologykubernetesiozone) of nodes.
+const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// What may stand in a path segment or a query's value as it is.
 const PLAIN: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -48,7 +51,7 @@ pub struct ApiSettings {
 /// A client of the Kubernetes API.
 #[derive(Debug)]
 pub struct Api {
-    client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     authority: String,
     token: PathBuf,
 }
@@ -73,121 +76,31 @@ pub enum ApiError {
         reason: String,
     },
     /// The server cannot be reached, or is too slow.
-    #[error("the API server does not answer GET {path}: {reason}")]
+    #[error("the API server does not answer {request}: {reason}")]
     NoAnswer {
-        /// What was asked.
-        path: String,
+        /// Its method and path.
+        request: String,
         /// What happened instead.
         reason: String,
     },
     /// The server refuses.
-    #[error("the API server answers GET {path} with {status}: {message}")]
+    #[error("the API server answers {request} with {status}: {message}")]
     Refused {
-        /// What was asked.
-        path: String,
+        /// Its method and path.
+        request: String,
         /// Its status.
         status: StatusCode,
         /// Its reason.
         message: String,
     },
     /// The answer is not of the form that the API promises.
-    #[error("the API server's answer to GET {path} is not understood: {reason}")]
+    #[error("the API server's answer to {request} is not understood: {reason}")]
     Answer {
-        /// What was asked.
-        path: String,
+        /// Its method and path.
+        request: String,
         /// What is wrong with it.
         reason: String,
     },
-}
-
-/// A DaemonSet, as far as it is looked at (`apps/v1`).
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct DaemonSet {
-    pub(super) metadata: Metadata,
-    pub(super) spec: DaemonSetSpec,
-    #[serde(default)]
-    pub(super) status: DaemonSetStatus,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Metadata {
-    pub(super) name: String,
-    #[serde(default)]
-    pub(super) generation: i64,
-    pub(super) deletion_timestamp: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
-pub(super) struct DaemonSetSpec {
-    pub(super) selector: Selector,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Selector {
-    pub(super) match_labels: std::collections::BTreeMap<String, String>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct DaemonSetStatus {
-    #[serde(default)]
-    pub(super) observed_generation: i64,
-    #[serde(default)]
-    pub(super) desired_number_scheduled: usize,
-}
-
-#[derive(Debug, Deserialize)]
-struct PodList {
-    items: Vec<Pod>,
-}
-
-/// A Pod, as far as it is looked at (`v1`).
-#[derive(Debug, Deserialize)]
-pub(super) struct Pod {
-    pub(super) metadata: Metadata,
-    pub(super) spec: PodSpec,
-    #[serde(default)]
-    pub(super) status: PodStatus,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct PodSpec {
-    pub(super) node_name: Option<String>,
-    pub(super) affinity: Option<serde_json::Value>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct PodStatus {
-    #[serde(default)]
-    pub(super) phase: String,
-    #[serde(rename = "podIP")]
-    pub(super) pod_ip: Option<String>,
-    #[serde(default)]
-    pub(super) init_container_statuses: Vec<ContainerStatus>,
-    #[serde(default)]
-    pub(super) container_statuses: Vec<ContainerStatus>,
-}
-
-#[derive(Debug, Deserialize)]
-pub(super) struct ContainerStatus {
-    #[serde(default)]
-    pub(super) state: ContainerState,
-}
-
-#[derive(Debug, Default, Deserialize)]
-pub(super) struct ContainerState {
-    pub(super) waiting: Option<Waiting>,
-    pub(super) terminated: Option<serde::de::IgnoredAny>,
-}
-
-#[derive(Debug, Deserialize)]
-pub(super) struct Waiting {
-    pub(super) reason: Option<String>,
 }
 
 /// What the API says with an error status.
@@ -223,44 +136,70 @@ impl Api {
         Ok(Self { client, authority: format!("{host}:{}", settings.port), token })
     }
 
-    pub(super) async fn daemon_set(&self, namespace: &str, name: &str) -> Result<DaemonSet, ApiError> {
+    pub(crate) async fn daemon_set(&self, namespace: &str, name: &str) -> Result<DaemonSet, ApiError> {
         self.get(&format!("/apis/apps/v1/namespaces/{}/daemonsets/{}", plain(namespace), plain(name))).await
     }
 
     /// From the server's watch cache (`resourceVersion=0`), which spares etcd; it may lag by a moment.
-    pub(super) async fn pods(&self, namespace: &str, selector: &str) -> Result<Vec<Pod>, ApiError> {
+    pub(crate) async fn pods(&self, namespace: &str, selector: &str) -> Result<Vec<Pod>, ApiError> {
         let (namespace, selector) = (plain(namespace), plain(selector));
         let path = format!("/api/v1/namespaces/{namespace}/pods?resourceVersion=0&labelSelector={selector}");
         Ok(self.get::<PodList>(&path).await?.items)
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
-        let unanswered = |reason: String| ApiError::NoAnswer { path: path.to_owned(), reason };
-        let (status, body) = tokio::time::timeout(TIMEOUT, self.fetch(path))
-            .await
-            .map_err(|_| unanswered(format!("nothing within {} s", TIMEOUT.as_secs())))??;
-        if status != StatusCode::OK {
-            let message = serde_json::from_slice::<Status>(&body).map(|status| status.message).unwrap_or_default();
-            return Err(ApiError::Refused { path: path.to_owned(), status, message });
-        }
-        serde_json::from_slice(&body)
-            .map_err(|error| ApiError::Answer { path: path.to_owned(), reason: error.to_string() })
+    /// The zone that a node's label names; nothing where it has none.
+    ///
+    /// # Errors
+    /// The API cannot be asked, or says no.
+    pub async fn zone_of(&self, node: &str) -> Result<Option<String>, ApiError> {
+        Ok(self.node(node).await?.metadata.labels.remove(ZONE).filter(|zone| !zone.is_empty()))
     }
 
-    async fn fetch(&self, path: &str) -> Result<(StatusCode, Bytes), ApiError> {
-        let unanswered = |reason: String| ApiError::NoAnswer { path: path.to_owned(), reason };
+    pub(super) async fn node(&self, name: &str) -> Result<Node, ApiError> {
+        self.get(&format!("/api/v1/nodes/{}", plain(name))).await
+    }
+
+    /// Changes a node with a JSON patch ([RFC 6902](https://www.rfc-editor.org/rfc/rfc6902)). What the patch tests and finds
+    /// otherwise is refused with status 422.
+    pub(super) async fn patch_node(&self, name: &str, patch: &serde_json::Value) -> Result<(), ApiError> {
+        let request = Request::patch(format!("https://{}/api/v1/nodes/{}", self.authority, plain(name)))
+            .header(CONTENT_TYPE, "application/json-patch+json");
+        self.ask(request, Bytes::from(patch.to_string())).await.map(|_| ())
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
+        let answer = self.ask(Request::get(format!("https://{}{path}", self.authority)), Bytes::new()).await?;
+        serde_json::from_slice(&answer)
+            .map_err(|error| ApiError::Answer { request: format!("GET {path}"), reason: error.to_string() })
+    }
+
+    async fn ask(&self, request: request::Builder, body: Bytes) -> Result<Bytes, ApiError> {
         // Read each time: the kubelet replaces it before it expires.
-        let authorization = read_token(&self.token)?;
-        let request = Request::get(format!("https://{}{path}", self.authority))
-            .header(AUTHORIZATION, authorization)
+        let request = request
+            .header(AUTHORIZATION, read_token(&self.token)?)
             .header(ACCEPT, "application/json")
-            .header(USER_AGENT, concat!("spegel/", env!("CARGO_PKG_VERSION")))
-            .body(Empty::new())
-            .map_err(|error| unanswered(error.to_string()))?;
-        let response = self.client.request(request).await.map_err(|error| unanswered(with_causes(&error)))?;
+            .header(USER_AGENT, concat!("spegel/", env!("CARGO_PKG_VERSION")));
+        let (method, uri) = (request.method_ref().unwrap_or(&Method::GET), request.uri_ref());
+        let path = uri.and_then(http::Uri::path_and_query).map_or("/", http::uri::PathAndQuery::as_str);
+        let told = format!("{method} {path}");
+        let unanswered = |reason: String| ApiError::NoAnswer { request: told.clone(), reason };
+        let request = request.body(Full::new(body)).map_err(|error| unanswered(error.to_string()))?;
+        let (status, answer) = tokio::time::timeout(TIMEOUT, self.exchange(request))
+            .await
+            .map_err(|_| unanswered(format!("nothing within {} s", TIMEOUT.as_secs())))?
+            .map_err(unanswered)?;
+        if status == StatusCode::OK {
+            return Ok(answer);
+        }
+        let message = serde_json::from_slice::<Status>(&answer).map(|status| status.message).unwrap_or_default();
+        Err(ApiError::Refused { request: told, status, message })
+    }
+
+    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), String> {
+        let response = self.client.request(request).await.map_err(|error| with_causes(&error))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
-        Ok((status, body.map_err(|error| unanswered(with_causes(&*error)))?.to_bytes()))
+        Ok((status, body.map_err(|error| with_causes(&*error))?.to_bytes()))
     }
 }
 
@@ -286,4 +225,16 @@ fn read_token(path: &Path) -> Result<HeaderValue, ApiError> {
         .map_err(|_| unreadable(io::Error::new(io::ErrorKind::InvalidData, "it is no token")))?;
     value.set_sensitive(true);
     Ok(value)
+}
+
+/// An error with what caused it, which HTTP clients leave out of their own text.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }

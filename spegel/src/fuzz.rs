@@ -1,0 +1,188 @@
+//! What must hold for any bytes that a client, a peer or an administrator's file can hold: one function a fuzz target of `fuzz/`,
+//! which panics where it does not. The tests run them over the corpus that is kept there.
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use http::Method;
+use http::request::Parts;
+use prometheus_client::registry::Registry as Figures;
+use tokio::sync::watch;
+
+use crate::mirror::{self, Mirror, MirrorMetrics};
+use crate::oci::{
+    ContentRange, Digest, Filters, Manifest, MediaType, RangeOutcome, RangeSpec, Repository, Request, TagName,
+    parse_range,
+};
+use crate::registry::{Registry, RegistryMetrics, Settings, UploadLimits};
+use crate::router::{MemoryNetwork, Router as _};
+use crate::store::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
+
+/// A fuzz target's name, which is also its corpus's folder, and its check.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: [Target; 7] = [
+    ("request_head", request_head),
+    ("peer_head", peer_head),
+    ("path", path),
+    ("reference", reference),
+    ("range", range),
+    ("manifest", manifest),
+    ("hosts_toml", hosts_toml),
+];
+
+/// A request as a client sends it to a node that has nothing: answered, and never as containerd must not be.
+pub fn request_head(bytes: &[u8]) {
+    let mut headers = [httparse::EMPTY_HEADER; 64];
+    let mut request = httparse::Request::new(&mut headers);
+    if !matches!(request.parse(bytes), Ok(httparse::Status::Complete(_))) {
+        return;
+    }
+    let builder =
+        http::Request::builder().method(request.method.unwrap_or_default()).uri(request.path.unwrap_or_default());
+    let builder = request.headers.iter().fold(builder, |builder, header| builder.header(header.name, header.value));
+    let Ok(request) = builder.body(()) else { return };
+    let (parts, ()) = request.into_parts();
+    let status = EMPTY_NODE.with(|node| node.get_or_init(EmptyNode::new).answer(&parts));
+    let expected = matches!(status, 200 | 400 | 404 | 405);
+    assert!(expected, "{status} for {parts:?}");
+}
+
+/// The head of a peer's response.
+pub fn peer_head(bytes: &[u8]) {
+    mirror::check_peer_head(bytes);
+}
+
+/// The method, the path and the query of a request, with spaces between.
+pub fn path(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let mut words = text.splitn(3, ' ');
+    let (method, path, query) = (words.next().unwrap_or_default(), words.next().unwrap_or_default(), words.next());
+    let method = Method::from_bytes(method.as_bytes()).unwrap_or(Method::GET);
+    match Request::parse(&method, path, query) {
+        Ok(request) => {
+            assert!(path.starts_with("/v2") && (method == Method::GET || method == Method::HEAD));
+            if let Some(repository) = request.repository() {
+                assert!(!repository.to_string().contains(".."), "{repository}");
+            }
+        }
+        Err(error) => assert!(matches!(error.status.as_u16(), 400 | 404 | 405), "{error:?}"),
+    }
+}
+
+/// A digest, a repository or a tag: what is understood is written as it was read.
+pub fn reference(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(digest) = text.parse::<Digest>() {
+        assert_eq!(digest.to_string(), text);
+        assert_eq!(digest.hex().len(), digest.algorithm().hex_len());
+    }
+    if let Ok(repository) = text.parse::<Repository>() {
+        assert_eq!(repository.to_string().parse::<Repository>().ok(), Some(repository));
+    }
+    if let Ok(tag) = text.parse::<TagName>() {
+        assert_eq!(tag.to_string().parse::<TagName>().ok(), Some(tag));
+    }
+}
+
+/// A content's size of eight bytes, then a `Range` or `Content-Range` header.
+pub fn range(bytes: &[u8]) {
+    let Some((size, text)) = bytes.split_first_chunk::<8>() else { return };
+    let (size, Ok(text)) = (u64::from_le_bytes(*size), std::str::from_utf8(text)) else { return };
+    if let RangeOutcome::Part { start, end_exclusive } = parse_range(Some(text), size) {
+        assert!(start < end_exclusive && end_exclusive <= size);
+    }
+    if let Some(spec) = RangeSpec::parse(text) {
+        let again = RangeSpec::parse(&spec.to_string());
+        assert_eq!(again, Some(spec));
+    }
+    if let Ok(range) = text.parse::<ContentRange>() {
+        assert_eq!(range.to_string().parse(), Ok(range));
+        if let ContentRange::Part { start, end_exclusive, total } = range {
+            assert!(start < end_exclusive && total.is_none_or(|total| end_exclusive <= total));
+        }
+    }
+}
+
+/// A manifest or an index of a peer or of the store.
+pub fn manifest(bytes: &[u8]) {
+    if let Ok(media_type) = MediaType::detect(bytes) {
+        assert!(http::HeaderValue::from_str(media_type.as_str()).is_ok(), "{media_type:?} cannot stand in a header");
+    }
+    // A refusal is an answer too.
+    let _ = Manifest::parse(bytes);
+}
+
+/// A `hosts.toml` that somebody else wrote.
+pub fn hosts_toml(bytes: &[u8]) {
+    crate::hosts::check_existing(bytes);
+}
+
+thread_local! {
+    static EMPTY_NODE: OnceCell<EmptyNode> = const { OnceCell::new() };
+}
+
+/// A registry without content and without peers.
+struct EmptyNode {
+    registry: Registry,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl EmptyNode {
+    fn new() -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        let mut figures = Figures::default();
+        let router = MemoryNetwork::new().join("node", SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
+        let registry = Registry::new(Settings {
+            store: Arc::new(Nothing(watch::channel(Health::Ready).0)),
+            readiness: router.readiness(),
+            mirror: Mirror::new(router, mirror::Settings::default(), MirrorMetrics::register(&mut figures)),
+            filters: Filters::new(&[], &[]).expect("no filters"),
+            basic_auth: None,
+            node_name: None,
+            uploads: UploadLimits::default(),
+            metrics: RegistryMetrics::register(&mut figures),
+        });
+        Self { registry, runtime: runtime.expect("a runtime") }
+    }
+
+    fn answer(&self, parts: &Parts) -> u16 {
+        let remote = IpAddr::from(Ipv4Addr::LOCALHOST);
+        self.runtime.block_on(self.registry.handle(parts, remote)).status().as_u16()
+    }
+}
+
+/// A store without content.
+#[derive(Debug)]
+struct Nothing(watch::Sender<Health>);
+
+#[async_trait]
+impl Store for Nothing {
+    fn resolve(&self, _: &TagName) -> Option<Digest> {
+        None
+    }
+
+    async fn open(&self, _: &Digest, _: Option<&Repository>) -> Result<Option<Blob>, StoreError> {
+        Ok(None)
+    }
+
+    async fn referrers(&self, _: &Digest) -> Result<Vec<Referrer>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    fn subscribe(&self) -> Changes {
+        unreachable!("nobody follows this store")
+    }
+
+    fn offered(&self) -> BTreeMap<String, Offered> {
+        BTreeMap::new()
+    }
+
+    fn health(&self) -> watch::Receiver<Health> {
+        self.0.subscribe()
+    }
+}

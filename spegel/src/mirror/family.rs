@@ -1,0 +1,88 @@
+//! What a manifest tells of the content beneath it: how long each piece is.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, PoisonError};
+
+use crate::oci::{Digest, Manifest};
+
+/// How many pieces of content are remembered.
+const CAPACITY: usize = 32 * 1024;
+
+/// The most children that are remembered of one manifest.
+const CHILDREN: usize = 1024;
+
+/// The lengths of content, in bytes, as verified manifests tell them.
+#[derive(Debug, Default)]
+pub(super) struct Sizes {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    by_digest: HashMap<Digest, u64>,
+    order: VecDeque<Digest>,
+}
+
+/// The content that a manifest names, each with its length in bytes.
+pub(super) fn children(manifest: &[u8]) -> Vec<(Digest, u64)> {
+    let Ok(manifest) = Manifest::parse(manifest) else { return Vec::new() };
+    manifest.children.into_iter().map(|child| (child.digest, child.size)).take(CHILDREN).collect()
+}
+
+// === impl Sizes ===
+
+impl Sizes {
+    pub(super) fn learn(&self, children: &[(Digest, u64)]) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for (digest, size) in children {
+            if state.by_digest.insert(digest.clone(), *size).is_none() {
+                state.order.push_back(digest.clone());
+            }
+        }
+        while state.by_digest.len() > CAPACITY {
+            let Some(oldest) = state.order.pop_front() else { break };
+            state.by_digest.remove(&oldest);
+        }
+    }
+
+    /// Whether a blob may have this length in all.
+    pub(super) fn allow(&self, digest: &Digest, length: u64) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.by_digest.get(digest).is_none_or(|known| *known == length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn digest(n: usize) -> Digest {
+        format!("sha256:{n:064x}").parse().unwrap()
+    }
+
+    #[test]
+    fn a_manifest_tells_the_lengths_of_what_it_names() {
+        let (config, layer) = (digest(1), digest(2));
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config}","size":7}},
+                "layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{layer}","size":9}}]}}"#
+        );
+        let children = children(manifest.as_bytes());
+        assert_eq!(children, [(config.clone(), 7), (layer.clone(), 9)]);
+        let sizes = Sizes::default();
+        assert!(sizes.allow(&layer, 1), "nothing is known yet");
+        sizes.learn(&children);
+        assert!(sizes.allow(&layer, 9) && !sizes.allow(&layer, 10) && sizes.allow(&config, 7));
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let sizes = Sizes::default();
+        for n in 0..2 * CAPACITY {
+            sizes.learn(&[(digest(n), 1)]);
+        }
+        let state = sizes.state.lock().unwrap();
+        assert_eq!((state.by_digest.len(), state.order.len()), (CAPACITY, CAPACITY));
+    }
+}

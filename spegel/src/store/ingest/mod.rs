@@ -1,0 +1,76 @@
+//! Blobs that containerd is receiving: noticed on disk, followed as they grow, and offered while they do.
+
+mod reference;
+mod tracker;
+mod watcher;
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use self::tracker::Tracker;
+use super::StoreError;
+use super::blobs::{BlobDir, io_error};
+use crate::oci::Digest;
+use crate::zerocopy::Growing;
+
+pub(super) use watcher::{News, Watcher};
+
+/// A blob that is still arriving. Its bytes are not verified: whoever takes them has to.
+#[derive(Clone, Debug)]
+pub struct Receiving {
+    /// The file that it is written to, which becomes the blob.
+    pub growing: Growing,
+    /// The length in bytes that it will have.
+    pub total: u64,
+}
+
+/// The blobs of one containerd namespace that are being received.
+#[derive(Debug)]
+pub(super) struct Receptions {
+    tracker: Mutex<Tracker>,
+    /// Something began, ended or became complete.
+    changed: watch::Sender<()>,
+}
+
+// === impl Receptions ===
+
+impl Receptions {
+    /// None, as long as no [`Watcher`] finds them. What does not grow for `stall` is given up.
+    pub(super) fn new(stall: Duration) -> Self {
+        Self { tracker: Mutex::new(Tracker::new(stall)), changed: watch::Sender::new(()) }
+    }
+
+    /// Opens a blob that is being received, or says that it is not.
+    pub(super) fn open(&self, digest: &Digest, dir: &BlobDir) -> Result<Option<Receiving>, StoreError> {
+        let Some(growth) = self.lock().growth(digest) else { return Ok(None) };
+        let path = dir.root().join("ingest").join(&*growth.folder).join("data");
+        let file = match File::open(&path) {
+            Ok(file) => Arc::new(file),
+            // It became the blob just now, or is gone.
+            Err(error) if error.kind() == ErrorKind::NotFound => match dir.open(digest)? {
+                Some(blob) if blob.size == growth.total => blob.file,
+                _ => return Ok(None),
+            },
+            Err(error) => return Err(io_error(&path, error)),
+        };
+        Ok(Some(Receiving { growing: Growing::new(file, growth.progress), total: growth.total }))
+    }
+
+    /// Whether a blob is about to be received: containerd has asked for it, and has no bytes of it.
+    pub(super) fn expects(&self, digest: &Digest) -> bool {
+        self.lock().expects(digest)
+    }
+
+    /// Tells when [`Self::open`] or [`Self::expects`] may have another answer than before.
+    pub(super) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tracker> {
+        self.tracker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,224 @@
+//! What is being received, from what was seen of its files. Pure: sights and a clock come in.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::reference::{Kind, Reference};
+use crate::oci::Digest;
+use crate::zerocopy::Progress;
+
+/// How long after its writer closed a file it may take until the file is renamed. containerd does the one right after the
+/// other when it commits; a close without the other is an abort.
+const COMMIT: Duration = Duration::from_millis(250);
+
+/// How many ingests are known at a time.
+pub(super) const MAX_KNOWN: usize = 4096;
+
+/// A file's identity on its file system, which a rename keeps.
+pub(super) type Inode = (u64, u64);
+
+/// What an ingest's `data` looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sight {
+    pub(super) position: u64,
+    pub(super) inode: Inode,
+}
+
+/// An ingest of ours.
+#[derive(Debug)]
+struct Reception {
+    reference: Reference,
+    /// The length that it will have, where that is known.
+    total: Option<u64>,
+    /// It was seen to be made, so that all of it has grown since.
+    is_new: bool,
+    /// None as long as its `data` was not seen.
+    sight: Option<Sight>,
+    /// While it grows.
+    live: Option<Live>,
+    /// It was made a moment ago and its writer has neither written nor left.
+    is_awaited: bool,
+}
+
+#[derive(Debug)]
+struct Live {
+    progress: watch::Sender<Progress>,
+    grown_at: Instant,
+    closed_at: Option<Instant>,
+}
+
+/// What can be served of a blob that is being received.
+#[derive(Clone, Debug)]
+pub(super) struct Growth {
+    /// The name of the ingest's folder.
+    pub(super) folder: Box<str>,
+    /// The length that the blob will have.
+    pub(super) total: u64,
+    pub(super) progress: watch::Receiver<Progress>,
+}
+
+/// The ingests of our namespace, by the names of their folders.
+#[derive(Debug)]
+pub(super) struct Tracker {
+    receptions: HashMap<Box<str>, Reception>,
+    /// How long a file may not grow until it is given up.
+    stall: Duration,
+}
+
+// === impl Tracker ===
+
+impl Tracker {
+    pub(super) fn new(stall: Duration) -> Self {
+        Self { receptions: HashMap::new(), stall }
+    }
+
+    /// An ingest is there; `is_new` if it was seen to be made. False if there are too many.
+    pub(super) fn begin(&mut self, folder: &str, reference: Reference, total: Option<u64>, is_new: bool) -> bool {
+        if self.receptions.len() >= MAX_KNOWN {
+            return false;
+        }
+        let reception = Reception { reference, total, is_new, sight: None, live: None, is_awaited: is_new };
+        self.receptions.entry(folder.into()).or_insert(reception);
+        true
+    }
+
+    pub(super) fn knows(&self, folder: &str) -> bool {
+        self.receptions.contains_key(folder)
+    }
+
+    /// The ingest's `data` was looked at. Returns its digest if that changes whether it is offered.
+    pub(super) fn saw(&mut self, folder: &str, sight: Sight, now: Instant) -> Option<Digest> {
+        let reception = self.receptions.get_mut(folder)?;
+        let was_live = reception.live.is_some();
+        match reception.sight.replace(sight) {
+            // What another process left behind, and what was there before we looked, may grow no more.
+            None if !reception.is_new => {}
+            Some(before) if before.inode != sight.inode || sight.position < before.position => reception.give_up(),
+            before if sight.position > before.map_or(0, |before| before.position) => {
+                reception.grew(sight.position, now)
+            }
+            _ => {}
+        }
+        (was_live != reception.live.is_some()).then(|| reception.reference.digest.clone())
+    }
+
+    /// The ingest's writer closed its `data`.
+    pub(super) fn closed(&mut self, folder: &str, now: Instant) {
+        let Some(reception) = self.receptions.get_mut(folder) else { return };
+        reception.is_awaited = false;
+        if let Some(live) = &mut reception.live {
+            live.closed_at = Some(now);
+        }
+    }
+
+    /// The identity of the ingest's `data` when it was last looked at, and what it is.
+    pub(super) fn last_seen(&self, folder: &str) -> Option<(Digest, Option<Inode>)> {
+        let reception = self.receptions.get(folder)?;
+        Some((reception.reference.digest.clone(), reception.sight.map(|sight| sight.inode)))
+    }
+
+    /// The ingest's `data` became the blob: whoever follows it has all of it.
+    pub(super) fn committed(&mut self, folder: &str) -> Option<Digest> {
+        let reception = self.receptions.remove(folder)?;
+        if let (Some(live), Some(total)) = (reception.live, reception.total) {
+            live.progress.send_replace(Progress { position: total, ended: true });
+        }
+        Some(reception.reference.digest)
+    }
+
+    /// The ingest is gone, or its `data`: whoever follows it gets no more.
+    pub(super) fn gone(&mut self, folder: &str) -> Option<Digest> {
+        let mut reception = self.receptions.remove(folder)?;
+        reception.give_up();
+        Some(reception.reference.digest)
+    }
+
+    /// Gives up what has not grown, or was closed and not committed, for too long. Returns what is offered no more.
+    pub(super) fn tick(&mut self, now: Instant) -> Vec<Digest> {
+        let stall = self.stall;
+        let over = |live: &Live| live.deadline(stall) <= now;
+        let receptions = self.receptions.values_mut().filter(|reception| reception.live.as_ref().is_some_and(over));
+        let given_up = receptions.map(|reception| {
+            reception.give_up();
+            reception.reference.digest.clone()
+        });
+        given_up.collect()
+    }
+
+    /// When [`Self::tick`] has something to do.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let lives = self.receptions.values().filter_map(|reception| reception.live.as_ref());
+        lives.map(|live| live.deadline(self.stall)).min()
+    }
+
+    /// The growth of a blob that is offered while it is received.
+    pub(super) fn growth(&self, digest: &Digest) -> Option<Growth> {
+        self.receptions.iter().filter(|(_, reception)| reception.reference.digest == *digest).find_map(
+            |(folder, reception)| {
+                let (live, total) = (reception.live.as_ref()?, reception.total?);
+                Some(Growth { folder: folder.clone(), total, progress: live.progress.subscribe() })
+            },
+        )
+    }
+
+    /// Whether a blob is offered while it is received.
+    pub(super) fn is_offered(&self, digest: &Digest) -> bool {
+        let mut receptions = self.receptions.values().filter(|reception| reception.reference.digest == *digest);
+        receptions.any(|reception| reception.live.is_some())
+    }
+
+    /// Whether a blob is awaited: its ingest was made, and no byte has come.
+    pub(super) fn expects(&self, digest: &Digest) -> bool {
+        let mut receptions = self.receptions.values().filter(|reception| reception.reference.digest == *digest);
+        receptions.any(|reception| reception.is_awaited && reception.total.is_some())
+    }
+
+    /// The folders of all known ingests.
+    pub(super) fn folders(&self) -> impl Iterator<Item = &str> {
+        self.receptions.keys().map(|folder| &**folder)
+    }
+}
+
+// === impl Reception ===
+
+impl Reception {
+    fn grew(&mut self, position: u64, now: Instant) {
+        self.is_awaited = false;
+        // Small things arrive in one piece, and a length that is not known cannot be promised.
+        let Some(total) = self.total.filter(|total| position <= *total && self.reference.kind == Kind::Blob) else {
+            return self.give_up();
+        };
+        let progress = Progress { position, ended: position == total };
+        match &mut self.live {
+            Some(live) => {
+                live.progress.send_replace(progress);
+                (live.grown_at, live.closed_at) = (now, None);
+            }
+            None => {
+                self.live = Some(Live { progress: watch::Sender::new(progress), grown_at: now, closed_at: None });
+            }
+        }
+    }
+
+    /// Tells whoever follows it that no more will come. It is offered again when it grows again.
+    fn give_up(&mut self) {
+        if let Some(live) = self.live.take() {
+            live.progress.send_modify(|progress| progress.ended = true);
+        }
+    }
+}
+
+// === impl Live ===
+
+impl Live {
+    fn deadline(&self, stall: Duration) -> Instant {
+        let stalled = self.grown_at + stall;
+        self.closed_at.map_or(stalled, |closed| stalled.min(closed + COMMIT))
+    }
+}
+
+#[cfg(test)]
+#[path = "tracker_tests.rs"]
+mod tests;

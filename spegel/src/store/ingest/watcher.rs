@@ -1,0 +1,415 @@
+//! The thread that looks at containerd's ingests: inotify says where something happens, stat(2) says what it came to.
+//!
+//! containerd makes `ingest/<hash>/` with `ref`, `total` and then `data`, appends to `data`, and at last renames it to the blob's path.
+//! The order of the first is what makes `ref` and `total` whole once `data` is there.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use rustix::io::Errno;
+
+use super::super::blobs::{BlobDir, read_bounded};
+use super::Receptions;
+use super::reference::Reference;
+use super::tracker::{MAX_KNOWN, Sight};
+use crate::oci::Digest;
+
+/// How many ingests are watched at a time; those beyond are looked at every [`LOOK`]. The kernel's own bound is shared with the other
+/// processes of the same user.
+const MAX_WATCHES: usize = 1024;
+/// How often ingests are looked at that are not watched.
+const LOOK: Duration = Duration::from_millis(250);
+/// How often it is tried again to watch a directory that is not there.
+const RETRY: Duration = Duration::from_secs(5);
+/// The largest `ref` and `total` that are read, in bytes.
+const MAX_TEXT: usize = 4096;
+
+/// What became of a digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in super::super) enum News {
+    /// It is being received, and can be had.
+    Receiving(Digest),
+    /// It cannot be had as something that is being received any more.
+    NotReceiving(Digest),
+    /// It is complete, and was received for our namespace.
+    Arrived(Digest),
+}
+
+/// Ends the thread when dropped.
+#[derive(Debug)]
+pub(in super::super) struct Watcher {
+    stop: Arc<OwnedFd>,
+}
+
+/// The thread's state.
+struct Watch<F> {
+    dir: BlobDir,
+    namespace: String,
+    receptions: Arc<Receptions>,
+    tell: F,
+    /// None where the kernel has no instance left for us: then everything is looked at.
+    inotify: Option<OwnedFd>,
+    root: Root,
+    folders: HashMap<i32, Box<str>>,
+    unwatched: HashSet<Box<str>>,
+    /// Ingests that were seen to be made, and whose `ref` was not read yet.
+    new: HashSet<Box<str>>,
+}
+
+/// Where new ingests are noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Root {
+    /// The directory of ingests itself.
+    Ingests(i32),
+    /// One above it, since it is not there yet.
+    Above(i32),
+    Nowhere,
+}
+
+/// What the events of one turn say about an ingest.
+#[derive(Clone, Copy, Debug, Default)]
+struct Hint {
+    made: bool,
+    closed: bool,
+    moved: bool,
+}
+
+/// What the events of one turn say.
+#[derive(Debug, Default)]
+struct Turn {
+    folders: HashMap<Box<str>, Hint>,
+    ignored: Vec<i32>,
+    look_everywhere: bool,
+    root_changed: bool,
+}
+
+// === impl Watcher ===
+
+impl Watcher {
+    /// Looks at the ingests beside the blobs of `dir` until dropped, and tells what comes of those of `namespace`.
+    ///
+    /// # Errors
+    /// No thread or descriptor is left for it.
+    pub(in super::super) fn start(
+        dir: BlobDir,
+        namespace: &str,
+        receptions: Arc<Receptions>,
+        tell: impl Fn(News) + Send + 'static,
+    ) -> io::Result<Self> {
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
+        if let Err(error) = &inotify {
+            tracing::warn!(%error, "no inotify instance is left (fs.inotify.max_user_instances): pulls in progress are noticed late");
+        }
+        let mut watch = Watch {
+            dir,
+            namespace: namespace.to_owned(),
+            receptions,
+            tell,
+            inotify: inotify.ok(),
+            root: Root::Nowhere,
+            folders: HashMap::new(),
+            unwatched: HashSet::new(),
+            new: HashSet::new(),
+        };
+        let stopped = stop.clone();
+        std::thread::Builder::new().name("ingest".to_owned()).spawn(move || watch.run(&stopped))?;
+        Ok(Self { stop })
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        // Cannot fail: the counter is 0.
+        let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
+    }
+}
+
+// === impl Watch ===
+
+impl<F: Fn(News)> Watch<F> {
+    fn run(&mut self, stop: &OwnedFd) {
+        self.watch_root();
+        loop {
+            let timeout = self.timeout(Instant::now());
+            match self.wait(stop, timeout) {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::error!(%error, "pulls in progress are not noticed any more");
+                    break;
+                }
+            }
+            let turn = self.read_events();
+            self.handle(turn);
+            let given_up = self.receptions.lock().tick(Instant::now());
+            given_up.into_iter().for_each(|digest| self.tell_receiving(digest));
+        }
+        let all: Vec<Box<str>> = self.receptions.lock().folders().map(Into::into).collect();
+        all.iter().for_each(|folder| self.gone(folder));
+    }
+
+    /// Waits for events. True if it is time to end.
+    fn wait(&self, stop: &OwnedFd, timeout: Option<Duration>) -> io::Result<bool> {
+        let timeout = timeout.map(|time| Timespec {
+            tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: time.subsec_nanos().into(),
+        });
+        let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
+        fds.extend(self.inotify.iter().map(|inotify| PollFd::new(inotify, PollFlags::IN)));
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(!fds[0].revents().is_empty()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// How long nothing has to be done but for events; no end to it if nothing is received.
+    fn timeout(&self, now: Instant) -> Option<Duration> {
+        let deadline = self.receptions.lock().deadline().map(|at| at.saturating_duration_since(now));
+        let look = (!self.unwatched.is_empty() || self.inotify.is_none()).then_some(LOOK);
+        let retry = (!matches!(self.root, Root::Ingests(_))).then_some(RETRY);
+        [deadline, look, retry].into_iter().flatten().min()
+    }
+
+    fn read_events(&self) -> Turn {
+        let mut turn = Turn { look_everywhere: self.inotify.is_none(), ..Turn::default() };
+        let Some(inotify) = &self.inotify else { return turn };
+        let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
+        let mut reader = inotify::Reader::new(inotify.as_fd(), &mut buffer);
+        // A turn is bounded, so that a flood of events cannot keep the deadlines from being met.
+        for _ in 0..4096 {
+            let event = match reader.next() {
+                Ok(event) => event,
+                Err(Errno::INTR) => continue,
+                Err(_) => break,
+            };
+            let name = event.file_name().and_then(|name| name.to_str().ok()).unwrap_or_default();
+            self.note(&mut turn, event.wd(), event.events(), name);
+        }
+        turn
+    }
+
+    fn note(&self, turn: &mut Turn, wd: i32, events: ReadFlags, name: &str) {
+        let is_over = events.intersects(ReadFlags::IGNORED);
+        turn.look_everywhere |= events.intersects(ReadFlags::QUEUE_OVERFLOW);
+        match self.root {
+            Root::Ingests(root) if root == wd && !name.is_empty() => {
+                turn.folders.entry(name.into()).or_default().made |= events.intersects(ReadFlags::CREATE);
+            }
+            Root::Ingests(root) | Root::Above(root) if root == wd => turn.root_changed = true,
+            _ => {
+                let Some(folder) = self.folders.get(&wd) else { return };
+                if is_over {
+                    turn.ignored.push(wd);
+                }
+                if name == "data" || is_over {
+                    let hint = turn.folders.entry(folder.clone()).or_default();
+                    hint.closed |= events.intersects(ReadFlags::CLOSE_WRITE);
+                    hint.moved |= events.intersects(ReadFlags::MOVED_FROM);
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, turn: Turn) {
+        for wd in turn.ignored {
+            self.folders.remove(&wd);
+        }
+        for (folder, hint) in &turn.folders {
+            self.look(folder, *hint);
+        }
+        if turn.root_changed || !matches!(self.root, Root::Ingests(_)) {
+            self.watch_root();
+        } else if turn.look_everywhere {
+            self.look_everywhere();
+        } else if !self.unwatched.is_empty() {
+            let unwatched: Vec<_> = self.unwatched.iter().cloned().collect();
+            unwatched.iter().for_each(|folder| self.look(folder, Hint::default()));
+        }
+    }
+
+    fn ingests(&self) -> PathBuf {
+        self.dir.root().join("ingest")
+    }
+
+    /// Watches the directory of ingests, or the nearest one above it that is there.
+    fn watch_root(&mut self) {
+        let Some(inotify) = &self.inotify else {
+            self.root = Root::Nowhere;
+            return self.look_everywhere();
+        };
+        let ingests = self.ingests();
+        let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::DELETE | WatchFlags::ONLYDIR;
+        let before = self.root;
+        loop {
+            // Two steps up are the most that containerd makes with its first content.
+            let mut paths = ingests.ancestors().take(3).enumerate();
+            let found = paths.find_map(|(up, path)| Some((up, inotify::add_watch(inotify, path, flags).ok()?)));
+            self.root = match found {
+                Some((0, wd)) => Root::Ingests(wd),
+                Some((_, wd)) => Root::Above(wd),
+                None => Root::Nowhere,
+            };
+            if matches!(self.root, Root::Ingests(_)) {
+                if let Root::Above(wd) = before {
+                    let _ = inotify::remove_watch(inotify, wd);
+                }
+                return self.look_everywhere();
+            }
+            // It may have come between the two tries.
+            if !ingests.is_dir() {
+                return;
+            }
+        }
+    }
+
+    /// Looks at every ingest there is, and at those that are known.
+    fn look_everywhere(&mut self) {
+        let mut folders: HashSet<Box<str>> = self.receptions.lock().folders().map(Into::into).collect();
+        let entries = fs::read_dir(self.ingests()).into_iter().flatten().flatten();
+        folders.extend(entries.take(MAX_KNOWN).filter_map(|entry| Some(entry.file_name().to_str()?.into())));
+        folders.iter().for_each(|folder| self.look(folder, Hint::default()));
+    }
+
+    /// Brings what is known of an ingest in line with what is there.
+    fn look(&mut self, folder: &str, hint: Hint) {
+        let path = self.ingests().join(folder);
+        let sight = look_at(&path.join("data"));
+        let is_known = self.receptions.lock().knows(folder);
+        if hint.made && !is_known && self.new.len() < MAX_KNOWN {
+            self.new.insert(folder.into());
+        }
+        if !is_known && !self.meet(folder, &path, sight.is_some() || hint.moved) {
+            return;
+        }
+        let now = Instant::now();
+        let Some(sight) = sight else { return self.missing(folder, &path, hint) };
+        let mut tracker = self.receptions.lock();
+        let changed = tracker.saw(folder, sight, now);
+        if hint.closed {
+            tracker.closed(folder, now);
+        }
+        drop(tracker);
+        changed.into_iter().for_each(|digest| self.tell_receiving(digest));
+        if hint.closed {
+            self.receptions.changed.send_replace(());
+        }
+    }
+
+    /// A folder that is not known. True if it is known now.
+    fn meet(&mut self, folder: &str, path: &Path, has_data: bool) -> bool {
+        if !path.is_dir() {
+            self.unwatched.remove(folder);
+            self.new.remove(folder);
+            return false;
+        }
+        self.watch(folder, path);
+        // What is written before `data` is whole once `data` is there, or was.
+        if !has_data && look_at(&path.join("data")).is_none() {
+            return false;
+        }
+        let read = |name: &str| String::from_utf8(read_bounded(&fs::File::open(path.join(name)).ok()?, MAX_TEXT)?).ok();
+        let Some(text) = read("ref") else { return false };
+        let Some(reference) = Reference::parse(&text, &self.namespace) else {
+            self.unwatch(folder);
+            return false;
+        };
+        let total = read("total").and_then(|text| text.trim().parse().ok()).filter(|total| *total > 0);
+        let is_new = self.new.remove(folder);
+        self.receptions.lock().begin(folder, reference, total, is_new)
+    }
+
+    /// The `data` of a known ingest is not there: not yet, not any more, or it is the blob now.
+    fn missing(&mut self, folder: &str, path: &Path, hint: Hint) {
+        let Some((digest, inode)) = self.receptions.lock().last_seen(folder) else { return };
+        let blob = look_at(&self.dir.path(&digest)).map(|sight| sight.inode);
+        let is_blob = blob.is_some() && (hint.moved || blob == inode);
+        if is_blob {
+            let arrived = self.receptions.lock().committed(folder);
+            self.unwatched.remove(folder);
+            // First that it is there, so that it is offered throughout.
+            arrived.iter().cloned().for_each(|digest| (self.tell)(News::Arrived(digest)));
+            arrived.into_iter().for_each(|digest| self.tell_receiving(digest));
+        } else if inode.is_some() || !path.is_dir() {
+            self.unwatched.remove(folder);
+            self.gone(folder);
+        }
+    }
+
+    fn gone(&self, folder: &str) {
+        let gone = self.receptions.lock().gone(folder);
+        gone.into_iter().for_each(|digest| self.tell_receiving(digest));
+    }
+
+    /// Tells whether a digest can be had while it is received. Telling the same twice does no harm.
+    fn tell_receiving(&self, digest: Digest) {
+        let is_offered = self.receptions.lock().is_offered(&digest);
+        (self.tell)(if is_offered { News::Receiving(digest) } else { News::NotReceiving(digest) });
+        self.receptions.changed.send_replace(());
+    }
+
+    /// Watches a folder, or remembers that it cannot be watched.
+    fn watch(&mut self, folder: &str, path: &Path) {
+        let flags = WatchFlags::CREATE
+            | WatchFlags::MODIFY
+            | WatchFlags::CLOSE_WRITE
+            | WatchFlags::MOVED_FROM
+            | WatchFlags::DELETE
+            | WatchFlags::ONLYDIR;
+        let has_room = self.folders.len() < MAX_WATCHES;
+        let watch = self.inotify.as_ref().filter(|_| has_room).map(|inotify| inotify::add_watch(inotify, path, flags));
+        match watch {
+            Some(Ok(wd)) => {
+                self.folders.insert(wd, folder.into());
+                self.unwatched.remove(folder);
+            }
+            Some(Err(Errno::NOENT | Errno::NOTDIR)) => {}
+            _ if self.unwatched.len() < MAX_KNOWN => {
+                self.unwatched.insert(folder.into());
+            }
+            _ => {}
+        }
+    }
+
+    /// Lets go of a folder that is not ours.
+    fn unwatch(&mut self, folder: &str) {
+        self.unwatched.remove(folder);
+        self.new.remove(folder);
+        let watches: Vec<i32> =
+            self.folders.iter().filter(|(_, watched)| &***watched == folder).map(|(wd, _)| *wd).collect();
+        for wd in watches {
+            self.folders.remove(&wd);
+            if let Some(inotify) = &self.inotify {
+                // Fails if the folder went by itself.
+                let _ = inotify::remove_watch(inotify, wd);
+            }
+        }
+    }
+}
+
+fn look_at(path: &Path) -> Option<Sight> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => {
+            metadata.is_file().then(|| Sight { position: metadata.len(), inode: (metadata.dev(), metadata.ino()) })
+        }
+        Err(error) => {
+            if error.kind() != ErrorKind::NotFound {
+                tracing::debug!(path = %path.display(), %error, "cannot look at an ingest");
+            }
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "watcher_tests.rs"]
+mod tests;

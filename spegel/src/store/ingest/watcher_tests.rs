@@ -1,0 +1,301 @@
+#![allow(clippy::unwrap_used)]
+
+use std::io::Write as _;
+use std::sync::mpsc::{Receiver, channel};
+
+use super::*;
+use crate::store::ingest::Receiving;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const STALL: Duration = Duration::from_millis(400);
+
+/// A content directory in which we do what containerd does.
+struct Content {
+    folder: tempfile::TempDir,
+    receptions: Arc<Receptions>,
+    news: Receiver<News>,
+    watcher: Watcher,
+}
+
+/// What containerd does for one blob.
+struct Ingest {
+    path: PathBuf,
+    data: fs::File,
+    digest: Digest,
+    blob: PathBuf,
+}
+
+impl Content {
+    fn new(stall: Duration) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir_all(folder.path().join("ingest")).unwrap();
+        Self::watch(folder, stall)
+    }
+
+    fn watch(folder: tempfile::TempDir, stall: Duration) -> Self {
+        let receptions = Arc::new(Receptions::new(stall));
+        let (sender, news) = channel();
+        let tell = move |news| sender.send(news).unwrap_or_default();
+        let dir = BlobDir::new(folder.path());
+        let watcher = Watcher::start(dir, "k8s.io", receptions.clone(), tell).unwrap();
+        Self { folder, receptions, news, watcher }
+    }
+
+    fn begin(&self, n: u64, namespace: &str, total: Option<u64>) -> Ingest {
+        begin(self.folder.path(), n, namespace, total)
+    }
+
+    #[track_caller]
+    fn expect(&self, news: &News) {
+        assert_eq!(self.news.recv_timeout(PATIENCE).as_ref(), Ok(news));
+    }
+
+    /// Nothing is told, as far as can be seen: a later event is told of first.
+    #[track_caller]
+    fn expect_nothing(&self) {
+        let mut marker = self.begin(999, "k8s.io", Some(10));
+        marker.write(1);
+        self.expect(&News::Receiving(marker.digest.clone()));
+        fs::remove_dir_all(&marker.path).unwrap();
+        self.expect(&News::NotReceiving(marker.digest));
+    }
+
+    fn open(&self, digest: &Digest) -> Option<Receiving> {
+        self.receptions.open(digest, &BlobDir::new(self.folder.path())).unwrap()
+    }
+
+    fn wait(&self, what: &str, mut is_so: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !is_so() {
+            assert!(Instant::now() < deadline, "not in time: {what}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+fn digest(n: u64) -> Digest {
+    format!("sha256:{n:064x}").parse().unwrap()
+}
+
+fn begin(root: &Path, n: u64, namespace: &str, total: Option<u64>) -> Ingest {
+    let digest = digest(n);
+    let path = root.join("ingest").join(format!("{n:064x}"));
+    fs::create_dir_all(&path).unwrap();
+    fs::write(path.join("ref"), format!("{namespace}/1/layer-{digest}")).unwrap();
+    fs::write(path.join("startedat"), "now").unwrap();
+    if let Some(total) = total {
+        fs::write(path.join("total"), total.to_string()).unwrap();
+    }
+    let data = fs::File::create(path.join("data")).unwrap();
+    let blob = root.join("blobs/sha256").join(digest.hex());
+    Ingest { path, data, digest, blob }
+}
+
+impl Ingest {
+    fn write(&mut self, bytes: usize) {
+        self.data.write_all(&vec![7; bytes]).unwrap();
+    }
+
+    fn commit(self) -> Digest {
+        drop(self.data);
+        fs::create_dir_all(self.blob.parent().unwrap()).unwrap();
+        fs::rename(self.path.join("data"), self.blob).unwrap();
+        fs::remove_dir_all(self.path).unwrap();
+        self.digest
+    }
+}
+
+#[test]
+fn a_pull_is_told_from_its_first_bytes_to_its_end() {
+    let content = Content::new(PATIENCE);
+    let mut ingest = content.begin(1, "k8s.io", Some(3000));
+    assert!(content.open(&ingest.digest).is_none(), "it does not grow yet");
+    ingest.write(1000);
+    content.expect(&News::Receiving(ingest.digest.clone()));
+    let receiving = content.open(&ingest.digest).unwrap();
+    assert_eq!(receiving.total, 3000);
+    ingest.write(1000);
+    content.wait("news of the growth", || receiving.growing.progress().position == 2000);
+    ingest.write(1000);
+    let digest = ingest.commit();
+    content.expect(&News::Arrived(digest.clone()));
+    content.expect(&News::NotReceiving(digest.clone()));
+    let progress = receiving.growing.progress();
+    assert_eq!((progress.position, progress.ended), (3000, true));
+    assert!(content.open(&digest).is_none());
+}
+
+#[test]
+fn what_comes_in_one_piece_is_told_when_it_is_there() {
+    let content = Content::new(PATIENCE);
+    for n in 1..50 {
+        let mut ingest = content.begin(n, "k8s.io", Some(2048));
+        // containerd waits for its first bytes for a round trip at least.
+        content.wait("the first sight", || content.receptions.lock().knows(&format!("{n:064x}")));
+        ingest.write(2048);
+        let digest = ingest.commit();
+        loop {
+            match content.news.recv_timeout(PATIENCE).unwrap() {
+                News::Arrived(arrived) => break assert_eq!(arrived, digest),
+                // Where it was seen to grow first.
+                News::Receiving(other) | News::NotReceiving(other) => assert!(other == digest || n > 1),
+            }
+        }
+    }
+}
+
+#[test]
+fn others_namespaces_and_lengths_that_are_not_known_are_not_told() {
+    let content = Content::new(PATIENCE);
+    let mut theirs = content.begin(1, "moby", Some(3000));
+    theirs.write(1000);
+    let mut unknown = content.begin(2, "k8s.io", None);
+    unknown.write(1000);
+    content.expect_nothing();
+    assert!(content.open(&theirs.digest).is_none() && content.open(&unknown.digest).is_none());
+    theirs.write(2000);
+    theirs.commit();
+    let digest = unknown.commit();
+    content.expect(&News::Arrived(digest.clone()));
+    content.expect(&News::NotReceiving(digest));
+}
+
+#[test]
+fn what_a_crash_left_is_told_once_it_grows() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut ingest = begin(folder.path(), 1, "k8s.io", Some(3000));
+    ingest.write(1000);
+    let content = Content::watch(folder, PATIENCE);
+    content.expect_nothing();
+    assert!(content.open(&ingest.digest).is_none());
+    ingest.write(1000);
+    content.expect(&News::Receiving(ingest.digest.clone()));
+    assert_eq!(content.open(&ingest.digest).unwrap().growing.progress().position, 2000);
+}
+
+#[test]
+fn an_abort_a_stall_and_a_new_start_withdraw_it() {
+    let content = Content::new(STALL);
+    let mut ingest = content.begin(1, "k8s.io", Some(3000));
+    let digest = ingest.digest.clone();
+    ingest.write(1000);
+    content.expect(&News::Receiving(digest.clone()));
+    let receiving = content.open(&digest).unwrap();
+    content.expect(&News::NotReceiving(digest.clone()));
+    assert!(receiving.growing.progress().ended && content.open(&digest).is_none(), "it stalled");
+
+    ingest.write(1000);
+    content.expect(&News::Receiving(digest.clone()));
+    ingest.data.set_len(0).unwrap();
+    content.expect(&News::NotReceiving(digest.clone()));
+
+    let data = fs::File::options().append(true).open(ingest.path.join("data")).unwrap();
+    (&data).write_all(&[1; 500]).unwrap();
+    content.expect(&News::Receiving(digest.clone()));
+    fs::remove_dir_all(&ingest.path).unwrap();
+    content.expect(&News::NotReceiving(digest));
+}
+
+#[test]
+fn a_writer_that_closes_and_does_not_commit_is_given_up_early() {
+    let content = Content::new(PATIENCE * 10);
+    let mut ingest = content.begin(1, "k8s.io", Some(3000));
+    ingest.write(3000);
+    content.expect(&News::Receiving(ingest.digest.clone()));
+    drop(ingest.data);
+    content.expect(&News::NotReceiving(ingest.digest.clone()));
+    assert!(content.open(&ingest.digest).is_none(), "its bytes were wrong");
+}
+
+#[test]
+fn a_directory_that_comes_later_or_anew_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let content = Content::watch(folder, PATIENCE);
+    for n in 1..4 {
+        let mut ingest = content.begin(n, "k8s.io", Some(3000));
+        // Whatever of it is seen first: it grows on.
+        content.wait("the first sight", || {
+            ingest.write(1);
+            std::thread::sleep(Duration::from_millis(20));
+            content.news.try_recv() == Ok(News::Receiving(ingest.digest.clone()))
+        });
+        fs::remove_dir_all(content.folder.path().join("ingest")).unwrap();
+        content.expect(&News::NotReceiving(ingest.digest.clone()));
+    }
+}
+
+#[test]
+fn the_end_of_the_watcher_ends_what_is_followed() {
+    let content = Content::new(PATIENCE);
+    let mut ingest = content.begin(1, "k8s.io", Some(3000));
+    ingest.write(1000);
+    content.expect(&News::Receiving(ingest.digest.clone()));
+    let receiving = content.open(&ingest.digest).unwrap();
+    drop(content.watcher);
+    assert_eq!(content.news.recv_timeout(PATIENCE), Ok(News::NotReceiving(ingest.digest.clone())));
+    assert!(receiving.growing.progress().ended);
+}
+
+/// More than are watched: those beyond are looked at now and then. None of them costs a descriptor.
+#[test]
+fn many_pulls_at_once_are_all_told_within_bounds() {
+    let content = Content::new(PATIENCE * 10);
+    let count = MAX_WATCHES as u64 + 200;
+    let mut ingests: Vec<Ingest> = Vec::new();
+    for n in 1..=count {
+        let ingest = content.begin(n, "k8s.io", Some(3000));
+        // The descriptor is ours, not the watcher's.
+        ingests.push(Ingest { data: fs::File::open("/dev/null").unwrap(), ..ingest });
+        content.wait("the first sight", || content.receptions.lock().knows(&format!("{n:064x}")));
+    }
+    let append = |ingest: &Ingest, bytes: usize| {
+        let mut data = fs::File::options().append(true).open(ingest.path.join("data")).unwrap();
+        data.write_all(&vec![1; bytes]).unwrap();
+        data
+    };
+    // A close without a commit would be an abort.
+    let _open: Vec<fs::File> = ingests.iter().map(|ingest| append(ingest, 10)).collect();
+    let told: HashSet<Digest> = (0..count)
+        .map(|_| match content.news.recv_timeout(PATIENCE) {
+            Ok(News::Receiving(digest)) => digest,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(told.len() as u64, count);
+    assert!(own_watches() <= MAX_WATCHES + 200, "the tests beside this one have some, too: {}", own_watches());
+    for ingest in &ingests {
+        fs::remove_dir_all(&ingest.path).unwrap();
+    }
+    for _ in 0..count {
+        assert!(matches!(content.news.recv_timeout(PATIENCE), Ok(News::NotReceiving(_))));
+    }
+    assert_eq!(content.receptions.lock().folders().count(), 0);
+}
+
+/// Watches of this process, of all its inotify instances.
+fn own_watches() -> usize {
+    let fds = fs::read_dir("/proc/self/fdinfo").unwrap().flatten();
+    let infos = fds.filter_map(|fd| fs::read_to_string(fd.path()).ok());
+    infos.map(|info| info.lines().filter(|line| line.starts_with("inotify wd:")).count()).sum()
+}
+
+#[test]
+fn nothing_is_done_while_nothing_is_received() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stale = begin(folder.path(), 1, "k8s.io", Some(3000));
+    stale.write(1000);
+    let mut watch = Watch {
+        dir: BlobDir::new(folder.path()),
+        namespace: "k8s.io".to_owned(),
+        receptions: Arc::new(Receptions::new(STALL)),
+        tell: |_| {},
+        inotify: Some(inotify::init(CreateFlags::NONBLOCK).unwrap()),
+        root: Root::Nowhere,
+        folders: HashMap::new(),
+        unwatched: HashSet::new(),
+        new: HashSet::new(),
+    };
+    watch.watch_root();
+    assert_eq!(watch.folders.len(), 1);
+    assert_eq!(watch.timeout(Instant::now()), None, "it sleeps until the kernel wakes it");
+}

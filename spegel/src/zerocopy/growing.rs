@@ -1,0 +1,118 @@
+//! A file that somebody is still writing as the source of a body.
+
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::sync::watch;
+use tokio_util::sync::ReusableBoxFuture;
+
+use super::error::BodyError;
+use super::file::FileSource;
+use super::ops::{Client, Push, Settings};
+
+/// How far a file has been written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that are there, from the file's beginning on.
+    pub position: u64,
+    /// No more will come: the file is complete, or its writer gave up.
+    pub ended: bool,
+}
+
+/// A file that is written from front to back by somebody else, and how far that is. Bytes that were written stay as they are.
+#[derive(Clone, Debug)]
+pub struct Growing {
+    file: Arc<File>,
+    progress: watch::Receiver<Progress>,
+}
+
+// === impl Growing ===
+
+impl Growing {
+    /// A file with the news of its writer. The end of the news is the end of the file.
+    #[must_use]
+    pub fn new(file: Arc<File>, progress: watch::Receiver<Progress>) -> Self {
+        Self { file, progress }
+    }
+
+    /// How far it is now.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        *self.progress.borrow()
+    }
+
+    pub(super) fn into_source(self, offset: u64, len: u64, settings: &Settings) -> GrowingSource {
+        let Self { file, progress } = self;
+        let news = News { waiting: ReusableBoxFuture::new(changed(progress.clone())), progress };
+        GrowingSource { file: FileSource::new(file, offset, len, settings), end: offset + len, news }
+    }
+}
+
+/// What is left of a range of a growing file.
+pub(super) struct GrowingSource {
+    file: FileSource,
+    end: u64,
+    news: News,
+}
+
+// === impl GrowingSource ===
+
+impl GrowingSource {
+    pub(super) fn left(&self) -> u64 {
+        self.file.left()
+    }
+
+    /// Whether bytes are there now; else the task is woken once they are.
+    pub(super) fn at_hand(&mut self, cx: &mut Context<'_>) -> bool {
+        matches!(self.poll_there(cx), Poll::Ready(Ok(_)))
+    }
+
+    pub(super) fn push(&mut self, cx: &mut Context<'_>, client: &Client<'_>, max: usize) -> io::Result<Push> {
+        match self.poll_there(cx) {
+            Poll::Ready(Ok(there)) => self.file.push(cx, client, usize::try_from(there).unwrap_or(usize::MAX).min(max)),
+            Poll::Ready(Err(error)) => Err(error.into()),
+            Poll::Pending => Ok(Push::Waiting),
+        }
+    }
+
+    /// How many bytes can be sent, at least one.
+    fn poll_there(&mut self, cx: &mut Context<'_>) -> Poll<Result<u64, BodyError>> {
+        let next = self.end - self.file.left();
+        loop {
+            let Progress { position, ended } = *self.news.progress.borrow();
+            if position > next {
+                return Poll::Ready(Ok(position - next));
+            }
+            if ended || ready!(self.news.poll(cx)).is_err() {
+                return Poll::Ready(Err(BodyError::Abandoned { missing: self.file.left() }));
+            }
+        }
+    }
+}
+
+/// What is told of the file. The future has a receiver of its own, which has seen no more than the other.
+struct News {
+    progress: watch::Receiver<Progress>,
+    waiting: ReusableBoxFuture<'static, Told>,
+}
+
+type Told = (watch::Receiver<Progress>, Result<(), watch::error::RecvError>);
+
+fn changed(mut progress: watch::Receiver<Progress>) -> impl Future<Output = Told> + Send {
+    async move {
+        let told = progress.changed().await;
+        (progress, told)
+    }
+}
+
+impl News {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), watch::error::RecvError>> {
+        let (progress, told) = ready!(Pin::new(&mut self.waiting).poll(cx));
+        self.waiting.set(changed(progress));
+        Poll::Ready(told)
+    }
+}

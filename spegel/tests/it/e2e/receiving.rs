@@ -1,0 +1,297 @@
+//! A layer is shared while it is still arriving: A pulls from a slow upstream, B and C start a second later.
+
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use spegel_benches::containerd::{Options, Version};
+use spegel_benches::daemon::wait_until;
+use spegel_benches::http::Client;
+use spegel_benches::image::{Compression, Image, ImageBuilder, host_platform};
+use tokio::sync::oneshot;
+
+use super::cluster::{Cluster, Member};
+use super::{cri, for_each_containerd};
+
+/// What the upstream's link carries, in Mbit/s.
+const UPSTREAM: u32 = 20;
+
+/// How long B and C start after A.
+const LATER: Duration = Duration::from_secs(1);
+
+/// Longer than anything here takes, on a busy machine too.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Bytes in a large layer.
+const LAYER: u64 = 6 << 20;
+
+/// What may be fetched twice when B has to look for another source.
+const TWICE: u64 = 1 << 20;
+
+for_each_containerd!(layers_come_once, wrong_bytes);
+
+#[test]
+fn a_layer_comes_once_in_parallel_chunks() {
+    let Some(cluster) = Cluster::start(Version::V2_2, 3, &parallel()) else { return };
+    comes_once(&cluster, "chunks:1", |image| image.layers(1, LAYER, Compression::None, 30));
+}
+
+fn parallel() -> Options {
+    Options { layer_fetch_buffer: Some(1 << 20) }
+}
+
+// === upstream sends it once ===
+
+/// One large layer; then more than are fetched at a time, some of which are small.
+fn layers_come_once(version: Version) {
+    let Some(cluster) = Cluster::start(version, 3, &Options::default()) else { return };
+    comes_once(&cluster, "one:1", |image| image.layers(1, LAYER, Compression::None, 31));
+    comes_once(&cluster, "many:1", |image| {
+        image.layers(12, 500_000, Compression::None, 32).layers(6, 2048, Compression::None, 33)
+    });
+}
+
+/// All finish at about the same time, and nobody but A is sent any layer by the upstream.
+fn comes_once(cluster: &Cluster, name: &str, describe: impl FnOnce(ImageBuilder) -> ImageBuilder) {
+    let image = cluster.push(name, describe);
+    cluster.lab.limit(cluster.upstream.node(), UPSTREAM).unwrap();
+    let start = Instant::now();
+    let mut pulls = vec![Pull::start(&cluster.nodes[0], &image)];
+    thread::sleep(LATER);
+    pulls.extend(cluster.nodes[1..].iter().map(|node| Pull::start(node, &image)));
+    let took: Vec<f64> = pulls
+        .into_iter()
+        .zip(&cluster.nodes)
+        .map(|(pull, node)| {
+            pull.succeeds(cluster, node);
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    cluster.nodes.iter().for_each(|node| node.check(&image, image.reference()));
+    let layers: u64 = image.layers_for(host_platform()).map(|layer| layer.size).sum();
+    let sent = |node: &Member| -> u64 {
+        image
+            .layers_for(host_platform())
+            .map(|layer| cluster.upstream.sent(node.containerd.node(), &layer.digest))
+            .sum()
+    };
+    // Of parallel chunks, A itself asks for more than it takes.
+    let (to_a, to_others): (u64, u64) = (sent(&cluster.nodes[0]), cluster.nodes[1..].iter().map(sent).sum());
+    let last = took[1].max(took[2]);
+    println!(
+        "containerd {}, {name}, {} layers of {layers} bytes: A took {:.2} s, the last of B and C finished at {last:.2} s ({:.2} x), upstream sent A {:.2} x and the others {:.2} x",
+        cluster.nodes[0].containerd.version(),
+        image.layers_for(host_platform()).count(),
+        took[0],
+        last / took[0],
+        to_a as f64 / layers as f64,
+        to_others as f64 / layers as f64,
+    );
+    assert!(to_a + to_others >= layers, "the registry's log is not read right: {to_a} and {to_others}");
+    // One of the others may come to a layer before A does.
+    assert!(to_others <= layers / 10, "upstream sent others {to_others} bytes of {layers}\n{}", logs(cluster));
+    assert!(last < took[0] * 1.1 + 1.0, "B and C finished {:.2} s after A", last - took[0]);
+}
+
+// === A is lost ===
+
+/// What becomes of A while B has the layer from it.
+#[derive(Clone, Copy, Debug)]
+enum Loss {
+    /// Its spegel is killed.
+    Killed,
+    /// Its spegel stands still.
+    Stopped,
+    /// Its network is.
+    CutOff,
+    /// Its pull is given up.
+    Cancelled,
+    /// Its containerd restarts.
+    Restarted,
+}
+
+const LOSSES: [Loss; 5] = [Loss::Killed, Loss::Stopped, Loss::CutOff, Loss::Cancelled, Loss::Restarted];
+
+#[test]
+fn a_is_killed() {
+    lose(Version::V1_6, &Options::default(), Loss::Killed, 50);
+}
+
+#[test]
+fn a_is_killed_in_the_middle_of_parallel_chunks() {
+    lose(Version::V2_2, &parallel(), Loss::Killed, 50);
+}
+
+#[test]
+fn a_is_stopped() {
+    lose(Version::V1_6, &Options::default(), Loss::Stopped, 50);
+}
+
+#[test]
+fn a_is_cut_off() {
+    lose(Version::V2_2, &Options::default(), Loss::CutOff, 10);
+}
+
+#[test]
+fn a_is_cancelled() {
+    lose(Version::V2_2, &Options::default(), Loss::Cancelled, 50);
+}
+
+#[test]
+fn a_restarts() {
+    lose(Version::V1_6, &Options::default(), Loss::Restarted, 50);
+}
+
+#[test]
+#[ignore = "all 45 of them take some ten minutes"]
+fn every_loss_at_every_point() {
+    for (version, options) in
+        [(Version::V1_6, Options::default()), (Version::V2_2, Options::default()), (Version::V2_2, parallel())]
+    {
+        for loss in LOSSES {
+            for percent in [10, 50, 99] {
+                lose(version, &options, loss, percent);
+            }
+        }
+    }
+}
+
+/// B's pull succeeds all the same, and goes on where it was. What becomes of A's pull is A's matter.
+fn lose(version: Version, options: &Options, loss: Loss, percent: u64) {
+    let Some(mut cluster) = Cluster::start(version, 2, options) else { return };
+    let image = cluster.push("lost:1", |image| image.layers(1, LAYER, Compression::None, 34));
+    let layer = image.layers_for(host_platform()).next().unwrap().clone();
+    cluster.lab.limit(cluster.upstream.node(), UPSTREAM).unwrap();
+    let mut first = Pull::start(&cluster.nodes[0], &image);
+    let at_a = || offered(&cluster.nodes[0], &image, &layer.digest);
+    wait_until(PATIENCE, "the layer offered by A", || at_a().is_some()).unwrap();
+    let start = Instant::now();
+    let second = Pull::start(&cluster.nodes[1], &image);
+    let relayed = || cluster.nodes[1].spegel().metric("spegel_serve_bytes_total", &["kind=\"relay\""]).unwrap();
+    wait_until(PATIENCE, "that part of the layer", || relayed() >= (layer.size * percent / 100) as f64).unwrap();
+    let had = relayed() as u64;
+    inflict(&mut cluster, loss, &mut first);
+    second.succeeds(&cluster, &cluster.nodes[1]);
+    let took = start.elapsed();
+    cluster.nodes[1].check(&image, image.reference());
+    let rest = cluster.upstream.sent(cluster.nodes[1].containerd.node(), &layer.digest);
+    println!(
+        "containerd {version} {options:?}, {loss:?} at {percent} %: B had {had} bytes and took {took:.2?}, upstream sent it {rest}"
+    );
+    // Of parallel chunks, it asks for more than it takes.
+    if options.layer_fetch_buffer.is_none() {
+        assert!(rest <= layer.size - had + TWICE, "upstream sent B {rest} bytes of {}, and it had {had}", layer.size);
+    }
+    undo(&cluster, loss);
+}
+
+/// The position and the total that A tells its peers.
+fn offered(node: &Member, image: &Image, digest: &str) -> Option<String> {
+    let client = Client::new(Duration::from_secs(10));
+    let head = client.head(&node.url(image, "blobs", digest), &[("X-Spegel-Mirrored", "true")]).ok()?;
+    head.header("x-spegel-receiving").map(str::to_owned)
+}
+
+fn inflict(cluster: &mut Cluster, loss: Loss, pull: &mut Pull) {
+    let a = cluster.nodes[0].containerd.node().clone();
+    match loss {
+        Loss::Killed => cluster.nodes[0].spegel().daemon.signal(Signal::KILL).unwrap(),
+        Loss::Stopped => cluster.nodes[0].spegel().daemon.signal(Signal::STOP).unwrap(),
+        Loss::CutOff => cluster.lab.set_connected(&a, false).unwrap(),
+        Loss::Cancelled => pull.cancel(),
+        Loss::Restarted => cluster.nodes[0].containerd.restart().unwrap(),
+    }
+}
+
+fn undo(cluster: &Cluster, loss: Loss) {
+    if matches!(loss, Loss::Stopped) {
+        // A stopped process would not hear that it is to end.
+        cluster.nodes[0].spegel().daemon.signal(Signal::CONT).ok();
+    }
+}
+
+// === A's bytes are wrong ===
+
+/// The upstream sends a wrong byte once. The pulls that were under way fail at their own containerds' check; nobody gives the file to
+/// others after that, and once the upstream is well again all succeed.
+fn wrong_bytes(version: Version) {
+    let Some(cluster) = Cluster::start(version, 2, &Options::default()) else { return };
+    let image = cluster.push("poisoned:1", |image| image.layers(1, LAYER, Compression::None, 35));
+    let layer = image.layers_for(host_platform()).next().unwrap().clone();
+    cluster.lab.limit(cluster.upstream.node(), UPSTREAM).unwrap();
+    let file = cluster.upstream.blob_path(&layer.digest);
+    let right = std::fs::read(&file).unwrap();
+    let mut wrong = right.clone();
+    wrong[3 << 20] ^= 1;
+    std::fs::write(&file, wrong).unwrap();
+
+    let first = Pull::start(&cluster.nodes[0], &image);
+    let at = |node: usize| offered(&cluster.nodes[node], &image, &layer.digest);
+    wait_until(PATIENCE, "the layer offered by A", || at(0).is_some()).unwrap();
+    let second = Pull::start(&cluster.nodes[1], &image);
+    for pull in [first, second] {
+        let error = pull.result().expect_err("the bytes are wrong");
+        assert!(error.contains("digest"), "{error}");
+    }
+    // What a commit that fails leaves behind is given up a moment after its writer closed it.
+    wait_until(Duration::from_secs(5), "the end of the offers", || at(0).is_none() && at(1).is_none()).unwrap();
+    std::fs::write(&file, right).unwrap();
+
+    for node in &cluster.nodes {
+        // containerd 2.2 may try to commit what it has a few times more.
+        let mut tries = 0;
+        wait_until(PATIENCE, "a pull that succeeds", || {
+            tries += 1;
+            assert!(at(0).is_none() && at(1).is_none() || tries > 1, "the wrong bytes are offered");
+            Pull::start(node, &image).result().is_ok()
+        })
+        .unwrap_or_else(|error| panic!("{error}\n{}", logs(&cluster)));
+        node.check(&image, image.reference());
+        println!("containerd {version}: right after {tries} further tries");
+    }
+}
+
+// === pulls ===
+
+/// A pull through the CRI that is under way.
+struct Pull {
+    thread: JoinHandle<Result<(), String>>,
+    cancel: Option<oneshot::Sender<()>>,
+}
+
+impl Pull {
+    fn start(node: &Member, image: &Image) -> Self {
+        let (socket, reference) = (node.containerd.socket(), image.reference().to_owned());
+        let (cancel, cancelled) = oneshot::channel();
+        let thread = thread::spawn(move || {
+            let cancelled = async {
+                // Who drops the sender wants the pull to go on.
+                if cancelled.await.is_err() {
+                    std::future::pending().await
+                }
+            };
+            cri::pull_unless(&socket, &reference, cancelled)
+        });
+        Self { thread, cancel: Some(cancel) }
+    }
+
+    fn cancel(&mut self) {
+        self.cancel.take().unwrap().send(()).unwrap();
+    }
+
+    fn result(self) -> Result<(), String> {
+        self.thread.join().unwrap()
+    }
+
+    #[track_caller]
+    fn succeeds(self, cluster: &Cluster, node: &Member) {
+        if let Err(error) = self.result() {
+            panic!("{error}\n{}\ncontainerd:\n{}", logs(cluster), node.containerd.log());
+        }
+    }
+}
+
+fn logs(cluster: &Cluster) -> String {
+    let logs = cluster.nodes.iter().enumerate().map(|(n, node)| format!("spegel {n}:\n{}", node.spegel().daemon.log()));
+    logs.collect::<Vec<_>>().join("\n")
+}

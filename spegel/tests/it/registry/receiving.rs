@@ -1,0 +1,215 @@
+//! Blobs that a node is still receiving: who may have them, by which ways, and what becomes of a writer that gives up.
+
+use std::os::unix::fs::FileExt as _;
+
+use spegel::mirror::{Chain, NodeId};
+use spegel::zerocopy::{Growing, Progress};
+
+use super::*;
+
+const MIB: usize = 1 << 20;
+
+/// What a node's containerd writes to its ingest.
+struct Writer {
+    bytes: Vec<u8>,
+    file: Arc<std::fs::File>,
+    progress: watch::Sender<Progress>,
+    target: String,
+    digest: Digest,
+}
+
+impl Writer {
+    /// `node` receives `bytes`, none of which is there yet, and offers them.
+    fn at(node: &Node, bytes: &[u8]) -> Self {
+        let digest = digest_of(bytes);
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let progress = watch::Sender::new(Progress { position: 0, ended: false });
+        let growing = Growing::new(file.clone(), progress.subscribe());
+        let receiving = Receiving { growing, total: bytes.len() as u64 };
+        node.shelf.receiving.lock().unwrap().insert(digest.clone(), receiving);
+        node.announce(Key::Digest(digest.clone()));
+        let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+        Self { bytes: bytes.to_vec(), file, progress, target, digest }
+    }
+
+    fn write_to(&self, end: usize) {
+        self.file.write_all_at(&self.bytes[..end], 0).unwrap();
+        self.progress.send_replace(Progress { position: end as u64, ended: end == self.bytes.len() });
+    }
+
+    fn give_up(&self) {
+        self.progress.send_modify(|progress| progress.ended = true);
+    }
+}
+
+fn chain(names: &[&str]) -> String {
+    let none = Chain::default();
+    names.iter().rev().fold(none, |chain, name| chain.below(NodeId::of(name)).unwrap()).to_string()
+}
+
+/// Asks as the containerd of the node `name`.
+async fn ask_as(node: &Node, name: &str, target: &str) -> Reply {
+    node.ask("GET", target, &[("X-Spegel-Node", name)]).await
+}
+
+/// Asks as a peer whose own containerd wants it.
+async fn ask_for(node: &Node, name: &str, target: &str, range: &str) -> Reply {
+    node.ask("GET", target, &[("X-Spegel-Mirrored", "true"), ("X-Spegel-Node", name), ("Range", range)]).await
+}
+
+/// Asks in the background.
+fn pull(node: &Node, name: &str, target: &str) -> tokio::task::JoinHandle<Reply> {
+    let (address, name, target) = (node.address(), name.to_owned(), target.to_owned());
+    tokio::spawn(async move {
+        let headers = [("X-Spegel-Node", name.as_str())];
+        let asked = exchange(address, "GET", &target, &headers);
+        tokio::time::timeout(PATIENCE, asked).await.expect("an answer")
+    })
+}
+
+async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let polling = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(PATIENCE, polling).await.is_ok(), "not in time: {what}");
+}
+
+#[tokio::test]
+async fn a_peer_is_given_what_is_there_and_the_rest_as_it_comes() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
+    let writer = Writer::at(&a, &noise(1, 5 * MIB));
+    writer.write_to(MIB);
+    let part = ask_for(&a, "b", &writer.target, "bytes=10-99").await;
+    assert_eq!((part.status, part.body.as_slice()), (206, &writer.bytes[10..100]));
+    assert_eq!(part.header("x-spegel-receiving"), format!("{MIB}/{}", 5 * MIB));
+    assert_eq!((part.header("x-spegel-chain"), part.header("x-spegel-source")), (&*chain(&["a"]), "receiving"));
+
+    let pulled = pull(&b, "b", &writer.target);
+    for end in 2..=5 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        writer.write_to(end * MIB);
+    }
+    let reply = pulled.await.unwrap();
+    assert_eq!((reply.status, reply.header("x-spegel-source")), (200, &*a.address().to_string()));
+    assert!(reply.body == writer.bytes && reply.orderly);
+}
+
+#[tokio::test]
+async fn small_content_is_waited_for_and_verified() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
+    let writer = Writer::at(&a, &noise(2, 100_000));
+    writer.write_to(1000);
+    let pulled = pull(&b, "b", &writer.target);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!pulled.is_finished());
+    writer.write_to(100_000);
+    let reply = pulled.await.unwrap();
+    assert!(reply.status == 200 && reply.body == writer.bytes);
+}
+
+#[tokio::test]
+async fn who_may_be_receiving_it_is_not_given_it() {
+    let network = MemoryNetwork::new();
+    let a = Node::join(&network, "a");
+    let writer = Writer::at(&a, &noise(3, 2 * MIB));
+    writer.write_to(2 * MIB);
+    assert_eq!(ask_as(&a, "a", &writer.target).await.status, 404, "its own containerd would wait for itself");
+    assert_eq!(a.get(&writer.target).await.status, 404, "nobody knows whose containerd this is");
+    let reply = ask_as(&a, "b", &writer.target).await;
+    assert!(reply.status == 200 && reply.body == writer.bytes, "another node's containerd");
+    let complete = a.shelf.put(&noise(3, 2 * MIB));
+    assert_eq!(complete, writer.digest);
+    assert_eq!(ask_as(&a, "a", &writer.target).await.status, 200, "once it is complete");
+}
+
+/// B takes it from A, and C from B: then neither may take it from one that has it of him.
+#[tokio::test]
+async fn a_child_is_never_its_own_ancestor() {
+    let network = MemoryNetwork::new();
+    let (a, b, c) = (Node::join(&network, "a"), Node::join(&network, "b"), Node::join(&network, "c"));
+    let bytes = noise(4, 4 * MIB);
+    let at_a = Writer::at(&a, &bytes);
+    at_a.write_to(MIB);
+    let target = &at_a.target;
+    let to_b = pull(&b, "b", target);
+    let at_b = Writer::at(&b, &bytes);
+    at_b.write_to(MIB);
+    until("B has it by way of A", async || {
+        ask_for(&b, "x", target, "bytes=0-9").await.header("x-spegel-chain") == chain(&["b", "a"])
+    })
+    .await;
+    a.router.announce(Change::Removed(vec![Key::Digest(at_a.digest.clone())]));
+    let to_c = pull(&c, "c", target);
+    let at_c = Writer::at(&c, &bytes);
+    at_c.write_to(MIB);
+    until("C has it by way of B", async || {
+        ask_for(&c, "x", target, "bytes=0-9").await.header("x-spegel-chain") == chain(&["c", "b", "a"])
+    })
+    .await;
+
+    for (node, child) in [(&b, "a"), (&c, "a"), (&c, "b"), (&a, "a")] {
+        assert_eq!(ask_for(node, child, target, "bytes=0-9").await.status, 404, "{child} is above");
+    }
+    for (node, child) in [(&a, "b"), (&a, "c"), (&b, "c")] {
+        assert_eq!(ask_for(node, child, target, "bytes=0-9").await.status, 206, "{child} is below");
+    }
+    for writer in [&at_a, &at_b, &at_c] {
+        writer.write_to(bytes.len());
+    }
+    for pulled in [to_b, to_c] {
+        assert!(pulled.await.unwrap().body == bytes);
+    }
+    until("nobody feeds C any more", async || ask_for(&c, "a", target, "bytes=0-9").await.status == 206).await;
+}
+
+/// What a peer says of the chain is not trusted to be sensible.
+#[tokio::test]
+async fn an_answer_that_comes_through_us_or_does_not_tell_its_way_is_not_used() {
+    let bytes = noise(5, 2 * MIB);
+    let digest = digest_of(&bytes);
+    for way in [
+        format!("X-Spegel-Chain: {}\r\n", chain(&["x", "b", "y"])),
+        "X-Spegel-Chain: circle\r\n".to_owned(),
+        String::new(),
+    ] {
+        let network = MemoryNetwork::new();
+        let b = Node::join(&network, "b");
+        let head =
+            format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nX-Spegel-Receiving: 1/2\r\n{way}\r\n", bytes.len());
+        let _peer = rogue(&network, "x", Key::Digest(digest.clone()), [head.as_bytes(), &bytes].concat()).await;
+        let reply = ask_as(&b, "b", &format!("/v2/app/blobs/{digest}?ns=registry.test")).await;
+        assert_eq!(reply.status, 404, "{way}");
+    }
+}
+
+#[tokio::test]
+async fn another_goes_on_where_a_writer_gave_up() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "1-a"), Node::join(&network, "b"));
+    let writer = Writer::at(&a, &noise(6, 5 * MIB));
+    writer.write_to(2 * MIB + 5);
+    let pulled = pull(&b, "b", &writer.target);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let c = Node::join(&network, "2-c");
+    c.offer(&writer.bytes);
+    writer.give_up();
+    let reply = pulled.await.unwrap();
+    assert!(reply.status == 200 && reply.orderly && reply.body == writer.bytes, "{} bytes", reply.body.len());
+}
+
+#[tokio::test]
+async fn a_writer_that_gave_up_ends_in_an_orderly_close_where_nobody_goes_on() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
+    let writer = Writer::at(&a, &noise(7, 5 * MIB));
+    writer.write_to(2 * MIB + 5);
+    let pulled = pull(&b, "b", &writer.target);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    writer.give_up();
+    let reply = pulled.await.unwrap();
+    assert!(reply.orderly && reply.body == writer.bytes[..2 * MIB + 5], "{} bytes", reply.body.len());
+}

@@ -1,0 +1,160 @@
+//! `cargo xtask faults`: what each fault does to a pull.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use spegel_benches::containerd::{Options, Version};
+use spegel_benches::faults::{Outcome, Row, Scene, Setup, rows};
+
+#[derive(Debug, Args)]
+pub(crate) struct Faults {
+    /// Only rows whose group or name contains one of these
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "TEXT")]
+    rows: Vec<String>,
+    /// Which containerd pulls; all if not told
+    #[arg(long, value_enum)]
+    containerd: Vec<Kind>,
+    /// The size of each of the three layers, in MiB
+    #[arg(long, default_value_t = 64, value_name = "MIB")]
+    layer: u64,
+    /// Without a second peer that is well
+    #[arg(long)]
+    alone: bool,
+    /// What the upstream registry's link carries, in Mbit/s
+    #[arg(long, default_value_t = 200, value_name = "NUMBER")]
+    upstream: u32,
+    /// Arguments for every spegel
+    #[arg(long, num_args = 1.., allow_hyphen_values = true, value_name = "ARGUMENT")]
+    with: Vec<String>,
+    /// Print log lines and metrics of each row
+    #[arg(long)]
+    verbose: bool,
+    /// Write the outcomes there
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Run this program instead of building spegel
+    #[arg(long, value_name = "PATH")]
+    binary: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    #[value(name = "1.6")]
+    V1_6,
+    #[value(name = "2.2")]
+    V2_2,
+    #[value(name = "2.2-parallel")]
+    V2_2Parallel,
+}
+
+/// The outcomes of one containerd.
+struct Run {
+    kind: Kind,
+    baseline: f64,
+    outcomes: Vec<Outcome>,
+}
+
+// === impl Faults ===
+
+impl Faults {
+    pub(crate) fn run(&self) -> Result<bool> {
+        let program = match &self.binary {
+            Some(program) => std::path::absolute(program)?,
+            None => crate::build::spegel("fast")?,
+        };
+        let chosen: Vec<Row> = rows().into_iter().filter(|row| self.wants(row)).collect();
+        let all = [Kind::V1_6, Kind::V2_2, Kind::V2_2Parallel];
+        let kinds = if self.containerd.is_empty() { &all[..] } else { &self.containerd };
+        let mut runs = Vec::new();
+        for &kind in kinds {
+            runs.push(self.run_kind(&program, kind, &chosen)?);
+        }
+        let good = runs.iter().all(|run| run.outcomes.iter().all(|outcome| verdict(outcome, run.baseline).is_ok()));
+        let value: Vec<_> = runs.iter().map(Run::to_json).collect();
+        crate::write_json(self.json.as_ref(), &json!(value))?;
+        Ok(good)
+    }
+
+    fn wants(&self, row: &Row) -> bool {
+        self.rows.is_empty() || self.rows.iter().any(|text| row.group == text || row.name.contains(text.as_str()))
+    }
+
+    fn run_kind(&self, program: &std::path::Path, kind: Kind, chosen: &[Row]) -> Result<Run> {
+        let layer = self.layer << 20;
+        let buffer = (kind == Kind::V2_2Parallel).then(|| u32::try_from(layer / 8).unwrap_or(u32::MAX));
+        let setup = Setup {
+            program: program.to_path_buf(),
+            version: if kind == Kind::V1_6 { Version::V1_6 } else { Version::V2_2 },
+            options: Options { layer_fetch_buffer: buffer },
+            layer,
+            company: !self.alone,
+            upstream_mbit: self.upstream,
+            arguments: self.with.clone(),
+        };
+        let mut scene = Scene::start(&setup)?;
+        let baseline = scene.baseline()?;
+        let name = kind.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        println!("\ncontainerd {name}, 3 layers of {} MiB, no mirror: {baseline:.1} s", self.layer);
+        println!(
+            "{:<11} {:<26} {:<8} {:>6} {:>5} {:>5} {:>5}  log, descriptors",
+            "at", "fault", "pull", "s", "bad", "good", "up"
+        );
+        let mut outcomes = Vec::new();
+        for row in chosen {
+            let outcome = scene.run(row)?;
+            self.print(&outcome, baseline);
+            outcomes.push(outcome);
+        }
+        Ok(Run { kind, baseline, outcomes })
+    }
+
+    fn print(&self, outcome: &Outcome, baseline: f64) {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let from = |name: &str| mib(outcome.mirror_bytes.get(name).copied().unwrap_or_default());
+        let said = match verdict(outcome, baseline) {
+            Ok(()) => "ok".to_owned(),
+            Err(word) => word.to_owned(),
+        };
+        let (before, after) = outcome.descriptors;
+        println!(
+            "{:<11} {:<26} {said:<8} {:>6.1} {:>5} {:>5} {:>5}  {} lines, {before} to {after}",
+            outcome.group,
+            outcome.name,
+            outcome.seconds,
+            from("bad peer"),
+            from("good peer"),
+            mib(outcome.upstream_bytes),
+            outcome.log.len()
+        );
+        if let Some(error) = &outcome.failed {
+            let error = error.lines().last().unwrap_or_default();
+            let again = if outcome.failed_again.is_none() { "succeeded" } else { "failed too" };
+            println!("    {error}\n    pull {} {again}", outcome.pulls);
+        }
+        if self.verbose {
+            outcome.log.iter().for_each(|line| println!("    {line}"));
+            outcome.metrics.iter().for_each(|(name, value)| println!("    {name} {value}"));
+        }
+    }
+}
+
+/// Whether the outcome is what the mirror promises.
+fn verdict(outcome: &Outcome, baseline: f64) -> Result<(), &'static str> {
+    let may_fail = outcome.name == "wrong bytes";
+    match (&outcome.failed, &outcome.failed_again) {
+        (Some(_), again) if !may_fail || again.is_some() => Err("FAILED"),
+        (None, _) if !outcome.met && outcome.group != "none" => Err("NOT MET"),
+        // A stall is noticed after five seconds, and going elsewhere may take two.
+        _ if outcome.seconds > baseline + outcome.link_seconds + 7.0 => Err("SLOW"),
+        _ => Ok(()),
+    }
+}
+
+impl Run {
+    fn to_json(&self) -> serde_json::Value {
+        let name = self.kind.to_possible_value().map(|value| value.get_name().to_owned());
+        json!({ "containerd": name, "baseline_seconds": self.baseline, "rows": self.outcomes })
+    }
+}
