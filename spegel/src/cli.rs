@@ -199,7 +199,6 @@ mod tests {
                 &["--service-account-dir", "/elsewhere"],
                 &["--serve-engine", "tokio"],
                 &["--serve-transfer", "copy"],
-                &["--drop-cold-pages"],
                 &["--watchdog", "0"],
                 &["--watchdog", "1s"],
                 &["--max-connections", "1"],

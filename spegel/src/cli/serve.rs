@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clap::{ArgAction, Args};
+use clap::Args;
 
 use super::args::duration;
 use crate::serve::{EngineChoice, Limits, Options};
@@ -17,9 +17,6 @@ pub(super) struct ServeArgs {
     /// How bytes of files and peers are sent: `zerocopy` within the kernel, or `copy` where a sandbox or file system spoils that
     #[arg(long, env, default_value = "zerocopy", value_name = "WAY")]
     serve_transfer: Transfer,
-    /// Let pages that were read from disk for one body leave the page cache behind it, so that they do not count as this pod's memory
-    #[arg(long, env, default_value_t = false, action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
-    drop_cold_pages: bool,
     /// How long a serving thread may hang before the process ends itself, to be started anew; 0 is never
     #[arg(long, env, default_value = "5s", value_parser = duration_or_never, value_name = "DURATION")]
     watchdog: Never,
@@ -73,7 +70,6 @@ impl ServeArgs {
             limits,
             engine: self.serve_engine,
             transfer: self.serve_transfer,
-            drop_cold: self.drop_cold_pages,
             watchdog: self.watchdog.0,
             pipes: self.max_pipes,
             ..Options::default()

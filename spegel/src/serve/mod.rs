@@ -108,8 +108,6 @@ pub struct Options {
     pub watchdog: Option<Duration>,
     /// How bytes of files and peers are moved.
     pub transfer: Transfer,
-    /// Whether pages that were read for one body alone leave the page cache behind it.
-    pub drop_cold: bool,
     /// Pipes for relays; relays beyond these copy.
     pub pipes: usize,
     /// Where the server counts.
@@ -125,7 +123,6 @@ impl Default for Options {
             engine: EngineChoice::Auto,
             watchdog: Some(Duration::from_secs(5)),
             transfer: Transfer::default(),
-            drop_cold: false,
             pipes: 256,
             metrics: ServeMetrics::default(),
         }
@@ -203,7 +200,7 @@ impl Server {
     /// # Errors
     /// An address that is taken or cannot be had, or no threads for the data runtimes.
     pub fn bind(addrs: &[ListenAddr], options: Options, handler: Arc<dyn Handler>) -> Result<Self, ServeError> {
-        let Options { limits, runtimes, engine, watchdog, transfer, drop_cold, pipes, metrics } = options;
+        let Options { limits, runtimes, engine, watchdog, transfer, pipes, metrics } = options;
         let listeners = addrs.iter().map(|addr| listen(*addr)).collect::<Result<Vec<_>, _>>()?;
         let stop = Stop {
             accepting: CancellationToken::new(),
@@ -213,7 +210,6 @@ impl Server {
         metrics.set_limits(&limits, pipes);
         let settings = Settings {
             transfer,
-            drop_cold,
             pipes: PipePool::counted(pipes, metrics.pipes()),
             traffic: metrics.traffic().clone(),
             ..Settings::default()

@@ -1,9 +1,7 @@
 //! A range of a file as the source of a body.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -21,15 +19,12 @@ use super::warm::{Warm, Window};
 /// Bytes that are read at once where a file is not in memory. One turn's budget.
 const WINDOW: usize = 512 << 10;
 
-/// Bytes of a cold file that wait in a socket to be sent. Its pages count as ours, and cannot be taken back while they wait: 200
-/// clients that take nothing had a process killed whose group is limited to 128 MiB.
+/// Bytes of a cold file that wait in a socket to be sent. Its pages count as ours, and cannot be taken back while they wait: beside 200
+/// clients that take nothing, a process whose group is limited to 128 MiB reset new connections.
 const UNSENT: u32 = 128 << 10;
 
 /// How long a window may take to be read. A disk that is slower than that is no source.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Cold windows that are kept until what was sent of them has left: more than a socket's send buffer holds by default (4 MiB).
-const LAG: usize = 16;
 
 /// What is left of a file's range.
 pub(super) struct FileSource {
@@ -42,7 +37,6 @@ pub(super) struct FileSource {
     /// Up to here the file was in memory when last looked at.
     resident_to: u64,
     warming: Option<Warming>,
-    behind: Option<Behind>,
     /// Whether a window was cold, and the client's socket does not know yet.
     is_news: bool,
     failed: Option<BodyError>,
@@ -50,20 +44,12 @@ pub(super) struct FileSource {
 
 /// A window that is being read.
 struct Warming {
-    start: u64,
     end: u64,
     done: BoxFuture<'static, Result<(), tokio::time::error::Elapsed>>,
 }
 
-/// Lets go of the pages of windows that were not in memory before this body, once they were sent.
-struct Behind {
-    file: Arc<File>,
-    windows: VecDeque<(u64, u64)>,
-}
-
 impl FileSource {
     pub(super) fn new(file: Arc<File>, offset: u64, len: u64, settings: &Settings) -> Self {
-        let behind = settings.drop_cold.then(|| Behind { file: file.clone(), windows: VecDeque::new() });
         Self {
             file,
             offset,
@@ -73,7 +59,6 @@ impl FileSource {
             warmer: settings.warmer.clone(),
             resident_to: offset,
             warming: None,
-            behind,
             is_news: false,
             failed: None,
         }
@@ -155,9 +140,6 @@ impl FileSource {
             return Poll::Ready(Err(BodyError::Disk { waited: PATIENCE }));
         }
         self.resident_to = warming.end;
-        if let Some(behind) = &mut self.behind {
-            behind.add(warming.start, warming.end);
-        }
         let next = self.window(self.resident_to);
         self.warming = (next.resident() < next.len).then(|| self.warm(next));
         Poll::Ready(Ok(()))
@@ -170,8 +152,8 @@ impl FileSource {
     }
 
     fn warm(&self, window: Window) -> Warming {
-        let (start, end) = (window.offset, window.offset + window.len as u64);
-        Warming { start, end, done: Box::pin(tokio::time::timeout(PATIENCE, self.warmer.warm(window))) }
+        let end = window.offset + window.len as u64;
+        Warming { end, done: Box::pin(tokio::time::timeout(PATIENCE, self.warmer.warm(window))) }
     }
 
     fn sendfile(&self, client: &Client<'_>, max: usize) -> io::Result<usize> {
@@ -193,31 +175,5 @@ impl FileSource {
         stage.take(n);
         client.traffic.add(Way::FileCopy, n);
         Ok(n)
-    }
-}
-
-// === impl Behind ===
-
-impl Behind {
-    fn add(&mut self, start: u64, end: u64) {
-        self.windows.push_back((start, end));
-        if self.windows.len() > LAG {
-            self.drop_oldest();
-        }
-    }
-
-    fn drop_oldest(&mut self) {
-        if let Some((start, end)) = self.windows.pop_front() {
-            // Advice: where it is not taken nothing is lost.
-            let _ = rustix::fs::fadvise(&*self.file, start, NonZeroU64::new(end - start), rustix::fs::Advice::DontNeed);
-        }
-    }
-}
-
-impl Drop for Behind {
-    fn drop(&mut self) {
-        while !self.windows.is_empty() {
-            self.drop_oldest();
-        }
     }
 }

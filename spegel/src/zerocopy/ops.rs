@@ -55,8 +55,6 @@ pub struct Settings {
     pub pipes: Arc<PipePool>,
     /// Who reads what is not in memory.
     pub warmer: Arc<dyn Warm>,
-    /// Whether pages that were read for a body alone leave the page cache behind it. Other readers of the same file read them anew.
-    pub drop_cold: bool,
     /// Where sent bytes are counted.
     pub traffic: Traffic,
 }
@@ -68,7 +66,6 @@ impl Default for Settings {
             budget: 512 << 10,
             pipes: PipePool::new(256),
             warmer: Arc::new(ThreadWarmer::new()),
-            drop_cold: false,
             traffic: Traffic::new(),
         }
     }
