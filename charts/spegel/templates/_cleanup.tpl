@@ -91,5 +91,5 @@ spec:
 {{- define "spegel.cleanup.repeatCommand" -}}
 {{- $set := printf "%s-cleanup" (include "spegel.fullname" .) -}}
 {{- $kubectl := printf "kubectl -n %s" (include "spegel.namespace" .) -}}
-{{ $kubectl }} get pod {{ $set }}-wait -o jsonpath='{.metadata.annotations.spegel-cleanup}' | {{ $kubectl }} apply -f - && {{ $kubectl }} rollout status daemonset/{{ $set }} && {{ $kubectl }} delete daemonset/{{ $set }} pod/{{ $set }}-wait
+{{ $kubectl }} get job {{ $set }}-wait -o jsonpath='{.metadata.annotations.spegel-cleanup}' | {{ $kubectl }} apply -f - && {{ $kubectl }} rollout status daemonset/{{ $set }} && {{ $kubectl }} delete daemonset/{{ $set }} job/{{ $set }}-wait
 {{- end }}

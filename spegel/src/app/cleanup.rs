@@ -57,11 +57,24 @@ fn tell(cleaned: &Cleaned) {
     }
 }
 
+/// What a wait has in any case: what it sees then is told.
+const ONE_LOOK: Duration = Duration::from_secs(3);
+
+/// How long the API may take to say when the cleanup began.
+const AGE_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// Waits until all nodes are clean. What a person must know goes to standard output, as plain text: Helm shows it.
 pub(super) async fn wait(settings: CleanupWaitSettings) -> anyhow::Result<()> {
     let mut stop_signal = StopSignal::listen()?;
+    let mut wait = settings.wait;
     let nodes: Box<dyn Nodes> = match settings.cluster {
-        Some(cluster) => Box::new(of_cluster(cluster, settings.port)?),
+        Some(cluster) => {
+            let nodes = of_cluster(cluster, settings.port)?;
+            // One that takes the place of a wait that was lost with its node has no more time than that one had.
+            let age = tokio::time::timeout(AGE_TIMEOUT, nodes.age()).await.ok().flatten().unwrap_or_default();
+            wait.deadline = wait.deadline.saturating_sub(age).max(ONE_LOOK);
+            Box::new(nodes)
+        }
         None => {
             warn!(
                 "without --daemonset only the nodes that DNS names are waited for: one whose pod does not run is missed"
@@ -72,7 +85,7 @@ pub(super) async fn wait(settings: CleanupWaitSettings) -> anyhow::Result<()> {
     };
     let probe = HttpProbe::new();
     let outcome = tokio::select! {
-        outcome = cleanup::wait(&*nodes, &probe, settings.wait) => outcome,
+        outcome = cleanup::wait(&*nodes, &probe, wait) => outcome,
         signal = stop_signal.next() => anyhow::bail!("stopped by {signal} before all nodes were clean"),
     };
     match outcome {

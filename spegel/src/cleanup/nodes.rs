@@ -1,6 +1,7 @@
 //! Which nodes must become clean.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -58,6 +59,15 @@ pub struct DnsNodes {
 }
 
 // === impl ApiNodes ===
+
+impl ApiNodes {
+    /// How long ago the cleanup began, by this host's clock: when its DaemonSet was made. Unknown while the API does not answer.
+    pub async fn age(&self) -> Option<Duration> {
+        let set = self.api.daemon_set(&self.namespace, &self.daemon_set).await.ok()?;
+        let made: jiff::Timestamp = set.metadata.creation_timestamp?.parse().ok()?;
+        jiff::Timestamp::now().duration_since(made).try_into().ok()
+    }
+}
 
 #[async_trait]
 impl Nodes for ApiNodes {

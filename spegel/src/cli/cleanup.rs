@@ -77,7 +77,7 @@ pub(super) struct CleanupWaitArgs {
     /// The time between two rounds of probes
     #[arg(long, env, default_value = "2s", value_parser = duration, value_name = "DURATION")]
     period: Duration,
-    /// The time after which the wait fails and says which nodes are missing
+    /// The time after which the wait fails and says which nodes are missing; with --daemonset counted from when that was made
     #[arg(long, env, default_value = "4m", value_parser = duration, value_name = "DURATION")]
     deadline: Duration,
     /// The DaemonSet that cleans: its pods, as the Kubernetes API has them, say which nodes must answer [default: the addresses

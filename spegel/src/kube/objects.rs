@@ -22,6 +22,8 @@ pub(crate) struct Metadata {
     pub(crate) generation: i64,
     #[serde(default)]
     pub(crate) labels: BTreeMap<String, String>,
+    /// When it was made (RFC 3339).
+    pub(crate) creation_timestamp: Option<String>,
     pub(crate) deletion_timestamp: Option<String>,
 }
 

@@ -235,7 +235,7 @@ impl Bench {
         Ok((growing, complete))
     }
 
-    /// User and system time of the first node's process, from its threads' run times in nanoseconds: the ticks of /proc/<pid>/stat are
+    /// User and system time of the first node's process, from its threads' run times in nanoseconds: the ticks of `/proc/PID/stat` are
     /// too coarse.
     fn cpu_time(&self) -> Result<Duration> {
         let mut total = 0;

@@ -241,7 +241,7 @@ impl Machine {
     /// # Errors
     /// What is left after a minute.
     pub(super) fn wait_empty(&self, namespace: &str) -> Result<()> {
-        let kinds = "daemonsets,pods,services,endpointslices,serviceaccounts,roles,rolebindings,networkpolicies,\
+        let kinds = "daemonsets,jobs,pods,services,endpointslices,serviceaccounts,roles,rolebindings,networkpolicies,\
                      configmaps,secrets,controllerrevisions";
         let left = || -> Result<Vec<String>> {
             let names = self.kubectl(&["get", kinds, "--namespace", namespace, "--output", "name"])?;

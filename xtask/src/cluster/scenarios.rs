@@ -212,9 +212,9 @@ fn kubelet_stopped(stage: &mut Stage<'_>) -> Result<()> {
     let release = stage.release("spegel", "spegel");
     let machine = Arc::clone(stage.machine);
     let before = machine.certs()?;
-    install(stage, &release, &["--set", "cleanup.deadline=30s"])?;
+    install(stage, &release, &["--set", "cleanup.deadline=2m"])?;
     machine.down(Some("node3/kubelet"))?;
-    let text = stage.step("uninstall with node3's kubelet stopped, deadline 30 s", || {
+    let text = stage.step("uninstall with node3's kubelet stopped, deadline 2 m", || {
         let done = release.uninstall()?;
         let text = said(&done);
         ensure!(!done.status.success(), "helm uninstall succeeded: {text}");
@@ -227,8 +227,8 @@ fn kubelet_stopped(stage: &mut Stage<'_>) -> Result<()> {
     let lines = text.replace("\\n", "\n");
     let command = lines.lines().find_map(|line| line.find("kubectl -n ").map(|start| line[start..].to_owned()));
     let Some(command) = command else { bail!("Helm's output has no command that repeats the cleanup: {text}") };
-    stage.step("the wait Pod and its log remain", || {
-        let log = machine.kubectl(&["logs", "spegel-cleanup-wait", "--namespace", release.namespace])?;
+    stage.step("the wait and its log remain", || {
+        let log = machine.kubectl(&["logs", "job/spegel-cleanup-wait", "--namespace", release.namespace])?;
         ensure!(log.contains("node3"), "its log: {log}");
         Ok(((), String::new()))
     })?;

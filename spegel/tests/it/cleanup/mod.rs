@@ -170,6 +170,24 @@ fn a_node_whose_pod_does_not_start_is_named_with_what_repeats_the_cleanup() {
     assert!(!told.contains("node-1:"), "{told}");
 }
 
+/// One that takes the place of a wait that was lost with its node.
+#[test]
+fn a_wait_has_no_more_time_than_is_left_since_the_daemon_set_was_made() {
+    let cluster = Cluster::new(1);
+    *cluster.api.state() = State {
+        observed: true,
+        made: Some("2026-01-01T00:00:00Z"),
+        desired: 1,
+        pods: vec![pending(1)],
+        ..State::default()
+    };
+    let start = Instant::now();
+    let output = cluster.wait(&["--deadline=1h"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stdout).contains("node-1: pod cleanup-1 has not started"), "{}", text(&output.stdout));
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+}
+
 #[test]
 fn success_waits_for_the_controller_for_late_nodes_and_for_pods_of_the_mirror_that_still_start() {
     let cluster = Cluster::new(2);

@@ -17,6 +17,8 @@ const TOKEN: &str = "a-token-of-the-service-account";
 pub(crate) struct State {
     /// Whether the DaemonSet's controller has seen it.
     pub(crate) observed: bool,
+    /// When the DaemonSet was made (RFC 3339).
+    pub(crate) made: Option<&'static str>,
     /// Nodes that need a pod.
     pub(crate) desired: usize,
     /// The cleanup's pods.
@@ -139,7 +141,7 @@ fn look_up(state: &State, path: &str) -> (&'static str, Value) {
     match path {
         "/apis/apps/v1/namespaces/spegel-system/daemonsets/spegel-cleanup" => {
             let set = json!({
-                "metadata": { "name": "spegel-cleanup", "generation": 1 },
+                "metadata": { "name": "spegel-cleanup", "generation": 1, "creationTimestamp": state.made },
                 "spec": { "selector": { "matchLabels": { "app": "spegel", "part": "cleanup" } } },
                 "status": { "observedGeneration": u8::from(state.observed), "desiredNumberScheduled": state.desired },
             });
