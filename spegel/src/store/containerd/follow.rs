@@ -117,7 +117,7 @@ async fn session(inner: &Arc<Inner>, wait: &mut Duration, receiving: &mut Receiv
             event = events.next() => session.handle(event?).await?,
             () = tokio::time::sleep_until(list_at) => {
                 session.list().await?;
-                receiving.watch(inner, &session.dir);
+                receiving.watch(inner, &session.dir).await?;
                 *wait = FIRST_RETRY;
                 listed += 1;
                 list_at = Instant::now() + if listed == 1 { SECOND_LIST } else { jittered(RELIST) };
@@ -130,19 +130,23 @@ async fn session(inner: &Arc<Inner>, wait: &mut Duration, receiving: &mut Receiv
 
 impl Receiving {
     /// Watches what is received beside the blobs of `dir`, from the first call on or when the directory is another.
-    fn watch(&mut self, inner: &Arc<Inner>, dir: &BlobDir) {
+    async fn watch(&mut self, inner: &Arc<Inner>, dir: &BlobDir) -> Result<(), StoreError> {
         if self.dir.as_deref() == Some(dir.root()) {
-            return;
+            return Ok(());
         }
+        let (inner, dir) = (inner.clone(), dir.clone());
         self.dir = Some(dir.root().to_path_buf());
-        let (receptions, told) = (inner.receptions.clone(), inner.clone());
-        let watcher =
-            Watcher::start(dir.clone(), &inner.settings.namespace, receptions, move |news| told.received(news));
+        let watcher = blocking(move || {
+            let (receptions, told) = (inner.receptions.clone(), inner.clone());
+            Watcher::start(dir, &inner.settings.namespace, receptions, move |news| told.received(news))
+        });
         self.watcher = watcher
+            .await?
             .inspect_err(
                 |error| tracing::warn!(%error, "pulls in progress are not noticed, only what they leave is offered"),
             )
             .ok();
+        Ok(())
     }
 }
 

@@ -96,6 +96,7 @@ struct Turn {
 
 impl Watcher {
     /// Looks at the ingests beside the blobs of `dir` until dropped, and tells what comes of those of `namespace`.
+    /// What begins after this returned is noticed from its first byte. Reads the directory, so it is not for async threads.
     ///
     /// # Errors
     /// No thread or descriptor is left for it.
@@ -121,6 +122,8 @@ impl Watcher {
             unwatched: HashSet::new(),
             new: HashSet::new(),
         };
+        // Not by the thread: an ingest that begins before it runs would be taken for one that a crash left.
+        watch.watch_root();
         let stopped = stop.clone();
         std::thread::Builder::new().name("ingest".to_owned()).spawn(move || watch.run(&stopped))?;
         Ok(Self { stop })
@@ -138,7 +141,6 @@ impl Drop for Watcher {
 
 impl<F: Fn(News)> Watch<F> {
     fn run(&mut self, stop: &OwnedFd) {
-        self.watch_root();
         loop {
             let timeout = self.timeout(Instant::now());
             match self.wait(stop, timeout) {
@@ -283,13 +285,18 @@ impl<F: Fn(News)> Watch<F> {
     /// Brings what is known of an ingest in line with what is there.
     fn look(&mut self, folder: &str, hint: Hint) {
         let path = self.ingests().join(folder);
-        let sight = look_at(&path.join("data"));
+        let mut sight = look_at(&path.join("data"));
         let is_known = self.receptions.lock().knows(folder);
         if hint.made && !is_known && self.new.len() < MAX_KNOWN {
             self.new.insert(folder.into());
         }
-        if !is_known && !self.meet(folder, &path, sight.is_some() || hint.moved) {
-            return;
+        if !is_known {
+            if !self.meet(folder, &path, sight.is_some() || hint.moved) {
+                return;
+            }
+            // What was written since the first look, and before the folder was watched, is told by no event.
+            // What was committed meanwhile had been seen before.
+            sight = look_at(&path.join("data")).or(sight);
         }
         let now = Instant::now();
         let Some(sight) = sight else { return self.missing(folder, &path, hint) };
@@ -332,7 +339,8 @@ impl<F: Fn(News)> Watch<F> {
     fn missing(&mut self, folder: &str, path: &Path, hint: Hint) {
         let Some((digest, inode)) = self.receptions.lock().last_seen(folder) else { return };
         let blob = look_at(&self.dir.path(&digest)).map(|sight| sight.inode);
-        let is_blob = blob.is_some() && (hint.moved || blob == inode);
+        // One that came and went between two looks left its blob; whose that is, containerd is asked before it is served.
+        let is_blob = blob.is_some() && (hint.moved || blob == inode || inode.is_none());
         if is_blob {
             let arrived = self.receptions.lock().committed(folder);
             self.unwatched.remove(folder);

@@ -144,6 +144,20 @@ fn what_comes_in_one_piece_is_told_when_it_is_there() {
     }
 }
 
+/// Some of what is written comes before the folder is watched, some between any two looks at it, and then nothing more.
+#[test]
+fn what_is_written_while_the_folder_is_met_is_told() {
+    let content = Content::new(PATIENCE * 10);
+    let _open: Vec<Ingest> = (1..=500)
+        .map(|n| {
+            let mut ingest = content.begin(n, "k8s.io", Some(3000));
+            ingest.write(1000);
+            content.expect(&News::Receiving(ingest.digest.clone()));
+            ingest
+        })
+        .collect();
+}
+
 #[test]
 fn others_namespaces_and_lengths_that_are_not_known_are_not_told() {
     let content = Content::new(PATIENCE);
