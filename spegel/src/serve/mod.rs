@@ -11,7 +11,9 @@ mod engine;
 mod linger;
 mod listener;
 mod metrics;
+mod quick;
 mod runtime;
+mod session;
 mod watch;
 mod watchdog;
 
@@ -19,6 +21,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -34,12 +37,19 @@ use watchdog::Watchdog;
 
 pub use listener::{ListenAddr, listen};
 pub use metrics::ServeMetrics;
+pub use quick::{Head, Quick};
 pub use runtime::{Chosen, EngineChoice, EngineKind};
 
 /// Answers requests. A panic in it costs that request a 500 and the connection, and nothing else.
 pub trait Handler: Send + Sync + 'static {
     /// Answers `request`, whose extensions hold the client's [`RemoteAddr`]. Runs on a data runtime: it must not block.
     fn handle(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>>;
+
+    /// Answers a request at once, from memory, or leaves it to [`Handler::handle`], as it does where nothing else is said. Runs on a data
+    /// runtime: it must not block. A panic in it means the latter.
+    fn quick(&self, _request: &Head<'_>, _remote: SocketAddr) -> Option<Quick> {
+        None
+    }
 
     /// Tells the client of a connection that is one too many to look elsewhere; the connection is closed after it. 503 if not told
     /// otherwise: containerd goes upstream on one at once.
@@ -176,11 +186,21 @@ pub struct Server {
 }
 
 /// The steps of an end.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Stop {
     accepting: CancellationToken,
     drain: CancellationToken,
     abort: CancellationToken,
+    /// How far it has come, for a look that costs nothing. Set before the tokens are.
+    step: Arc<AtomicU8>,
+}
+
+/// How far the end has come.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, PartialOrd)]
+enum Step {
+    Serving,
+    Draining,
+    Aborting,
 }
 
 /// What connections share.
@@ -190,6 +210,28 @@ struct Shared {
     handler: Arc<dyn Handler>,
     stop: Stop,
     metrics: ServeMetrics,
+}
+
+// === impl Stop ===
+
+impl Stop {
+    fn drain(&self) {
+        self.step.fetch_max(Step::Draining as u8, Ordering::Release);
+        self.drain.cancel();
+    }
+
+    fn abort(&self) {
+        self.step.fetch_max(Step::Aborting as u8, Ordering::Release);
+        self.abort.cancel();
+    }
+
+    fn step(&self) -> Step {
+        match self.step.load(Ordering::Acquire) {
+            0 => Step::Serving,
+            1 => Step::Draining,
+            _ => Step::Aborting,
+        }
+    }
 }
 
 // === impl Server ===
@@ -202,11 +244,7 @@ impl Server {
     pub fn bind(addrs: &[ListenAddr], options: Options, handler: Arc<dyn Handler>) -> Result<Self, ServeError> {
         let Options { limits, runtimes, engine, watchdog, transfer, pipes, metrics } = options;
         let listeners = addrs.iter().map(|addr| listen(*addr)).collect::<Result<Vec<_>, _>>()?;
-        let stop = Stop {
-            accepting: CancellationToken::new(),
-            drain: CancellationToken::new(),
-            abort: CancellationToken::new(),
-        };
+        let stop = Stop::default();
         metrics.set_limits(&limits, pipes);
         let settings = Settings {
             transfer,
@@ -254,7 +292,7 @@ impl Server {
     pub async fn shutdown(mut self, deadline: Duration) -> usize {
         self.stop.accepting.cancel();
         while self.acceptors.join_next().await.is_some() {}
-        self.stop.drain.cancel();
+        self.stop.drain();
         for engine in &self.engines {
             engine.close();
         }
@@ -269,7 +307,7 @@ impl Server {
             return 0;
         }
         let cut = self.engines.iter().map(|engine| engine.load()).sum();
-        self.stop.abort.cancel();
+        self.stop.abort();
         // A handler that blocks its runtime must not hold the process's end.
         let bound = self.linger + Duration::from_secs(1);
         if tokio::time::timeout(bound, all_done).await.is_err() {
@@ -282,7 +320,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.accepting.cancel();
-        self.stop.abort.cancel();
+        self.stop.abort();
         for engine in &self.engines {
             engine.close();
         }

@@ -127,6 +127,12 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// the request came, if it named one: it decides for content that no image reaches yet.
     async fn open(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Blob>, StoreError>;
 
+    /// As [`Store::open`], of what is small and was opened a moment ago: from memory, and at once. Nothing does not mean that it is not
+    /// here. Stores that keep nothing in memory need not implement it.
+    fn held(&self, _digest: &Digest, _asked: Option<&Repository>) -> Option<Blob> {
+        None
+    }
+
     /// As [`Store::open`], but content will do that is only being received. Not for the one who receives it: it would wait for
     /// itself. Stores that never receive anything need not implement it.
     async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {

@@ -122,6 +122,16 @@ impl Store for OciLayout {
         Ok(None)
     }
 
+    fn held(&self, digest: &Digest, asked: Option<&Repository>) -> Option<Blob> {
+        let (verdict, size) =
+            self.inner.state.read(|index| (index.verdict(digest, asked), index.expected_size(digest)));
+        if verdict != Verdict::Serve {
+            return None;
+        }
+        let mut held = self.inner.layouts.iter().filter_map(|layout| layout.blobs.held(digest));
+        held.find(|blob| size.is_none_or(|size| size == blob.size))
+    }
+
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {
         Ok(self.inner.state.read(|index| index.referrers(subject)))
     }

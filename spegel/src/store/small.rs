@@ -71,11 +71,16 @@ struct Entry {
 impl SmallCache {
     /// Content that was seen on disk a moment ago.
     pub(super) fn get(&self, digest: &Digest, now: Instant) -> Option<Blob> {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = held.by_digest.get_mut(digest)?;
-        entry.used = now;
-        let is_there = now.duration_since(entry.seen) < TRUST && names(&entry.blob) == entry.names;
-        is_there.then(|| entry.blob.clone())
+        let (blob, before) = {
+            let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+            let entry = held.by_digest.get_mut(digest)?;
+            entry.used = now;
+            if now.duration_since(entry.seen) >= TRUST {
+                return None;
+            }
+            (entry.blob.clone(), entry.names)
+        };
+        (names(&blob) == before).then_some(blob)
     }
 
     /// Content that has just been opened, with its bytes if it is small and they are its digest's. One that is known already is not

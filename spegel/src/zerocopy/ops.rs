@@ -102,6 +102,8 @@ pub(super) struct State {
     blocked_since: Option<Instant>,
     received: bool,
     bodies: usize,
+    /// No response waits to be written.
+    flushed: bool,
 }
 
 /// What a connection is doing, as far as its socket and bodies tell.
@@ -167,6 +169,7 @@ impl Ops {
             blocked_since: None,
             received: false,
             bodies: 0,
+            flushed: true,
         };
         Ok(Self { shared: Arc::new(Shared { region, settings: settings.clone(), state: Mutex::new(state) }) })
     }
@@ -192,6 +195,12 @@ impl Ops {
         Activity { received, blocked_since: state.blocked_since, body }
     }
 
+    /// Whether everything of the responses that began has been handed to the kernel.
+    #[must_use]
+    pub fn is_flushed(&self) -> bool {
+        self.shared.lock().flushed
+    }
+
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
@@ -214,6 +223,7 @@ impl Shared {
     pub(super) fn body_begins(&self, source: Option<(Source, EndHooks)>) {
         let mut state = self.lock();
         state.bodies += 1;
+        state.flushed = false;
         if state.source.is_some() || state.promised > 0 {
             state.out_of_step = true;
         } else {
@@ -268,6 +278,10 @@ impl State {
 
     pub(super) fn received(&mut self) {
         self.received = true;
+    }
+
+    pub(super) fn flushed(&mut self) {
+        self.flushed = true;
     }
 
     pub(super) fn progressed(&mut self, bytes: usize) {
@@ -343,6 +357,15 @@ impl Source {
             relay.complete();
         }
     }
+}
+
+/// Sends from memory on a client's socket, as much as the kernel takes; with `force` even where the runtime believes the socket to
+/// be full.
+///
+/// # Errors
+/// `WouldBlock` where the socket takes nothing now, and what the kernel says.
+pub fn send(stream: &TcpStream, bufs: &[IoSlice<'_>], force: bool, traffic: &Traffic) -> io::Result<usize> {
+    Client { stream, force, traffic }.send_vectored(bufs, false)
 }
 
 // === impl Client ===

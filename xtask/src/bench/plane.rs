@@ -25,11 +25,11 @@ pub(super) use requests::{mixed, small};
 pub(super) use rivals::{Rival, Running};
 
 /// The core of the servers; clients and what servers ask have the other.
-const SERVER_CORE: &str = "0";
-const CLIENT_CORE: &str = "1";
+const SERVER_CORE: usize = 0;
+const CLIENT_CORE: usize = 1;
 
 /// What every bench of the data plane has in common, for the text beside the figures.
-pub(super) const GROUND: &str = "One network namespace, loopback, congestion control reno; server pinned to core 0, client (and a \
+pub(super) const GROUND: &str = "One network namespace, loopback, congestion control reno; server started on core 0 alone, client (and a \
 relay's upstream) to core 1; rivals run one after the other in each round, figures are medians of the rounds. CPU is the server \
 process's alone, from schedstat, all threads. spegel logs warnings only, as nginx logs no accesses. ";
 
@@ -141,9 +141,9 @@ impl Plane {
     }
 
     /// A helper of ours in the namespace, on a core.
-    fn helper(&self, core: &str, arguments: &[&str]) -> Result<Command> {
+    fn helper(&self, core: usize, arguments: &[&str]) -> Result<Command> {
         let mut command = self.node.command("taskset");
-        command.args(["-c", core]).arg(std::env::current_exe()?).arg("bench-helper").args(arguments);
+        command.args(["-c", &core.to_string()]).arg(std::env::current_exe()?).arg("bench-helper").args(arguments);
         Ok(command)
     }
 }

@@ -124,6 +124,13 @@ impl Store for Containerd {
         Ok(is_served.then_some(blob))
     }
 
+    fn held(&self, digest: &Digest, asked: Option<&Repository>) -> Option<Blob> {
+        if self.inner.state.read(|index| index.verdict(digest, asked)) != Verdict::Serve {
+            return None;
+        }
+        self.inner.link.read().unwrap_or_else(PoisonError::into_inner).contents.as_ref()?.held(digest)
+    }
+
     async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {
         if let Some(blob) = self.open(digest, asked).await? {
             return Ok(Some(Found::Complete(blob)));

@@ -4,6 +4,7 @@
 mod hostile;
 mod local;
 mod peers;
+mod ready;
 mod receiving;
 mod refusals;
 
