@@ -10,8 +10,8 @@ use bytes::Bytes;
 use http::{Response, StatusCode};
 use tracing::warn;
 
-use super::promises::{Client, Refusal};
 use super::metrics::ClientKind;
+use super::promises::{Client, Refusal};
 use super::{Registry, SOURCE_HEADER, respond};
 use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
 use crate::oci::{

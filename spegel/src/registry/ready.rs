@@ -9,6 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use bytes::Bytes;
+use foldhash::quality::RandomState;
 use http::{Response, StatusCode, Uri};
 use prometheus_client::metrics::counter::Counter;
 use tracing::Level;
@@ -47,7 +48,7 @@ impl fmt::Debug for Prompt {
 /// The answers that stand ready, by the request's target.
 #[derive(Debug, Default)]
 pub(super) struct Ready {
-    answers: RwLock<HashMap<Box<str>, Arc<Answer>>>,
+    answers: RwLock<HashMap<Box<str>, Arc<Answer>, RandomState>>,
 }
 
 /// What an answer consists of beside its bytes, which are asked of the store each time.
@@ -81,7 +82,8 @@ impl<'a> Said<'a> {
             if is(NODE_HEADER) {
                 // As of an `http::HeaderMap`, the first counts.
                 if said.node.is_none() {
-                    said.node = Some(std::str::from_utf8(value).ok().filter(|text| !text.is_empty() && text.len() <= 253)?);
+                    said.node =
+                        Some(std::str::from_utf8(value).ok().filter(|text| !text.is_empty() && text.len() <= 253)?);
                 }
             } else if is(MIRRORED_HEADER) {
                 said.mirrored = said.mirrored.or(Some(value.eq_ignore_ascii_case(b"true")));
@@ -158,14 +160,14 @@ impl Registry {
             return None;
         }
         if let TagOrDigest::Tag(tag) = &answer.reference
-            && self.settings.store.resolve(tag)? != answer.digest
+            && !self.settings.store.names(tag, &answer.digest)
         {
             return None;
         }
         if self.audits.is_spoiled(&answer.digest) {
             return None;
         }
-        let blob = self.settings.store.held(&answer.digest, answer.repository.as_ref())?;
+        let blob = self.settings.store.held(&answer.digest, answer.repository.as_ref(), start)?;
         let body = if is_head { Bytes::new() } else { blob.small.as_ref()?.bytes().clone() };
         let observed = self.settings.metrics.begin_prompt(is_head, start, &self.flight);
         if !mirrored {

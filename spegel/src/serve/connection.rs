@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
+use rustix::net::{RecvFlags, recv};
 use tokio::io::{AsyncRead as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -25,6 +26,9 @@ use crate::zerocopy::{self, Activity, BodyEnd, BodyError, Settings};
 
 /// Bytes that are read of a bare connection at once: a request, or several of one who does not wait for answers.
 const READ: usize = 16 << 10;
+
+/// Bytes up to which an answer is copied into one piece: that costs less than what the kernel does for several.
+const COPIED: usize = 8 << 10;
 
 /// Answers from memory in a turn, before other connections get theirs.
 const ANSWERS: usize = 16;
@@ -48,7 +52,7 @@ enum End {
 pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings: Arc<Settings>) {
     let remote = accepted.remote;
     // The accepted connection stays counted until its socket is closed.
-    let stream = match accepted.take_stream().and_then(prepare) {
+    let stream = match accepted.take_stream() {
         Ok(stream) => stream,
         Err(error) => {
             tracing::debug!(%remote, %error, "a connection failed at its start");
@@ -62,7 +66,7 @@ pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings:
         is_refused: accepted.is_refused(),
     };
     let watch = Watch::new(shared.limits);
-    let mut lane = Lane { client, settings, phase: Phase::Bare(Bare::new(stream, Bytes::new())), watch, draining: false };
+    let mut lane = Lane { client, settings, phase: Phase::Bare(Bare::fresh(stream)), watch, draining: false };
     let (mut drain, mut abort) = (pin!(shared.stop.drain.cancelled()), pin!(shared.stop.abort.cancelled()));
     let mut armed = false;
     let end = poll_fn(|cx| {
@@ -78,12 +82,6 @@ pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings:
         linger::close(stream, shared.limits.linger).await;
     }
     drop(accepted);
-}
-
-fn prepare(stream: std::net::TcpStream) -> io::Result<TcpStream> {
-    let stream = TcpStream::from_std(stream)?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
 }
 
 /// None of these is an error of ours but a body out of step: clients leave early, peers fail, files vanish.
@@ -153,12 +151,10 @@ impl Lane {
                 }
                 _ => {}
             }
-            let handled = self.client.handling.get();
-            // One who has not asked anything yet is waited for: it may have come just before.
-            if self.draining && handled.requests > 0 && matches!(&self.phase, Phase::Bare(bare) if bare.out.is_none()) {
+            if self.draining && matches!(&self.phase, Phase::Bare(bare) if bare.out.is_none()) {
                 return Poll::Ready(End::Drained);
             }
-            match self.watch.poll(cx, activity, handled) {
+            match self.watch.poll(cx, activity, self.client.handling.get()) {
                 Verdict::Wait => return Poll::Pending,
                 Verdict::TryWrite => match &mut self.phase {
                     Phase::Bare(bare) => bare.force = true,
@@ -172,10 +168,8 @@ impl Lane {
 
     fn to_http(&mut self, unread: Bytes) -> io::Result<()> {
         let Phase::Bare(bare) = std::mem::replace(&mut self.phase, Phase::Nothing) else { return Ok(()) };
-        let mut session = Session::new(bare.stream, unread, &self.client, &self.settings)?;
-        if self.draining {
-            session.drain();
-        }
+        let is_last = self.client.is_refused || self.draining;
+        let session = Session::new(bare.stream, unread, is_last, &self.client, &self.settings)?;
         self.phase = Phase::Http(Box::new(session));
         Ok(())
     }
@@ -204,6 +198,8 @@ struct Bare {
     out: Option<Out>,
     /// Try the socket even where the runtime believes it to be full.
     force: bool,
+    /// Just accepted: nothing is known of it yet, and the first request is often there.
+    is_new: bool,
 }
 
 /// What comes after being bare.
@@ -225,13 +221,19 @@ struct Out {
 thread_local! {
     /// Where requests are read to, for all of a runtime's connections.
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ]);
+    /// Where answers are put together.
+    static WHOLE: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(COPIED));
 }
 
 // === impl Bare ===
 
 impl Bare {
     fn new(stream: TcpStream, unread: Bytes) -> Self {
-        Self { stream, unread, out: None, force: false }
+        Self { stream, unread, out: None, force: false, is_new: false }
+    }
+
+    fn fresh(stream: TcpStream) -> Self {
+        Self { force: true, is_new: true, ..Self::new(stream, Bytes::new()) }
     }
 
     fn activity(&self) -> Activity {
@@ -251,7 +253,7 @@ impl Bare {
             let next = if unread.is_empty() {
                 BUFFER.with_borrow_mut(|buffer| {
                     let mut buffer = ReadBuf::new(buffer);
-                    ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer))?;
+                    ready!(self.poll_read(cx, &mut buffer))?;
                     match buffer.filled() {
                         [] => Poll::Ready(Ok(Some(Next::Left))),
                         filled => Poll::Ready(self.answer(filled, &mut answers, client, settings)),
@@ -264,6 +266,16 @@ impl Bare {
                 return Poll::Ready(Ok(next));
             }
         }
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if std::mem::take(&mut self.is_new)
+            && let Ok((_, n @ 1..)) = recv(&self.stream, buffer.initialize_unfilled(), RecvFlags::DONTWAIT)
+        {
+            buffer.advance(n);
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 
     /// Answers the requests that are read, one after the other, as long as the client takes the answers.
@@ -302,7 +314,17 @@ impl Bare {
         let Quick { head, body, end } = quick;
         let date = quick::date();
         let parts = [IoSlice::new(&head), IoSlice::new(&date), IoSlice::new(&body)];
-        let sent = match zerocopy::send(&self.stream, &parts, false, &settings.traffic) {
+        let force = std::mem::take(&mut self.force);
+        let sent = if head.len() + date.len() + body.len() <= COPIED {
+            WHOLE.with_borrow_mut(|whole| {
+                whole.clear();
+                parts.iter().for_each(|part| whole.extend_from_slice(part));
+                zerocopy::send(&self.stream, &[IoSlice::new(whole)], force, &settings.traffic)
+            })
+        } else {
+            zerocopy::send(&self.stream, &parts, force, &settings.traffic)
+        };
+        let sent = match sent {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             Err(error) => {
                 end(BodyEnd { sent: 0, complete: false });

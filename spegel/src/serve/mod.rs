@@ -1,7 +1,7 @@
 //! Listeners and the runtimes that serve their connections. Knows no OCI.
 //!
-//! One acceptor, on the runtime that [`Server::bind`] is called on, hands each connection to the least loaded of a few
-//! current-thread runtimes, since few long connections hash badly. There it is driven by hyper's HTTP/1 over
+//! One acceptor, on the first of a few current-thread runtimes, hands each connection to the least loaded of them, since few long
+//! connections hash badly. There it is driven by hyper's HTTP/1 over
 //! [`zerocopy::Io`](crate::zerocopy::Io). Every wait has a bound in [`Limits`], and every connection ends with a FIN and a
 //! read of what the client still sent: a reset would make containerd fail a pull that an early FIN lets it resume.
 
@@ -28,7 +28,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
-use tokio::task::JoinSet;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::zerocopy::{Body, PipePool, Settings, Transfer};
@@ -176,8 +176,9 @@ pub enum ServeError {
 #[derive(Debug)]
 pub struct Server {
     addrs: Vec<SocketAddr>,
-    engines: Vec<Arc<Engine>>,
-    acceptors: JoinSet<()>,
+    engines: Arc<[Arc<Engine>]>,
+    /// Each ends with its acceptor.
+    acceptors: Vec<oneshot::Receiver<()>>,
     stop: Stop,
     linger: Duration,
     metrics: ServeMetrics,
@@ -237,7 +238,7 @@ impl Stop {
 // === impl Server ===
 
 impl Server {
-    /// Listens on `addrs` and answers with `handler`. To be called on the control runtime, which accepts.
+    /// Listens on `addrs` and answers with `handler`.
     ///
     /// # Errors
     /// An address that is taken or cannot be had, or no threads for the data runtimes.
@@ -259,12 +260,10 @@ impl Server {
             watchdog.map(|bound| Watchdog::start(bound, engines.iter().map(|engine| engine.pulse()).collect()));
         let watchdog = watchdog.transpose().map_err(ServeError::Runtime)?;
         let mut bound = Vec::new();
-        let mut acceptors = JoinSet::new();
+        let mut acceptors = Vec::new();
         for listener in listeners {
             bound.push(listener.local_addr().map_err(ServeError::Runtime)?);
-            let acceptor =
-                acceptor::Acceptor::new(listener, engines.clone(), shared.clone()).map_err(ServeError::Runtime)?;
-            acceptors.spawn(acceptor.run());
+            acceptors.push(engines[0].accept(listener, engines.clone()).map_err(ServeError::Runtime)?);
         }
         Ok(Self { addrs: bound, engines, acceptors, stop, linger: limits.linger, metrics, engine, _watchdog: watchdog })
     }
@@ -291,14 +290,16 @@ impl Server {
     /// many connections had to be ended.
     pub async fn shutdown(mut self, deadline: Duration) -> usize {
         self.stop.accepting.cancel();
-        while self.acceptors.join_next().await.is_some() {}
+        // A handler that blocks the acceptor's runtime must not hold the process's end.
+        let all_closed = futures::future::join_all(self.acceptors.drain(..));
+        let _ = tokio::time::timeout(Duration::from_secs(1), all_closed).await;
         self.stop.drain();
-        for engine in &self.engines {
+        for engine in self.engines.iter() {
             engine.close();
         }
         let engines = self.engines.clone();
         let all_done = async move {
-            for engine in &engines {
+            for engine in engines.iter() {
                 engine.done().await;
             }
         };
@@ -321,7 +322,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.stop.accepting.cancel();
         self.stop.abort();
-        for engine in &self.engines {
+        for engine in self.engines.iter() {
             engine.close();
         }
     }
@@ -333,7 +334,7 @@ fn start_engines(
     choice: EngineChoice,
     watchdog: Option<Duration>,
     shared: &Arc<Shared>,
-) -> Result<(Vec<Arc<Engine>>, Chosen), ServeError> {
+) -> Result<(Arc<[Arc<Engine>]>, Chosen), ServeError> {
     let wrap =
         |error| if choice == EngineChoice::IoUring { ServeError::Engine(error) } else { ServeError::Runtime(error) };
     let (first, mut chosen) = Engine::start(0, choice, watchdog, shared.clone()).map_err(wrap)?;
@@ -349,5 +350,5 @@ fn start_engines(
         Some(refusal) => tracing::info!(engine = %chosen.engine, reason = chosen.reason, %refusal, "serve engine"),
         None => tracing::info!(engine = %chosen.engine, reason = chosen.reason, "serve engine"),
     }
-    Ok((engines, chosen))
+    Ok((engines.into(), chosen))
 }

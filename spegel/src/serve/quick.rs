@@ -148,12 +148,18 @@ mod tests {
 
     #[test]
     fn all_else_is_left() {
-        for other in ["", "GET / HTTP/1.1\r\nhost: h\r\n", "GET / HTTP/1.0\r\n\r\n", "POST / HTTP/1.1\r\n\r\n", "\0\r\n\r\n"] {
+        for other in
+            ["", "GET / HTTP/1.1\r\nhost: h\r\n", "GET / HTTP/1.0\r\n\r\n", "POST / HTTP/1.1\r\n\r\n", "\0\r\n\r\n"]
+        {
             assert_eq!(taken(other), None, "{other:?}");
         }
-        for header in
-            ["Content-Length: 0", "transfer-encoding: chunked", "EXPECT: 100-continue", "upgrade: x", "Connection: close"]
-        {
+        for header in [
+            "Content-Length: 0",
+            "transfer-encoding: chunked",
+            "EXPECT: 100-continue",
+            "upgrade: x",
+            "Connection: close",
+        ] {
             assert_eq!(taken(&format!("GET / HTTP/1.1\r\n{header}\r\n\r\n")), None, "{header}");
         }
         let many: String = (0..=HEADERS).map(|n| format!("x-{n}: y\r\n")).collect();

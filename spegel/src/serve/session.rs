@@ -44,17 +44,23 @@ pub(super) struct Session {
 // === impl Session ===
 
 impl Session {
-    /// Goes on with `stream`, of which `unread` was read already.
+    /// Goes on with `stream`, of which `unread` was read already, for one more request where that `is_last`.
     ///
     /// # Errors
     /// The kernel refuses the few MiB of address space that stand for bodies.
-    pub(super) fn new(stream: TcpStream, unread: Bytes, client: &Client, settings: &Arc<Settings>) -> io::Result<Self> {
+    pub(super) fn new(
+        stream: TcpStream,
+        unread: Bytes,
+        is_last: bool,
+        client: &Client,
+        settings: &Arc<Settings>,
+    ) -> io::Result<Self> {
         let ops = Ops::new(settings)?;
-        let Client { shared, handling, is_refused, .. } = client;
+        let Client { shared, handling, .. } = client;
         let mut http = http1::Builder::new();
         // The watch bounds the waits: hyper has no bound on a stalled client, and one for a head and an idle time together.
         http.half_close(true).max_header_size(shared.limits.header_bytes).header_read_timeout(None).writev(true);
-        http.keep_alive(!is_refused);
+        http.keep_alive(!is_last);
         let service = Service { client: client.clone(), ops: ops.clone() };
         let connection = http.serve_connection(TokioIo::new(Io::after(stream, unread, ops.clone())), service);
         Ok(Self { connection, ops, handling: handling.clone(), before: handling.get().requests })
@@ -69,7 +75,11 @@ impl Session {
         let Handled { requests, now } = self.handling.get();
         let has_answered = requests > self.before && !now && !activity.body && self.ops.is_flushed();
         // What is left of a request's body must not be taken for the next request.
-        if has_answered && !self.handling.had_body.load(Ordering::Relaxed) { Polled::Idle } else { Polled::Waiting(activity) }
+        if has_answered && !self.handling.had_body.load(Ordering::Relaxed) {
+            Polled::Idle
+        } else {
+            Polled::Waiting(activity)
+        }
     }
 
     /// No request is taken after the one under way.
@@ -119,7 +129,11 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         request.extensions_mut().insert(*remote);
         let handle = || if *is_refused { shared.handler.refuse(request) } else { shared.handler.handle(request) };
         let answer = catch_unwind(AssertUnwindSafe(handle)).ok();
-        Answering { answer: answer.map(|answer| AssertUnwindSafe(answer).catch_unwind()), ops: self.ops.clone(), _turn: turn }
+        Answering {
+            answer: answer.map(|answer| AssertUnwindSafe(answer).catch_unwind()),
+            ops: self.ops.clone(),
+            _turn: turn,
+        }
     }
 }
 

@@ -56,8 +56,8 @@ impl BlobDir {
     }
 
     /// A small blob that was seen less than a second ago, from memory.
-    pub(super) fn held(&self, digest: &Digest) -> Option<Blob> {
-        self.small.get(digest, Instant::now())
+    pub(super) fn held(&self, digest: &Digest, now: Instant) -> Option<Blob> {
+        self.small.get(digest, now)
     }
 
     /// Two system calls on a local file: no reason to leave the thread.

@@ -83,9 +83,7 @@ impl Rival {
                     &["sendfile", &socket(plane.address(), BARE).to_string(), &file.to_string_lossy()],
                 )
             }
-            Self::Answer => {
-                start_bare(plane, self, &["answer", &socket(plane.address(), BARE).to_string(), "2048"])
-            }
+            Self::Answer => start_bare(plane, self, &["answer", &socket(plane.address(), BARE).to_string(), "2048"]),
             Self::NginxProxy | Self::Splice => anyhow::bail!("{} serves no files", self.name()),
         }
     }
@@ -184,7 +182,8 @@ fn start_nginx(plane: &Plane, rival: Rival, server: &str, port: u16) -> Result<R
     let prefix = folder.display().to_string();
     let command = [&program.to_string_lossy(), "-p", &prefix, "-c", &path.to_string_lossy()].map(str::to_owned);
     let command: Vec<&str> = command.iter().map(String::as_str).collect();
-    let daemon = on_core(SERVER_CORE, || Daemon::start(&rival.name(), Some(&plane.node), &command, &folder.join("log")))?;
+    let daemon =
+        on_core(SERVER_CORE, || Daemon::start(&rival.name(), Some(&plane.node), &command, &folder.join("log")))?;
     up(plane, rival, daemon, port)
 }
 
