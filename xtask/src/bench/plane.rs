@@ -76,7 +76,8 @@ impl Plane {
             output(node.command("ip").args(["address", "add", &address, "dev", "eth0"]))?;
         }
         output(node.command("sysctl").args(["-q", "-w", "net.ipv4.tcp_congestion_control=reno"]))?;
-        output(node.command("sysctl").args(["-q", "-w", "net.ipv4.ip_local_port_range=1024 65000"]))?;
+        // Above the servers' ports: of 10,000 clients one would have nginx's.
+        output(node.command("sysctl").args(["-q", "-w", "net.ipv4.ip_local_port_range=10000 65000"]))?;
         let folder = tempfile::Builder::new().prefix("spegel-bench-").tempdir_in(crate::root().join("target"))?;
         let (blob, manifest) = write_layout(&folder.path().join("layout"), settings.mib << 20)?;
         empty_layout(&folder.path().join("empty"))?;
