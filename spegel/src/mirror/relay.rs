@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -16,6 +16,9 @@ use super::peers::jitter;
 use super::{Shared, Wanted, client, lineage};
 use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
+
+/// How long a peer that stands still may take to say how much it has: its client waits meanwhile.
+const ASKED: Duration = Duration::from_secs(1);
 
 /// The peers of one body, one after the other.
 struct Chain {
@@ -80,7 +83,8 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
 /// How many bytes of a blob a peer has now; none if it says nothing sensible.
 async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
     let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
-    let asked = client::request(&shared.pool, &[address], &request, shared.settings.timeouts).await;
+    let timeouts = shared.settings.timeouts.at_most(ASKED);
+    let asked = client::request(&shared.pool, &[address], &request, timeouts).await;
     let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
     let position = response.head.receiving.unwrap_or(response.head.content_length);
     shared.keep(address, response);
