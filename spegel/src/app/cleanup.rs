@@ -57,8 +57,8 @@ fn tell(cleaned: &Cleaned) {
     }
 }
 
-/// What a wait has in any case: what it sees then is told.
-const ONE_LOOK: Duration = Duration::from_secs(3);
+/// What a wait has in any case, however late it began: three rounds take some five seconds, and the Job ends 45 s after the deadline.
+const ONE_LOOK: Duration = Duration::from_secs(10);
 
 /// How long the API may take to say when the cleanup began.
 const AGE_TIMEOUT: Duration = Duration::from_secs(3);
