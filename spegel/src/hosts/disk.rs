@@ -126,6 +126,11 @@ pub(super) fn is_same(one: &Path, other: &Path) -> Result<bool, HostsError> {
     Ok(matches!((read(one)?, read(other)?), (Content::Bytes(one), Content::Bytes(other)) if one == other))
 }
 
+/// What is no directory cannot be a configuration path.
+pub(super) fn check_directory(path: &Path) -> Result<(), HostsError> {
+    if path.is_dir() { Ok(()) } else { Err(failed("list", path)(io::ErrorKind::NotADirectory.into())) }
+}
+
 /// The names in a directory, sorted; none if it is not there.
 pub(super) fn entries(directory: &Path) -> Result<BTreeSet<OsString>, HostsError> {
     let Some(entries) = if_there(fs::read_dir(directory)).map_err(failed("list", directory))? else {

@@ -146,7 +146,8 @@ pub fn write(configuration: &Configuration) -> Result<Report, HostsError> {
 /// Takes back what [`write()`] or the Go program wrote below `config_path`, and restores what was there before. Files of others stay.
 ///
 /// # Errors
-/// The first [`HostsError`]; the other registries are taken back all the same. A path that does not exist is none.
+/// The first [`HostsError`]; the other registries are taken back all the same. A path that does not exist is none, one that is no
+/// directory is.
 pub fn remove(config_path: &Path) -> Result<Report, HostsError> {
     remove_with(config_path, &mut |_| Ok(()))
 }
@@ -179,6 +180,7 @@ fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, H
 
 fn remove_with(config_path: &Path, hook: Hook<'_>) -> Result<Report, HostsError> {
     let Some(_alone) = disk::lock(config_path)? else { return Ok(Report::default()) };
+    disk::check_directory(config_path)?;
     let backup = own_backup(config_path);
     let mut run = Run { disk: Disk::new(hook), root: config_path, backup, report: Report::default() };
     run.begin()?;
@@ -275,6 +277,16 @@ impl MirrorTarget {
 impl fmt::Display for MirrorTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+// === impl Report ===
+
+impl Report {
+    /// Whether nothing was there to be done, nor to be told.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
     }
 }
 

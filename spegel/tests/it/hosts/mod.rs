@@ -314,7 +314,10 @@ fn malformed_settings() {
     configuration.mirror_targets.clear();
     assert!(matches!(write(&configuration), Err(HostsError::NoTarget)));
     assert!(snapshot(root.path()).is_empty());
-    remove(&root.path().join("absent")).unwrap();
+    assert!(remove(&root.path().join("absent")).unwrap().is_empty());
+    put(root.path(), "file", "");
+    let error = remove(&root.path().join("file")).unwrap_err();
+    assert!(error.to_string().contains("not a directory"), "{error}");
 }
 
 /// TOML refuses a table that is told twice, and containerd would then ignore the file.
