@@ -117,6 +117,10 @@ impl Faults {
         );
         let mut outcomes = Vec::new();
         for row in chosen {
+            if let Some(reason) = row.lacks() {
+                println!("{:<11} {:<26} skipped: {reason}", row.group, row.name);
+                continue;
+            }
             let outcome = scene.run(row)?;
             self.print(&outcome, baseline);
             outcomes.push(outcome);
@@ -142,6 +146,7 @@ impl Faults {
             mib(outcome.upstream_bytes),
             outcome.log.len()
         );
+        outcome.notes.iter().chain(&outcome.unhealed).for_each(|note| println!("    {note}"));
         if let Some(error) = &outcome.failed {
             let error = error.lines().last().unwrap_or_default();
             let again = if outcome.failed_again.is_none() { "succeeded" } else { "failed too" };
@@ -190,6 +195,7 @@ fn verdict(outcome: &Outcome, baseline: f64) -> Result<(), &'static str> {
     match (&outcome.failed, &outcome.failed_again) {
         (Some(_), again) if !may_fail || again.is_some() => Err("FAILED"),
         (None, _) if !outcome.met && outcome.group != "none" => Err("NOT MET"),
+        _ if outcome.unhealed.is_some() => Err("NOT HEALED"),
         // A stall is noticed after five seconds, and going elsewhere may take two.
         _ if outcome.seconds > baseline + outcome.link_seconds + 7.0 => Err("SLOW"),
         _ => Ok(()),

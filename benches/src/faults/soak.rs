@@ -8,7 +8,8 @@ use anyhow::{Context, Result, anyhow};
 use rustix::process::Signal;
 use serde::Serialize;
 
-use super::{Action, Fault, Injector, make_empty_layout, nft, rows};
+use super::upsets::nft;
+use super::{Action, Fault, Injector, make_empty_layout, rows};
 use crate::containerd::{Containerd, Options, Version, check_content};
 use crate::image::{Compression, Image, ImageBuilder, host_platform};
 use crate::netns::{Lab, Node};

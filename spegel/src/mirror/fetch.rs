@@ -270,14 +270,13 @@ impl Race<'_> {
         Some(self.candidates.swap_remove(if costs[other].1 < costs[one].1 { other } else { one }))
     }
 
-    /// First whether the peer is busy and whether it is in another zone, then how long a body of it takes, the more the busier it said it is.
+    /// First whether the peer is busy and whether it is in another zone, then how long a body of it takes.
     fn cost(&self, peer: &Peer, now: std::time::Instant) -> ((bool, bool), f64) {
         let Some(first) = peer.addresses.first() else { return ((true, true), f64::INFINITY) };
-        let (is_busy, seconds) = self.shared.peers.cost(*first, now);
+        let (is_busy, seconds) = self.shared.peers.cost(*first, peer.load, now);
         let own = &self.shared.settings.zone;
         let is_far = own.is_some() && peer.zone.is_some() && peer.zone != *own;
-        let load = f64::from(peer.load.unwrap_or_default()) / 50.0;
-        ((is_busy, is_far), seconds * (1.0 + load))
+        ((is_busy, is_far), seconds)
     }
 
     fn gave_nothing(&mut self, peer: &Peer, error: PeerError) {
@@ -377,6 +376,7 @@ pub(super) async fn attempt(
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
     let request = request(shared, wanted, head_only);
     let (address, response) = client::request(&shared.pool, &peer.addresses, &request, timeouts).await?;
+    shared.peers.told_load(address, response.head.load, now());
     match (wanted.kind, response.head.status) {
         (Kind::Manifest, 200) => {
             let verified = manifest(shared, wanted, response, address).await?;

@@ -46,6 +46,9 @@ pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
 /// The nodes that such an answer's bytes come through, a [`Chain`].
 pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
 
+/// In an answer to a node: how busy the answering one is with what it gives its peers, in percent.
+pub const LOAD_HEADER: &str = "X-Spegel-Load";
+
 /// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
 pub const WAIT_HEADER: &str = "X-Spegel-Wait";
 
