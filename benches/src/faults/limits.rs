@@ -15,7 +15,6 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-
 /// How long a crowd waits for its answers.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long threads that were stopped stay so at the most.

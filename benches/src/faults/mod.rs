@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use rustix::process::Signal;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use crate::containerd::{Containerd, Options, Version, check_content};
@@ -71,10 +71,10 @@ pub struct Setup {
 }
 
 /// What became of a pull.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Outcome {
     /// Which part of the table.
-    pub group: &'static str,
+    pub group: String,
     /// What fails.
     pub name: String,
     /// Whether the fault was met at all.
@@ -103,6 +103,19 @@ pub struct Outcome {
     pub notes: Vec<String>,
     /// What should have healed once the fault had passed, and did not.
     pub unhealed: Option<String>,
+}
+
+impl Outcome {
+    /// Of a row that could not be run.
+    pub fn broken(row: &Row, error: &anyhow::Error) -> Self {
+        Self {
+            group: row.group.to_owned(),
+            name: row.name.clone(),
+            failed: Some(format!("{error:#}")),
+            failed_again: Some(format!("{error:#}")),
+            ..Self::default()
+        }
+    }
 }
 
 /// The nodes of a run. What is declared first ends first.
@@ -266,7 +279,7 @@ impl Scene {
         let (notes, unhealed) = (std::mem::take(&mut tools.notes), tools.unhealed.take());
         self.unset(row, tools)?;
         let outcome = Outcome {
-            group: row.group,
+            group: row.group.to_owned(),
             name: row.name.clone(),
             met,
             failed,

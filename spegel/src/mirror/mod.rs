@@ -28,6 +28,7 @@ use crate::router::{Peer, Router};
 use crate::store::Change;
 use crate::zerocopy::Body;
 
+pub(crate) use client::check_hints;
 pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
 pub(crate) use fetch::check_peer_head;
 pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
