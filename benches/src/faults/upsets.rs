@@ -22,7 +22,7 @@ const KNOWN: Duration = Duration::from_secs(3);
 const NOBODY: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
 /// A table of rules with a chain for each way.
-const TABLE: &str = "add table inet fault; add chain inet fault in { type filter hook input priority 0; }; \
+pub(super) const TABLE: &str = "add table inet fault; add chain inet fault in { type filter hook input priority 0; }; \
                      add chain inet fault out { type filter hook output priority 0; }; ";
 
 /// Whether packets can be dropped.

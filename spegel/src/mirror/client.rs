@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::pool::Pool;
-use super::{CHAIN_HEADER, Chain, LOAD_HEADER, NodeId, RECEIVING_HEADER};
+use super::{CHAIN_HEADER, LOAD_HEADER, RECEIVING_HEADER};
 
 /// The longest response head that is accepted of a peer, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -244,7 +244,7 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
 }
 
 /// The addresses in a [`HOLDERS_HEADER`], as many as are believed. What is no address is passed over.
-fn parse_holders(value: &str) -> Vec<SocketAddr> {
+pub(super) fn parse_holders(value: &str) -> Vec<SocketAddr> {
     value.split(',').filter_map(|address| address.trim().parse().ok()).take(MAX_HOLDERS).collect()
 }
 
@@ -257,21 +257,6 @@ pub(super) fn is_plausible(address: SocketAddr, by: SocketAddr) -> bool {
         && !ip.is_unspecified()
         && !ip.is_multicast()
         && ip.is_loopback() == by.ip().is_loopback()
-}
-
-/// What must hold for any text of a peer's hints: other holders, and the chain of nodes that a blob comes through. Panics where it does not.
-pub(crate) fn check_hints(text: &str) {
-    let holders = parse_holders(text);
-    assert!(holders.len() <= MAX_HOLDERS);
-    let by = SocketAddr::from(([10, 0, 0, 9], 5000));
-    for address in holders.into_iter().filter(|address| is_plausible(*address, by)) {
-        assert!(address.port() == 5000 && !address.ip().is_loopback() && !address.ip().is_multicast(), "{address}");
-    }
-    if let Ok(chain) = text.parse::<Chain>() {
-        assert_eq!(chain.to_string().parse(), Ok(chain.clone()));
-        let below = chain.below(NodeId::of("node"));
-        assert!(below.is_none_or(|below| below.to_string().parse() == Ok(below)));
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Getting content from a peer: choosing one, asking, and handing on what it sends.
 
 mod blame;
+mod check;
 mod client;
 mod family;
 mod fetch;
@@ -28,9 +29,8 @@ use crate::router::{Peer, Router};
 use crate::store::Change;
 use crate::zerocopy::Body;
 
-pub(crate) use client::check_hints;
+pub(crate) use check::{check_hints, check_peer_head};
 pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
-pub(crate) use fetch::check_peer_head;
 pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;

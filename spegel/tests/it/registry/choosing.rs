@@ -1,14 +1,15 @@
 //! Which of several peers is asked.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 use spegel::mirror::Settings as MirrorSettings;
-use spegel::oci::Digest;
+use spegel::oci::{Digest, Key};
 use spegel::registry::UploadLimits;
 use spegel::router::MemoryNetwork;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{Node, Setup, noise};
+use super::{Node, Setup, digest_of, noise, scripted};
 
 fn target(digest: &Digest) -> String {
     format!("/v2/app/blobs/{digest}?ns=registry.test")
@@ -83,4 +84,22 @@ async fn the_load_that_a_peer_tells_moves_requests_to_others() {
     let sources = sources(&b, &[&loaded, &free], 200).await;
     assert!(share(&sources, &free) > 125, "{sources:?}");
     drop(held);
+}
+
+/// Those that were remembered from an earlier search count as those that are found anew.
+#[tokio::test]
+async fn no_request_tries_more_peers_than_it_may() {
+    let network = MemoryNetwork::new();
+    let b = Node::join(&network, "b");
+    let digest = digest_of(b"x");
+    let mut dead = Vec::new();
+    for n in 0..9 {
+        let keys = [Key::Digest(digest.clone())];
+        dead.push(scripted(&network, &format!("{n}-dead"), &keys, |_| Vec::new()).await);
+    }
+    let asked = || dead.iter().map(|(_, asked)| asked.load(Ordering::Relaxed)).sum::<usize>();
+    for n in 1..=2 {
+        assert_eq!(b.get(&target(&digest)).await.status, 404);
+        assert_eq!(asked(), 3 * n);
+    }
 }
