@@ -38,7 +38,7 @@ pub(super) fn without_override() -> &'static str {
 /// What to install.
 pub(super) fn faketime() -> Result<PathBuf, String> {
     let folders = fs::read_dir("/usr/lib").into_iter().flatten().flatten();
-    let found = folders.map(|folder| folder.path().join("faketime/libfaketime.so.1")).find(|file| file.is_file());
+    let found = folders.map(|folder| folder.path().join("faketime/libfaketimeMT.so.1")).find(|file| file.is_file());
     found.ok_or_else(|| "the wall clock of one process cannot be set (Debian package libfaketime)".to_owned())
 }
 
@@ -85,9 +85,16 @@ impl MemoryGroup {
         Ok(group)
     }
 
-    /// The words before a program that is to be in it.
+    /// The words before a program that is to be in it. In a network namespace /sys is another one, without control groups.
     pub(super) fn words(&self) -> String {
-        format!("echo $$ > {}/cgroup.procs || exit 1\nexec", self.folder.display())
+        let mount = match self.limit {
+            "memory.max" => "mount -t cgroup2 none /sys/fs/cgroup",
+            _ => {
+                "mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/memory && \
+                 mount -t cgroup -o memory none /sys/fs/cgroup/memory"
+            }
+        };
+        format!("{mount} || exit 1\necho $$ > {}/cgroup.procs || exit 1\nexec", self.folder.display())
     }
 
     /// Sets the limit just above what is in use now, and says what that is, in bytes.

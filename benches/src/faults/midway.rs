@@ -27,6 +27,8 @@ const PARTED: Duration = Duration::from_secs(3);
 /// How many connections take all descriptors of a mirror that may have few, and how many clients are many.
 const HOLDERS: usize = 400;
 const MANY: usize = 10_000;
+/// How long `/readyz` may be without an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How many days the clock is off for the rest of the row.
 const CLOCK: &str = "clock";
 
@@ -92,6 +94,11 @@ impl Scene {
         }
         self.swap_bad(Some(bad_program))?;
         self.wait_found()?;
+        if what == Midway::ContentForbidden {
+            // What is open already stays readable.
+            let nobody: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0);
+            self.bad_layers().iter().try_for_each(|path| std::fs::set_permissions(path, nobody.clone()))?;
+        }
         Ok(tools)
     }
 
@@ -113,7 +120,19 @@ impl Scene {
         if let Some(memory) = &tools.memory {
             memory.widen()?;
         }
+        if let Midway::Disk(_) | Midway::ContentTruncated | Midway::ContentForbidden = what {
+            let log = self.bad.as_ref().map(|bad| bad.daemon.log()).unwrap_or_default();
+            let count = |words: &str| log.lines().filter(|line| line.contains(words)).count();
+            let (withdrawn, unopened) = (count("content of this node is damaged"), count("cannot open content"));
+            tools.notes.push(format!("the peer withdrew {withdrawn}, could not open {unopened} times"));
+        }
         let Some(client) = &self.client else { return Ok(()) };
+        if let Midway::Clock(_) = what {
+            let log = client.daemon.log();
+            let days =
+                log.lines().filter_map(|line| line.split_once("\"timestamp\":\"")?.1.get(..10)).collect::<Vec<_>>();
+            tools.notes.push(format!("its log goes from {:?} to {:?}", days.first(), days.last()));
+        }
         match what {
             Midway::Memory | Midway::Descriptors | Midway::Crowd => match wait_for(client, 200) {
                 Some(took) => tools.notes.push(format!("ready again {:.1} s after it passed", took.as_secs_f64())),
@@ -197,14 +216,11 @@ impl Stage<'_> {
                 Ok(self.layers.iter().try_for_each(|path| open(path).and_then(shorten))?)
             }
             Midway::ContentUnlinked => Ok(self.layers.iter().try_for_each(std::fs::remove_file)?),
-            Midway::ContentForbidden => {
-                let nobody: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0);
-                Ok(self.layers.iter().try_for_each(|path| std::fs::set_permissions(path, nobody.clone()))?)
-            }
             Midway::Disk(fault) => {
                 self.tools.disk.as_ref().context("no disk")?.set(fault);
                 Ok(())
             }
+            Midway::ContentForbidden => Ok(()),
             Midway::OwnTerminated => own.signal(Signal::TERM),
             Midway::OwnKilled => own.signal(Signal::KILL),
             Midway::OwnStopped => self.stop_and_supervise(),
@@ -281,8 +297,14 @@ impl Stage<'_> {
         Ok(())
     }
 
+    /// What `/readyz` says; it may take a moment to have a place for the question.
     fn say_ready(&mut self) {
-        let (status, text) = ready(self.client);
-        self.tools.notes.push(format!("/readyz {status} {text}"));
+        let start = Instant::now();
+        let mut said = ready(self.client);
+        while said.0 == 0 && start.elapsed() < PATIENCE {
+            said = ready(self.client);
+        }
+        let ((status, text), took) = (said, start.elapsed().as_secs_f64());
+        self.tools.notes.push(format!("/readyz {status} {text:?} after {took:.1} s"));
     }
 }

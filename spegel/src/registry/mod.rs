@@ -235,7 +235,12 @@ impl Registry {
                 self.referrers(&ask, digest, artifact_type.as_deref()).await
             }
         };
-        self.conclude(ask, answer, observed)
+        let mut response = self.conclude(ask, answer, observed);
+        if let Some(Refused::Strained(_)) = refusal {
+            // An idle connection holds what there is too little of.
+            response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+        }
+        response
     }
 
     /// What the request says beside its path.
