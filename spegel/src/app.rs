@@ -3,6 +3,7 @@
 mod cleanup;
 mod handler;
 mod node;
+mod strain;
 mod trace;
 
 use std::io::Write as _;
@@ -30,6 +31,8 @@ pub use trace::trace;
 
 /// How often it is looked whether responses are still under way.
 const POLL: Duration = Duration::from_millis(20);
+/// How often the network may hear how busy this node is.
+const LOAD_PERIOD: Duration = Duration::from_secs(2);
 /// How long clients that were just sent away may still come back before the port closes.
 const LAST_CALLERS: Duration = Duration::from_millis(300);
 /// Threads of the control runtime: the swarm, containerd's events, the side port.
@@ -146,6 +149,8 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(announce(store, router.clone(), Arc::clone(&registry)));
+    tokio::spawn(tell_load(router.clone(), Arc::clone(&registry)));
+    tokio::spawn(strain::watch(Arc::clone(&registry), open_files));
     if let Some(taint) = settings.startup_taint {
         let registry = Arc::clone(&registry);
         tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
@@ -292,6 +297,19 @@ async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>, registry: Arc<R
             registry.stored(keys);
         }
         router.announce(change);
+    }
+}
+
+/// Tells the network how busy this node is, as that changes.
+async fn tell_load(router: Arc<P2pRouter>, registry: Arc<Registry>) {
+    let mut told = 0;
+    loop {
+        tokio::time::sleep(LOAD_PERIOD).await;
+        let load = registry.load();
+        if load != told {
+            router.set_load(load);
+            told = load;
+        }
     }
 }
 

@@ -25,7 +25,7 @@ use crate::store::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 11] = [
     ("request_head", request_head),
     ("peer_head", peer_head),
     ("path", path),
@@ -33,6 +33,10 @@ pub const TARGETS: [Target; 7] = [
     ("range", range),
     ("manifest", manifest),
     ("hosts_toml", hosts_toml),
+    ("hints", hints),
+    ("bootstrap", bootstrap),
+    ("kad", kad),
+    ("members", members),
 ];
 
 /// A request as a client sends it to a node that has nothing: answered, and never as containerd must not be.
@@ -120,6 +124,28 @@ pub fn manifest(bytes: &[u8]) {
 /// A `hosts.toml` that somebody else wrote.
 pub fn hosts_toml(bytes: &[u8]) {
     crate::hosts::check_existing(bytes);
+}
+
+/// What a peer's headers say of others that have a blob, or of those that it comes through.
+pub fn hints(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        mirror::check_hints(text);
+    }
+}
+
+/// A list of first peers, as JSON.
+pub fn bootstrap(bytes: &[u8]) {
+    crate::bootstrap::check_list(bytes);
+}
+
+/// A message of kad, with its length before it.
+pub fn kad(bytes: &[u8]) {
+    crate::router::check_kad(bytes);
+}
+
+/// A message of the member protocol.
+pub fn members(bytes: &[u8]) {
+    crate::router::check_members(bytes);
 }
 
 thread_local! {

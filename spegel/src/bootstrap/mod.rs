@@ -16,6 +16,7 @@ pub use certificates::{CertificateError, Certificates};
 pub use dns::DnsBootstrap;
 pub use fixed::{ParsePeerError, StaticBootstrap};
 pub use http::{HttpBootstrap, HttpEndpoint, HttpEndpointError, ParseUrlError};
+pub(crate) use list::check_list;
 pub use remembered::RememberedPeers;
 
 /// A place where a peer's router may be reached.

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
@@ -16,15 +17,18 @@ use super::engine::Engine;
 const BACK_OFF: Duration = Duration::from_millis(50);
 
 /// Connections that are only told to go elsewhere; beyond these a connection is closed without an answer.
-const REFUSALS: usize = 64;
+const REFUSALS: usize = 1024;
+
+/// Clients that can be refused at once when there is no descriptor left.
+const RESERVE: usize = 8;
 
 pub(super) struct Acceptor {
     listener: TcpListener,
     engines: Vec<Arc<Engine>>,
     shared: Arc<Shared>,
     refusals: Arc<Semaphore>,
-    /// A descriptor to give up when there is no other, so that a client can be refused instead of left waiting.
-    reserve: Option<File>,
+    /// Descriptors to give up when there are no others, so that clients can be refused instead of left waiting.
+    reserve: Vec<File>,
 }
 
 // === impl Acceptor ===
@@ -53,9 +57,7 @@ impl Acceptor {
             match self.accept().await {
                 Ok((stream, remote)) => {
                     failing = false;
-                    if self.reserve.is_none() {
-                        self.reserve = reserve();
-                    }
+                    refill(&mut self.reserve);
                     self.place(stream, remote);
                 }
                 // The client left before it was accepted.
@@ -64,13 +66,12 @@ impl Acceptor {
                     if !std::mem::replace(&mut failing, true) {
                         tracing::warn!(%error, "cannot accept connections for now: new ones are refused");
                     }
-                    if self.reserve.take().is_some()
-                        && let Ok((stream, remote)) = self.accept().await
-                    {
+                    while self.reserve.pop().is_some() {
+                        let Some(Ok((stream, remote))) = self.accept().now_or_never() else { break };
                         self.hand_over(stream, remote, true);
                     }
                     tokio::time::sleep(BACK_OFF).await;
-                    self.reserve = reserve();
+                    refill(&mut self.reserve);
                 }
             }
         }
@@ -101,6 +102,17 @@ impl Acceptor {
     }
 }
 
-fn reserve() -> Option<File> {
-    File::open("/dev/null").ok()
+fn reserve() -> Vec<File> {
+    let mut files = Vec::new();
+    refill(&mut files);
+    files
+}
+
+/// Fills the reserve up again, as far as there are descriptors.
+fn refill(reserve: &mut Vec<File>) {
+    while reserve.len() < RESERVE
+        && let Ok(file) = File::open("/dev/null")
+    {
+        reserve.push(file);
+    }
 }

@@ -251,20 +251,32 @@ impl Advertiser {
             if !sending.busy.insert(peer) {
                 sending.again.insert(peer);
                 // What is taken back would not be said again as what is offered is.
-                self.offers().withdrawn.extend(told.withdrawn);
+                sending.miss(told);
                 continue;
             }
-            let (client, own) = (self.client.clone(), own.clone());
-            let is_member = self.table.read().is_member(&peer);
-            sending.tasks.spawn(async move { (peer, told.tell(&client, &own, is_member).await) });
+            self.tell(told, own.clone(), sending);
         }
+    }
+
+    fn tell(&self, told: Told, own: Arc<[SocketAddr]>, sending: &mut Sending) {
+        let (client, peer) = (self.client.clone(), told.contact.peer);
+        let is_member = self.table.read().is_member(&peer);
+        sending.tasks.spawn(async move { (peer, told.tell(&client, &own, is_member).await) });
     }
 
     fn sent(&self, peer: PeerId, result: io::Result<()>, sending: &mut Sending) {
         sending.busy.remove(&peer);
         let again = sending.again.remove(&peer);
+        let missed = sending.missed.remove(&peer);
         match result {
-            Ok(()) if again => self.newcomer(peer),
+            Ok(()) if again => {
+                self.newcomer(peer);
+                if let Some(told) = missed {
+                    let own: Arc<[_]> = self.records.lock().own_addresses().into();
+                    sending.busy.insert(peer);
+                    self.tell(told, own, sending);
+                }
+            }
             Ok(()) => {}
             Err(error) => {
                 tracing::debug!(%peer, %error, "could not be told what we offer; trying again");
@@ -318,8 +330,25 @@ struct Sending {
     busy: HashSet<PeerId>,
     /// Those that missed something while they were busy.
     again: HashSet<PeerId>,
+    /// What they are to be told that we offer no more. Each by itself: told to all again, it would multiply for as long as one hangs.
+    missed: HashMap<PeerId, Told>,
     /// Those to try again at the next tick.
     failed: HashSet<PeerId>,
+}
+
+// === impl Sending ===
+
+impl Sending {
+    /// The peer is busy, and has to be told later what is withdrawn. What is too much is left to expire.
+    fn miss(&mut self, told: Told) {
+        let withdrawn = told.withdrawn;
+        if withdrawn.is_empty() {
+            return;
+        }
+        let missed = &mut self.missed.entry(told.contact.peer).or_insert_with(|| Told::new(told.contact)).withdrawn;
+        missed.extend(withdrawn);
+        missed.truncate(MAX_WITHDRAWN);
+    }
 }
 
 #[cfg(test)]
@@ -345,6 +374,19 @@ mod tests {
         offers.remove(&id(0));
         offers.add(id(0));
         assert_eq!(offers.take_fresh(), [id(0)]);
+    }
+
+    /// A peer that hangs for long: what it missed is kept once, and no more than so much of it.
+    #[test]
+    fn what_a_busy_peer_missed_is_bounded() {
+        let contact = Contact { peer: PeerId::random(), addresses: vec![([10, 0, 0, 1], 5001).into()] };
+        let mut sending = Sending::default();
+        for n in 0..=MAX_WITHDRAWN / 1000 {
+            let withdrawn = (0..1000).map(|m| id(u16::try_from(n % 60 * 1000 + m).unwrap_or_default())).collect();
+            sending.miss(Told { contact: contact.clone(), offered: Vec::new(), withdrawn });
+        }
+        assert_eq!(sending.missed.len(), 1);
+        assert_eq!(sending.missed[&contact.peer].withdrawn.len(), MAX_WITHDRAWN);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod addresses;
 mod advertise;
 mod behaviour;
+mod check;
 mod client;
 mod driver;
 mod holdings;
@@ -52,6 +53,7 @@ use crate::store::Change;
 use addresses::{Scope, is_ipv6_wildcard, multiaddr};
 use advertise::Advertiser;
 use behaviour::Setup;
+pub(crate) use check::{check_kad, check_members};
 use client::Client;
 use driver::Driver;
 pub use identity::{Identity, IdentityError};
