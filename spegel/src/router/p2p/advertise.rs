@@ -379,7 +379,7 @@ mod tests {
     /// A peer that hangs for long: what it missed is kept once, and no more than so much of it.
     #[test]
     fn what_a_busy_peer_missed_is_bounded() {
-        let contact = Contact { peer: PeerId::random(), addresses: vec![([10, 0, 0, 1], 5001).into()] };
+        let contact = Contact { peer: PeerId::random(), addresses: vec![([10, 0, 0, 1], 5001).into()].into() };
         let mut sending = Sending::default();
         for n in 0..=MAX_WITHDRAWN / 1000 {
             let withdrawn = (0..1000).map(|m| id(u16::try_from(n % 60 * 1000 + m).unwrap_or_default())).collect();
