@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -35,7 +35,8 @@ first one's content directory as containerd does it: a folder in `ingest`, `data
 a client of the first node asks it as a peer would. Two: a client of the second node asks that one as its containerd would, which \
 relays. Latency: from the return of write(2) to the first and to the last byte of that MiB at the client, 600 times, one every 10 ms. CPU: \
 of the first node's process for 1 GiB to one client that follows the growth at 400 MiB/s, to one that reads the complete blob at that \
-speed, and to one that reads it as fast as it can, in turn, the medians of five.";
+speed, and to one that reads it as fast as it can, in turn, the medians of five. The limit: a loop of sendfile(2) on loopback that sends \
+a MiB and sleeps, beside one that sends all it can to a client that sleeps: what sending in steps costs the kernel.";
 
 /// Both nodes.
 struct Bench {
@@ -76,6 +77,7 @@ pub(super) fn run(program: &Path) -> Result<Figures> {
         times.sort();
         times[ROUNDS / 2].as_secs_f64()
     });
+    let bare = bare_ratio()?;
     let load = fs::read_to_string("/proc/loadavg")?;
     let load = load.split(' ').next().unwrap_or_default();
     let mut rows = Vec::new();
@@ -93,12 +95,13 @@ pub(super) fn run(program: &Path) -> Result<Figures> {
     rows.push(vec!["CPU for a complete GiB, as fast as it goes".into(), format!("{complete:.3} s")]);
     rows.push(vec!["growing beside complete, as fast as each other".into(), format!("{:.2}", growing / paced)]);
     rows.push(vec!["growing beside complete, as fast as it goes".into(), format!("{:.2}", growing / complete)]);
+    rows.push(vec!["the same of a bare sendfile(2) loop".into(), format!("{bare:.2}")]);
     rows.push(vec!["load of the machine at the end".into(), load.to_owned()]);
     let json = json!({
         "one_hop_last_byte_p50_ms": ms(percentile(&one.last, 50)), "one_hop_last_byte_p99_ms": ms(percentile(&one.last, 99)),
         "two_hops_last_byte_p50_ms": ms(percentile(&two.last, 50)), "two_hops_last_byte_p99_ms": ms(percentile(&two.last, 99)),
         "cpu_seconds_per_growing_gib": growing, "cpu_seconds_per_paced_gib": paced,
-        "cpu_seconds_per_complete_gib": complete, "load": load,
+        "cpu_seconds_per_complete_gib": complete, "bare_sendfile_growing_beside_paced": bare, "load": load,
     });
     Ok(Figures { name: "hop", method: METHOD.to_owned(), columns: vec!["what".into(), "figure".into()], rows, json })
 }
@@ -272,4 +275,47 @@ fn read(mut stream: TcpStream, pause: Duration) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// How much more CPU time sending in steps takes than sending as the client takes it, of sendfile(2) alone.
+fn bare_ratio() -> Result<f64> {
+    let file = tempfile::tempfile()?;
+    file.set_len((LARGE * STEP) as u64)?;
+    let mut ratios = Vec::new();
+    for _ in 0..ROUNDS {
+        let in_steps = bare(&file, LARGE_PAUSE, Duration::ZERO)?.as_secs_f64();
+        ratios.push(in_steps / bare(&file, Duration::ZERO, LARGE_PAUSE)?.as_secs_f64());
+    }
+    ratios.sort_by(f64::total_cmp);
+    Ok(ratios[ROUNDS / 2])
+}
+
+/// The CPU time of a thread that sends a file and pauses after each step, to a client that pauses too.
+fn bare(file: &File, pause: Duration, clients: Duration) -> Result<Duration> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let stream = TcpStream::connect(listener.local_addr()?)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    let client = thread::spawn(move || read(stream, clients));
+    let (server, _) = listener.accept()?;
+    server.set_write_timeout(Some(LIMIT))?;
+    let before = own_cpu_time()?;
+    for step in 0..LARGE {
+        let (mut offset, end) = ((step * STEP) as u64, ((step + 1) * STEP) as u64);
+        while offset < end {
+            let left = usize::try_from(end - offset)?;
+            rustix::fs::sendfile(&server, file, Some(&mut offset), left)?;
+        }
+        if !pause.is_zero() {
+            thread::sleep(pause);
+        }
+    }
+    let took = own_cpu_time()?.saturating_sub(before);
+    client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+    Ok(took)
+}
+
+/// The run time of this thread.
+fn own_cpu_time() -> Result<Duration> {
+    let stat = fs::read_to_string("/proc/thread-self/schedstat")?;
+    Ok(Duration::from_nanos(stat.split(' ').next().context("no run time")?.parse()?))
 }
