@@ -32,6 +32,8 @@ pub use trace::trace;
 const POLL: Duration = Duration::from_millis(20);
 /// How long clients that were just sent away may still come back before the port closes.
 const LAST_CALLERS: Duration = Duration::from_millis(300);
+/// How often it is looked how busy this node is. Members hear of it more seldom.
+const LOAD_INTERVAL: Duration = Duration::from_secs(2);
 /// Threads of the control runtime: the swarm, containerd's events, the side port.
 const CONTROL_THREADS: usize = 2;
 
@@ -133,11 +135,13 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
     let serve_metrics = ServeMetrics::register(&mut figures);
     serve_metrics.set_open_files(open_files);
+    let connections = settings.serve.options.limits.connections;
     let options = Options { metrics: serve_metrics, ..settings.serve.options.clone() };
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(announce(store, router.clone(), Arc::clone(&registry)));
+    tokio::spawn(tell_load(Arc::clone(&registry), router.clone(), connections, stop.clone()));
     if let Some(taint) = settings.startup_taint {
         let registry = Arc::clone(&registry);
         tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
@@ -284,6 +288,15 @@ async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>, registry: Arc<R
             registry.stored(keys);
         }
         router.announce(change);
+    }
+}
+
+/// Says how busy this node is, by which peers choose among those who have the same.
+async fn tell_load(registry: Arc<Registry>, router: Arc<P2pRouter>, connections: usize, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(LOAD_INTERVAL);
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        let requests = u8::try_from(registry.in_flight() * 100 / connections.max(1)).unwrap_or(100);
+        router.set_load(registry.upload_load().max(requests));
     }
 }
 

@@ -47,6 +47,14 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Vec<BootstrapPeer>, serde_json::Err
     Ok(entries.into_iter().filter_map(peer).take(MAX_PEERS).collect())
 }
 
+/// What must hold for any list of a URL or a file; panics where it does not.
+pub(super) fn check(bytes: &[u8]) {
+    let Ok(peers) = decode(bytes) else { return };
+    assert!(peers.len() <= MAX_PEERS);
+    assert!(peers.iter().all(|peer| (1..=MAX_ADDRESSES).contains(&peer.addresses.len())));
+    assert_eq!(decode(&encode(&peers)).ok(), Some(peers));
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

@@ -137,6 +137,11 @@ impl Registry {
         self.draining.store(true, Ordering::Relaxed);
     }
 
+    /// How much of what may be given to peers at once is in use, in percent; 0 where that is not bounded.
+    pub fn upload_load(&self) -> u8 {
+        self.uploads.load(Instant::now())
+    }
+
     /// Requests whose responses have not ended.
     pub fn in_flight(&self) -> usize {
         Arc::strong_count(&self.flight) - 1

@@ -57,6 +57,16 @@ impl Uploads {
         state.count += 1;
         Some(Upload(Arc::clone(self)))
     }
+
+    /// How much of what is allowed is in use, in percent; nothing where nothing is bounded.
+    pub(super) fn load(&self, now: Instant) -> u8 {
+        let UploadLimits { count, rate } = self.limits;
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let places = if count > 0 { (state.count * 100).div_ceil(count) } else { 0 };
+        let ahead = state.booked_until.filter(|_| rate > 0).map_or(Duration::ZERO, |until| until.duration_since(now));
+        let booked = ahead.as_millis() * 100 / AHEAD.as_millis();
+        u8::try_from((places as u128).max(booked).min(100)).unwrap_or(100)
+    }
 }
 
 impl Drop for Upload {
@@ -72,6 +82,22 @@ mod tests {
 
     fn uploads(count: usize, rate: u64) -> Arc<Uploads> {
         Arc::new(Uploads::new(UploadLimits { count, rate }))
+    }
+
+    #[test]
+    fn the_load_is_what_of_the_bounds_is_in_use() {
+        let now = Instant::now();
+        let free = uploads(0, 0);
+        let _held: Vec<_> = (0..1000).map(|_| free.begin(u64::MAX, now)).collect();
+        assert_eq!(free.load(now), 0);
+        let places = uploads(4, 0);
+        let _held: Vec<_> = (0..3).map(|_| places.begin(1, now)).collect();
+        assert_eq!(places.load(now), 75);
+        let rate = uploads(0, 1000);
+        rate.begin(1000, now).unwrap();
+        assert_eq!((rate.load(now), rate.load(now + AHEAD)), (50, 0));
+        rate.begin(1_000_000, now).unwrap();
+        assert_eq!(rate.load(now), 100);
     }
 
     #[test]

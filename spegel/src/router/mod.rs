@@ -12,6 +12,8 @@ use tokio::sync::{mpsc, watch};
 use crate::oci::Key;
 use crate::store::Change;
 
+pub(crate) use p2p::checks;
+
 pub use memory::{MemoryNetwork, MemoryRouter};
 pub use p2p::{
     Identity, IdentityError, NetworkKey, NetworkKeyError, P2pRouter, P2pSettings, RouterError, RouterMetrics,
