@@ -90,22 +90,6 @@ mod tests {
     }
 
     #[test]
-    fn the_load_is_what_of_the_bounds_is_in_use() {
-        let now = Instant::now();
-        let free = uploads(0, 0);
-        let _held: Vec<_> = (0..1000).map(|_| free.begin(u64::MAX, now)).collect();
-        assert_eq!(free.load(now), 0);
-        let places = uploads(4, 0);
-        let _held: Vec<_> = (0..3).map(|_| places.begin(1, now)).collect();
-        assert_eq!(places.load(now), 75);
-        let rate = uploads(0, 1000);
-        rate.begin(1000, now).unwrap();
-        assert_eq!((rate.load(now), rate.load(now + AHEAD)), (50, 0));
-        rate.begin(1_000_000, now).unwrap();
-        assert_eq!(rate.load(now), 100);
-    }
-
-    #[test]
     fn without_limits_everything_is_given() {
         let (uploads, now) = (uploads(0, 0), Instant::now());
         let held: Vec<_> = (0..1000).map(|_| uploads.begin(u64::MAX, now)).collect();
