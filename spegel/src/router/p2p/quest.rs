@@ -102,7 +102,7 @@ mod tests {
     fn it_is_over_when_all_have_answered() {
         let now = Instant::now();
         let (one, two) = (contact(), contact());
-        let mut quest = quest(now, &[one.clone()]);
+        let mut quest = quest(now, std::slice::from_ref(&one));
         assert_eq!(quest.step(now), Step::Ask(one.clone()));
         assert!(
             matches!(quest.step(now), Step::Wait(until) if until < now + SEARCH_TIMEOUT),
@@ -133,7 +133,7 @@ mod tests {
         let now = Instant::now();
         assert_eq!(quest(now, &[]).step(now), Step::Over(Outcome::None));
         let one = contact();
-        let mut quest = quest(now, &[one.clone()]);
+        let mut quest = quest(now, std::slice::from_ref(&one));
         quest.step(now);
         quest.failed(&one);
         assert_eq!(quest.step(now), Step::Over(Outcome::None));
