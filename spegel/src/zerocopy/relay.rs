@@ -529,7 +529,7 @@ mod tests {
         tokio::time::advance(10 * AFTER).await;
         stall.gained(1);
         assert!(!stall.too_slow(), "stopped, and what had come was there");
-        for _ in 0..3 {
+        for _ in 0..2 {
             assert!(!is_over(&mut stall).await);
             tokio::time::advance(AFTER / 2).await;
             stall.gained(1);
