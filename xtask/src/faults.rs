@@ -76,7 +76,7 @@ impl Faults {
             let method = format!(
                 "A containerd pulls an image of three layers of {} MiB through its mirror, each node in a network namespace, upstream at \
                  {} Mbit/s. {company} For each containerd: what became of the pull, its seconds, and the MiB of layers from the failing peer, \
-                 the good peer and upstream. \"ok\": it succeeded, at most 7 s slower than without a mirror (5 s until a stall is noticed, and \
+                 the good peer and upstream; a body counts for the peer that began it. \"ok\": it succeeded, at most 7 s slower than without a mirror (5 s until a stall is noticed, and \
                  2 s); where the bytes are wrong, the next pull did.",
                 self.layer, self.upstream
             );

@@ -39,6 +39,8 @@ pub(super) struct Tools {
     memory: Option<MemoryGroup>,
     crowd: Option<Crowd>,
     wedge: Option<Wedge>,
+    /// The length of the failing peer's log before.
+    logged: usize,
     /// What was seen that no other column tells.
     pub(super) notes: Vec<String>,
     /// What should have healed and did not.
@@ -94,6 +96,7 @@ impl Scene {
         }
         self.swap_bad(Some(bad_program))?;
         self.wait_found()?;
+        tools.logged = self.bad_log().len();
         if what == Midway::ContentForbidden {
             // What is open already stays readable.
             let nobody: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o000);
@@ -121,8 +124,9 @@ impl Scene {
             memory.widen()?;
         }
         if let Midway::Disk(_) | Midway::ContentTruncated | Midway::ContentForbidden = what {
-            let log = self.bad.as_ref().map(|bad| bad.daemon.log()).unwrap_or_default();
-            let count = |words: &str| log.lines().filter(|line| line.contains(words)).count();
+            let log = self.bad_log();
+            let since = log.get(tools.logged..).unwrap_or_default();
+            let count = |words: &str| since.lines().filter(|line| line.contains(words)).count();
             let (withdrawn, unopened) = (count("content of this node is damaged"), count("cannot open content"));
             tools.notes.push(format!("the peer withdrew {withdrawn}, could not open {unopened} times"));
         }
@@ -164,6 +168,10 @@ impl Scene {
             std::fs::copy(self.image.blob_path(&layer.digest), path)?;
         }
         self.swap_bad(None)
+    }
+
+    fn bad_log(&self) -> String {
+        self.bad.as_ref().map(|bad| bad.daemon.log()).unwrap_or_default()
     }
 
     /// The layers as the failing peer has them.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt as _;
+use rustix::process::{Resource, getrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
@@ -19,8 +20,10 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 /// Connections that are only told to go elsewhere; beyond these a connection is closed without an answer.
 const REFUSALS: usize = 1024;
 
-/// Clients that can be refused at once when there is no descriptor left.
-const RESERVE: usize = 8;
+/// So much of the bound of open files, and so many at the most, are kept for clients that are refused when there is no other descriptor left.
+/// Each may hold its own for as long as a connection is read on after its end.
+const RESERVE_SHARE: u64 = 8;
+const MOST_RESERVED: u64 = 64;
 
 pub(super) struct Acceptor {
     listener: TcpListener,
@@ -110,7 +113,9 @@ fn reserve() -> Vec<File> {
 
 /// Fills the reserve up again, as far as there are descriptors.
 fn refill(reserve: &mut Vec<File>) {
-    while reserve.len() < RESERVE
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let wanted = usize::try_from((limit / RESERVE_SHARE).min(MOST_RESERVED)).unwrap_or_default();
+    while reserve.len() < wanted
         && let Ok(file) = File::open("/dev/null")
     {
         reserve.push(file);
