@@ -89,8 +89,8 @@ fn test_program() -> Result<PathBuf> {
         .context("run cargo test")?;
     ensure!(output.status.success(), "the simulation does not compile");
     let text = String::from_utf8_lossy(&output.stdout);
-    let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let program = messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).last();
+    let mut messages = text.lines().rev().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let program = messages.find_map(|message| message["executable"].as_str().map(PathBuf::from));
     program.context("cargo names no test program")
 }
 
@@ -127,10 +127,10 @@ impl fmt::Display for Size {
 
 impl Growth {
     fn read(&mut self, line: &str) {
-        if let Some(seed) = line.strip_prefix("seed ") {
-            if !self.seeds.iter().any(|known| known == seed) {
-                self.seeds.push(seed.to_owned());
-            }
+        if let Some(seed) = line.strip_prefix("seed ")
+            && !self.seeds.iter().any(|known| known == seed)
+        {
+            self.seeds.push(seed.to_owned());
         }
         let Some(figure) = line.strip_prefix("figure ") else { return };
         let mut fields = figure.split('|');
