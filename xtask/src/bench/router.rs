@@ -89,8 +89,8 @@ fn test_program() -> Result<PathBuf> {
         .context("run cargo test")?;
     ensure!(output.status.success(), "the simulation does not compile");
     let text = String::from_utf8_lossy(&output.stdout);
-    let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let program = messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next_back();
+    let mut messages = text.lines().rev().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let program = messages.find_map(|message| message["executable"].as_str().map(PathBuf::from));
     program.context("cargo names no test program")
 }
 

@@ -288,7 +288,10 @@ impl Membership {
 
     /// The message of a peer to which there is a connection.
     pub(super) fn receive(&mut self, now: Instant, from: PeerId, message: Message) {
-        self.neighbour(now, from);
+        // Who speaks unasked has this node in its table, and keeps the connection. To be told news is not left to those who have it in
+        // theirs: a node that came late is in few.
+        let unasked = message.sum.is_some() || !message.news.is_empty() || !message.cards.is_empty();
+        self.neighbour(now, from).chosen |= unasked && !message.answer;
         let mut answer = Message { answer: true, ..Message::default() };
         self.hear(now, &message, &mut answer);
         for rumour in message.rumours.iter().take(MAX_MEMBERS).filter(|rumour| rumour.gone) {

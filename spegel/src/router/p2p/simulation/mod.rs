@@ -20,6 +20,7 @@ use super::advertise::{self, Told};
 use super::keys::{ContentId, Position};
 use super::members::{self, Action, Message};
 use super::table::{Contact, REPLICAS};
+use crate::router::P2pSettings;
 
 pub(super) use node::{NoSigner, Node, scope};
 
@@ -125,9 +126,11 @@ impl Network {
             self.schedule(COLD, Event::Connect(peer, first));
         }
         self.schedule(COLD + REFRESH_SOON, Event::Refresh(peer));
-        for (interval, event) in
-            [(members::TICK, Event::Tick(peer)), (advertise::TICK, Event::Round(peer)), (SWEEP, Event::Sweep(peer))]
-        {
+        for (interval, event) in [
+            (members::TICK, Event::Tick(peer)),
+            (advertise::pace(P2pSettings::ADVERTISE_TTL).0, Event::Round(peer)),
+            (SWEEP, Event::Sweep(peer)),
+        ] {
             let first = self.rng.random_range(Duration::ZERO..interval);
             self.schedule(first, event);
         }
@@ -172,8 +175,8 @@ impl Network {
             }
             Event::Round(peer) if self.content => {
                 let Some(node) = self.nodes.get_mut(&peer) else { return };
-                node.round(now);
-                self.schedule(advertise::TICK, Event::Round(peer));
+                node.round();
+                self.schedule(advertise::pace(P2pSettings::ADVERTISE_TTL).0, Event::Round(peer));
                 self.send_offers(peer);
             }
             Event::Sweep(peer) if self.content => {

@@ -164,11 +164,11 @@ impl Node {
         }
     }
 
-    pub(super) fn round(&mut self, _: Instant) {
+    pub(super) fn round(&mut self) {
         for peer in self.outbox.take_failed() {
             self.offers.newcomer(peer);
         }
-        self.due = Some(advertise::rounds(P2pSettings::ADVERTISE_TTL));
+        self.due = Some(advertise::pace(P2pSettings::ADVERTISE_TTL).1);
     }
 
     /// As the advertiser's loop.
