@@ -3,6 +3,7 @@
 mod helper;
 mod hop;
 mod idle;
+mod micro;
 mod plane;
 mod router;
 
@@ -39,6 +40,8 @@ pub(crate) struct Bench {
 enum Name {
     /// A layer that is still arriving: the latency of a hop, and CPU beside a complete one
     Hop,
+    /// Small things by themselves, by criterion: ways for a small body, our own code for a small request
+    Micro,
     /// Three idle nodes: time until they are ready, memory, time to a 404, size of the program
     Idle,
     /// A large blob from the page cache: spegel on each engine, nginx, a bare loop
@@ -72,13 +75,14 @@ impl Bench {
     pub(crate) fn run(&self) -> Result<bool> {
         let program = match &self.binary {
             Some(program) => std::path::absolute(program)?,
-            // The router's is a test of its own, and needs no program.
-            None if matches!(self.name, Name::Router) => PathBuf::new(),
+            // Tests and benches of their own, which need no program.
+            None if matches!(self.name, Name::Router | Name::Micro) => PathBuf::new(),
             None => crate::build::spegel("release")?,
         };
         let settings = plane::Settings { program: program.clone(), rounds: self.rounds.max(1), mib: self.mib };
         let figures = match self.name {
             Name::Hop => hop::run(&program)?,
+            Name::Micro => micro::run()?,
             Name::Idle => idle::run(&program)?,
             Name::Serve => plane::serve(&settings)?,
             Name::Relay => plane::relay(&settings)?,

@@ -13,8 +13,8 @@ use levels::Levels;
 /// A file that has more lines has become two things.
 const MAX_LINES: usize = 600;
 
-/// The only files that may hold `unsafe`; each block says why it is sound. None needs it so far.
-const UNSAFE_FILES: [&str; 0] = [];
+/// The only files that may hold `unsafe`; each block says why it is sound. The program itself needs none.
+const UNSAFE_FILES: [&str; 1] = ["spegel/benches/micro.rs"];
 
 /// What is not finished must not be committed.
 const UNFINISHED: [&str; 3] = ["todo!", "unimplemented!", "dbg!"];

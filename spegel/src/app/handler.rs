@@ -1,6 +1,6 @@
 //! The registry as the handler of served connections.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
@@ -8,8 +8,8 @@ use http::request::Parts;
 use http::{Request, Response};
 use hyper::body::Incoming;
 
-use crate::registry::Registry;
-use crate::serve::{Handler, RemoteAddr};
+use crate::registry::{Prompt, Registry};
+use crate::serve::{Handler, Head, Quick, RemoteAddr};
 use crate::zerocopy::Body;
 
 struct Served(Arc<Registry>);
@@ -21,6 +21,12 @@ impl Handler for Served {
             let (parts, _body) = request.into_parts();
             registry.handle(&parts, remote_of(&parts)).await
         })
+    }
+
+    fn quick(&self, request: &Head<'_>, remote: SocketAddr) -> Option<Quick> {
+        let headers = request.headers.iter().map(|header| (header.name, header.value));
+        let Prompt { head, body, end } = self.0.prompt(request.is_head, request.target, headers, remote.ip())?;
+        Some(Quick { head, body, end })
     }
 
     fn refuse(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {

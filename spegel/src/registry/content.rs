@@ -10,8 +10,9 @@ use bytes::Bytes;
 use http::{Response, StatusCode};
 use tracing::warn;
 
+use super::metrics::ClientKind;
 use super::promises::{Client, Refusal};
-use super::{OWN, Registry, SOURCE_HEADER, respond};
+use super::{Registry, SOURCE_HEADER, respond};
 use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
@@ -101,18 +102,20 @@ impl fmt::Display for Source {
 pub(super) struct Answer {
     pub(super) response: Response<Body>,
     pub(super) source: Source,
+    /// A manifest of this node that is in memory.
+    pub(super) held: Option<Digest>,
 }
 
 impl Answer {
     pub(super) fn local(response: Response<Body>) -> Self {
-        Self { response, source: Source::Local }
+        Self { response, source: Source::Local, held: None }
     }
 
     fn from(mut response: Response<Body>, source: Source) -> Self {
         if let Ok(value) = http::HeaderValue::from_str(&source.to_string()) {
             response.headers_mut().insert(SOURCE_HEADER, value);
         }
-        Self { response, source }
+        Self { response, source, held: None }
     }
 }
 
@@ -179,7 +182,7 @@ impl Registry {
         if let Some(small) = &blob.small {
             let Some(media_type) = small.media_type() else { return Ok(None) };
             let response = respond::manifest(digest, media_type.as_str(), Body::bytes(small.bytes().clone()));
-            return Ok(Some(Answer::from(response, Source::Local)));
+            return Ok(Some(Answer { held: Some(digest.clone()), ..Answer::from(response, Source::Local) }));
         }
         let mut bytes = vec![0; usize::try_from(blob.size).unwrap_or_default()];
         if let Err(error) = blob.file.read_exact_at(&mut bytes, 0) {
@@ -215,7 +218,7 @@ impl Registry {
         }
         if !ask.head_only
             && ask.first_byte() == Some(0)
-            && self.client_kind(&ask.client) == OWN
+            && self.client_kind(&ask.client) == ClientKind::Own
             && self.promises.is_complaint(&ask.client, digest, Instant::now())
         {
             self.settings.mirror.complained(digest, &ask.target);
@@ -260,7 +263,7 @@ impl Registry {
                 return Some(self.busy(ask, digest));
             }
         }
-        let Answer { response, source } = match found {
+        let Answer { response, source, held } = match found {
             Local::Complete(blob) => self.complete_blob(ask, digest, &blob),
             Local::Receiving(Receiving { growing, total }) => {
                 let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
@@ -269,7 +272,7 @@ impl Registry {
                 answer
             }
         };
-        Some(Answer { response: response.map(|body| body.with_end(move |_| drop(upload))), source })
+        Some(Answer { response: response.map(|body| body.with_end(move |_| drop(upload))), source, held })
     }
 
     fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
@@ -277,7 +280,7 @@ impl Registry {
             Some(small) => slice(small.bytes(), start, end),
             None => Body::file(Arc::clone(&blob.file), start, end - start),
         };
-        let Answer { response, source } = self.give(ask, digest, blob.size, Source::Local, body);
+        let Answer { response, source, held } = self.give(ask, digest, blob.size, Source::Local, body);
         let start = match ask.range.map(|range| range.resolve(blob.size)) {
             Some(RangeOutcome::Part { start, .. }) => start,
             _ => 0,
@@ -288,14 +291,14 @@ impl Registry {
                 audits.cut_short(&of, &file, size, start + end.sent);
             }
         };
-        Answer { response: response.map(|body| body.with_end(ended)), source }
+        Answer { response: response.map(|body| body.with_end(ended)), source, held }
     }
 
     /// Sends a peer elsewhere.
     fn busy(&self, ask: &Ask, digest: &Digest) -> Answer {
         self.settings.metrics.refused_upload();
         let holders = self.settings.mirror.holders(&Key::Digest(digest.clone()), ask.remote);
-        Answer { response: respond::busy(&holders), source: Source::Nobody }
+        Answer { response: respond::busy(&holders), source: Source::Nobody, held: None }
     }
 
     /// What this node has, receives, or is about to receive if the asker would wait for that.
@@ -433,7 +436,7 @@ impl Registry {
             }
             _ => respond::blob(digest, cut(total), None),
         };
-        Some(Answer { response, source: Source::Nobody })
+        Some(Answer { response, source: Source::Nobody, held: None })
     }
 
     pub(super) async fn referrers(

@@ -1,7 +1,8 @@
 //! What the registry counts of its requests.
 
-use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -10,7 +11,11 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry as Metrics, Unit};
 
+use super::ready;
 use crate::metrics::BoundedLabel;
+
+/// The label of requests for manifests.
+pub(super) const MANIFEST: &str = "manifest";
 
 /// How many registries are told apart; a client chooses the name, so there must be a bound.
 const MAX_REGISTRIES: usize = 64;
@@ -24,7 +29,7 @@ const BYTES: [f64; 9] = [100.0, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10];
 #[derive(Clone, Debug)]
 pub struct RegistryMetrics {
     mirror_requests: Family<MirrorLabel, Counter>,
-    last_success: Gauge<f64, std::sync::atomic::AtomicU64>,
+    last_success: Gauge<f64, AtomicU64>,
     duration: Family<HttpLabel, Histogram>,
     size: Family<HttpLabel, Histogram>,
     inflight: Family<HandlerLabel, Gauge>,
@@ -33,6 +38,29 @@ pub struct RegistryMetrics {
     refused_uploads: Counter,
     refused: Family<ReasonLabel, Counter>,
     registries: Arc<BoundedLabel>,
+    resolved: Arc<Resolved>,
+}
+
+/// Who asks, as the figures tell clients apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ClientKind {
+    /// This node's own containerd.
+    Own,
+    OtherNode,
+    Unknown,
+}
+
+/// What is counted of answers that stand ready, looked up once.
+#[derive(Debug)]
+pub(super) struct Resolved {
+    inflight: Gauge,
+    /// Durations and sizes of GET, and of HEAD.
+    answers: [OnceLock<(Histogram, Histogram)>; 2],
+    clients: [OnceLock<Counter>; 3],
+    last_success: Gauge<f64, AtomicU64>,
+    duration: Family<HttpLabel, Histogram>,
+    size: Family<HttpLabel, Histogram>,
+    by_client: Family<ClientLabel, Counter>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -66,13 +94,28 @@ struct ReasonLabel {
 impl RegistryMetrics {
     /// Adds the registry's figures to `metrics`.
     pub fn register(metrics: &mut Metrics) -> Self {
+        let last_success = Gauge::<f64, AtomicU64>::default();
+        let duration: Family<HttpLabel, Histogram> = Family::new_with_constructor(|| Histogram::new(SECONDS));
+        let size: Family<HttpLabel, Histogram> = Family::new_with_constructor(|| Histogram::new(BYTES));
+        let inflight = Family::<HandlerLabel, Gauge>::default();
+        let clients = Family::<ClientLabel, Counter>::default();
+        let resolved = Resolved {
+            inflight: inflight.get_or_create_owned(&HandlerLabel { handler: MANIFEST }),
+            answers: Default::default(),
+            clients: Default::default(),
+            last_success: last_success.clone(),
+            duration: duration.clone(),
+            size: size.clone(),
+            by_client: clients.clone(),
+        };
         let this = Self {
+            resolved: Arc::new(resolved),
             mirror_requests: Family::default(),
-            last_success: Gauge::default(),
-            duration: Family::new_with_constructor(|| Histogram::new(SECONDS)),
-            size: Family::new_with_constructor(|| Histogram::new(BYTES)),
-            inflight: Family::default(),
-            clients: Family::default(),
+            last_success,
+            duration,
+            size,
+            inflight,
+            clients,
             cuts: Counter::default(),
             refused_uploads: Counter::default(),
             refused: Family::default(),
@@ -115,15 +158,29 @@ impl RegistryMetrics {
     }
 
     /// Counts a client's request for content of `registry`.
-    pub(super) fn mirrored(&self, registry: &str, hit: bool, client: &'static str) {
-        let label =
-            MirrorLabel { registry: self.registries.of(registry, hit), cache: if hit { "hit" } else { "miss" } };
-        self.mirror_requests.get_or_create(&label).inc();
-        self.clients.get_or_create(&ClientLabel { client }).inc();
+    pub(super) fn mirrored(&self, registry: Option<&str>, hit: bool, client: ClientKind) {
         if hit {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            self.last_success.set(now.as_secs_f64());
+            self.resolved.hit(&self.hits(registry), client);
+            return;
         }
+        self.mirror_requests.get_or_create(&self.mirror_label(registry, false)).inc();
+        self.clients.get_or_create(&ClientLabel { client: client.name() }).inc();
+    }
+
+    /// The counter of requests for content of `registry` that got it.
+    pub(super) fn hits(&self, registry: Option<&str>) -> Counter {
+        self.mirror_requests.get_or_create_owned(&self.mirror_label(registry, true))
+    }
+
+    fn mirror_label(&self, registry: Option<&str>, hit: bool) -> MirrorLabel {
+        let registry = self.registries.of(registry.unwrap_or("unknown"), hit);
+        MirrorLabel { registry, cache: if hit { "hit" } else { "miss" } }
+    }
+
+    /// As [`RegistryMetrics::begin`], for an answer that stands ready.
+    pub(super) fn begin_prompt(&self, is_head: bool, start: Instant, flight: &Arc<()>) -> ready::Observed {
+        self.resolved.inflight.inc();
+        ready::Observed { metrics: Arc::clone(&self.resolved), is_head, start, _flight: Arc::clone(flight) }
     }
 
     pub(super) fn refused_upload(&self) {
@@ -136,6 +193,44 @@ impl RegistryMetrics {
 
     pub(super) fn cut(&self) {
         self.cuts.inc();
+    }
+}
+
+// === impl Resolved ===
+
+impl Resolved {
+    /// Counts a client's request for content that it got.
+    pub(super) fn hit(&self, hits: &Counter, client: ClientKind) {
+        hits.inc();
+        let label = ClientLabel { client: client.name() };
+        self.clients[client as usize].get_or_init(|| self.by_client.get_or_create_owned(&label)).inc();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.last_success.set(now.as_secs_f64());
+    }
+
+    /// Counts an answer.
+    pub(super) fn answered(&self, is_head: bool, took: Duration, sent: u64) {
+        let (duration, size) = self.answers[usize::from(is_head)].get_or_init(|| {
+            let label = HttpLabel { handler: MANIFEST, method: if is_head { "HEAD" } else { "GET" }, code: 200 };
+            (self.duration.get_or_create_owned(&label), self.size.get_or_create_owned(&label))
+        });
+        duration.observe(took.as_secs_f64());
+        size.observe(sent as f64);
+    }
+
+    /// The request is not under way any more.
+    pub(super) fn is_over(&self) {
+        self.inflight.dec();
+    }
+}
+
+impl ClientKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Own => "own",
+            Self::OtherNode => "other_node",
+            Self::Unknown => "unknown",
+        }
     }
 }
 
@@ -162,7 +257,7 @@ pub(super) struct Observed {
 
 impl Observed {
     /// How long it has been under way.
-    pub(super) fn elapsed(&self) -> std::time::Duration {
+    pub(super) fn elapsed(&self) -> Duration {
         self.start.elapsed()
     }
 }

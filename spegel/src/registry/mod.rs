@@ -9,6 +9,7 @@ mod chunks;
 mod content;
 mod metrics;
 mod promises;
+mod ready;
 mod respond;
 mod strain;
 mod turns;
@@ -34,20 +35,18 @@ use crate::zerocopy::{Body, BodyEnd};
 pub use auth::BasicAuth;
 pub use metrics::RegistryMetrics;
 pub use promises::Client;
+pub use ready::Prompt;
 pub use strain::Strain;
 pub use uploads::UploadLimits;
 
 use content::{Answer, Ask, Source};
-use metrics::Observed;
+use metrics::{ClientKind, Observed};
 use promises::Promises;
 use strain::{Refused, Strained};
 
 /// The response header that tells where content is from: `local`, `ready` (fetched and verified a moment ago), or the
 /// address of a peer.
 pub const SOURCE_HEADER: &str = "X-Spegel-Source";
-
-/// How this node's own containerd is told in the figures of clients.
-const OWN: &str = "own";
 
 /// What a registry is built from.
 #[derive(Debug)]
@@ -79,6 +78,7 @@ pub struct Registry {
     uploads: Arc<uploads::Uploads>,
     audits: Arc<audit::Audits>,
     chunked: chunks::Chunked,
+    ready: ready::Ready,
     /// The router was ready once.
     joined: AtomicBool,
     /// New requests are refused.
@@ -97,6 +97,7 @@ impl Registry {
             audits: Arc::new(audit::Audits::new(settings.mirror.clone())),
             settings,
             chunked: chunks::Chunked::default(),
+            ready: ready::Ready::default(),
             promises: Arc::default(),
             turns: Arc::default(),
             joined: AtomicBool::new(false),
@@ -235,7 +236,7 @@ impl Registry {
                 self.referrers(&ask, digest, artifact_type.as_deref()).await
             }
         };
-        let mut response = self.conclude(ask, answer, observed);
+        let mut response = self.conclude(request, parsed, ask, answer, observed);
         if let Some(Refused::Strained(_)) = refusal {
             // An idle connection holds what there is too little of.
             response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
@@ -278,11 +279,18 @@ impl Registry {
     }
 
     /// Counts the answer, and tells its story once its body has ended.
-    fn conclude(&self, ask: Ask, answer: Result<Answer, OciError>, observed: Observed) -> Response<Body> {
-        let (mut response, source) = match answer {
-            Ok(answer) => (answer.response, answer.source),
-            Err(error) => (respond::error(&error), Source::Nobody),
-        };
+    fn conclude(
+        &self,
+        request: &Parts,
+        parsed: &Request,
+        ask: Ask,
+        answer: Result<Answer, OciError>,
+        observed: Observed,
+    ) -> Response<Body> {
+        let Answer { mut response, source, held } = answer.unwrap_or_else(|error| {
+            let response = respond::error(&error);
+            Answer { response, source: Source::Nobody, held: None }
+        });
         if let (Some(ns), headers) = (&ask.registry, response.headers_mut())
             && let Ok(value) = header::HeaderValue::from_str(ns)
         {
@@ -299,16 +307,28 @@ impl Registry {
             let kind = self.client_kind(&ask.client);
             // A range outside of a blob that is here is the client's matter.
             let hit = source != Source::Nobody;
-            self.settings.metrics.mirrored(ask.registry.as_deref().unwrap_or("unknown"), hit, kind);
+            self.settings.metrics.mirrored(ask.registry.as_deref(), hit, kind);
         }
-        finish(response, observed, move |end| tell(&ask, &source, status, end))
+        if let Some(digest) = held {
+            self.keep_ready(&request.uri, parsed, &ask, digest, &response);
+        }
+        finish(response, observed, move |ended| {
+            let Ask { head_only, path, registry, client, .. } = &ask;
+            let is_news = ask.is_content && !ask.mirrored;
+            let told = Told { head_only: *head_only, path, registry: registry.as_deref(), client, is_news };
+            tell(&told, &source, status, &ended);
+        })
     }
 
-    fn client_kind(&self, client: &Client) -> &'static str {
-        match (client, &self.settings.node_name) {
-            (Client::Node(name), Some(own)) if **name == **own => OWN,
-            (Client::Node(_), Some(_)) => "other_node",
-            _ => "unknown",
+    fn client_kind(&self, client: &Client) -> ClientKind {
+        self.kind_of(if let Client::Node(name) = client { Some(name) } else { None })
+    }
+
+    fn kind_of(&self, node: Option<&str>) -> ClientKind {
+        match (node, &self.settings.node_name) {
+            (Some(name), Some(own)) if *name == **own => ClientKind::Own,
+            (Some(_), Some(_)) => ClientKind::OtherNode,
+            _ => ClientKind::Unknown,
         }
     }
 }
@@ -316,7 +336,7 @@ impl Registry {
 fn handler_name(parsed: &Request) -> &'static str {
     match parsed {
         Request::Base => "v2",
-        Request::Manifest { .. } => "manifest",
+        Request::Manifest { .. } => metrics::MANIFEST,
         Request::Blob { .. } => "blob",
         Request::Referrers { .. } => "referrers",
     }
@@ -354,15 +374,25 @@ fn finish(
     })
 }
 
-/// One line for each piece of content that a client asked for. Requests of peers are part of another node's line.
-fn tell(ask: &Ask, source: &Source, status: StatusCode, ended: Ended) {
+/// What is told of a request.
+struct Told<'a> {
+    head_only: bool,
+    path: &'a str,
+    registry: Option<&'a str>,
+    client: &'a Client,
+    /// A client's request for content. Requests of peers are part of another node's line.
+    is_news: bool,
+}
+
+/// One line for each piece of content that a client asked for.
+fn tell(told: &Told<'_>, source: &Source, status: StatusCode, ended: &Ended) {
     let (bytes, whole, ms) = (ended.end.sent, ended.end.complete, ended.elapsed.as_secs_f64() * 1e3);
-    let method = if ask.head_only { "HEAD" } else { "GET" };
-    let (path, registry, client) = (&ask.path, ask.registry.as_deref().unwrap_or("-"), &ask.client);
+    let method = if told.head_only { "HEAD" } else { "GET" };
+    let (path, registry, client) = (told.path, told.registry.unwrap_or("-"), told.client);
     let status = status.as_u16();
-    if ask.mirrored || !ask.is_content {
-        debug!(method, path, registry, %client, %source, status, bytes, whole, ms, "answered");
-    } else {
+    if told.is_news {
         info!(method, path, registry, %client, %source, status, bytes, whole, ms, "pull");
+    } else {
+        debug!(method, path, registry, %client, %source, status, bytes, whole, ms, "answered");
     }
 }

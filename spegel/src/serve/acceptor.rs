@@ -1,18 +1,21 @@
-//! Takes connections from a listener and hands them to the data runtimes.
+//! Takes connections from a listener and hands them to the data runtimes. It runs on the first of them: a connection that it keeps for
+//! its own runtime is served by the thread that accepted it, with no other one to wake.
 
 use std::fs::File;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt as _;
 use rustix::process::{Resource, getrlimit};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
 
-use super::Shared;
-use super::engine::Engine;
+use super::engine::{Engine, Socket};
+use super::{Shared, connection};
+use crate::zerocopy::Settings;
 
 /// Pause after a failed accept: without descriptors the listener stays readable, and every try would fail at once.
 const BACK_OFF: Duration = Duration::from_millis(50);
@@ -27,7 +30,10 @@ const MOST_RESERVED: u64 = 64;
 
 pub(super) struct Acceptor {
     listener: TcpListener,
-    engines: Vec<Arc<Engine>>,
+    engines: Arc<[Arc<Engine>]>,
+    /// The connections of the first engine, on whose thread this is.
+    own: TaskTracker,
+    settings: Arc<Settings>,
     shared: Arc<Shared>,
     refusals: Arc<Semaphore>,
     /// Descriptors to give up when there are no others, so that clients can be refused instead of left waiting.
@@ -37,13 +43,17 @@ pub(super) struct Acceptor {
 // === impl Acceptor ===
 
 impl Acceptor {
+    /// To be called on the first engine's thread.
     pub(super) fn new(
         listener: std::net::TcpListener,
-        engines: Vec<Arc<Engine>>,
+        engines: Arc<[Arc<Engine>]>,
+        own: TaskTracker,
+        settings: Arc<Settings>,
         shared: Arc<Shared>,
     ) -> io::Result<Self> {
         let listener = TcpListener::from_std(listener)?;
-        Ok(Self { listener, engines, shared, refusals: Arc::new(Semaphore::new(REFUSALS)), reserve: reserve() })
+        let refusals = Arc::new(Semaphore::new(REFUSALS));
+        Ok(Self { listener, engines, own, settings, shared, refusals, reserve: reserve() })
     }
 
     pub(super) async fn run(mut self) {
@@ -82,8 +92,7 @@ impl Acceptor {
 
     async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         let (stream, remote) = self.listener.accept().await?;
-        // Another runtime's reactor will watch it.
-        Ok((stream.into_std()?, SocketAddr::new(remote.ip().to_canonical(), remote.port())))
+        Ok((stream, SocketAddr::new(remote.ip().to_canonical(), remote.port())))
     }
 
     fn place(&self, stream: TcpStream, remote: SocketAddr) {
@@ -97,11 +106,29 @@ impl Acceptor {
             Ok(refusal) => refusal,
             Err(_) => return self.shared.metrics.refuse(),
         };
-        let engine = self.engines.iter().min_by_key(|engine| engine.load());
-        let is_placed = engine.is_some_and(|engine| engine.push(stream, remote, refusal, &self.shared));
+        let least = self.engines.iter().enumerate().min_by_key(|(_, engine)| engine.load());
+        let is_placed = least.is_some_and(|(index, engine)| self.give(index == 0, engine, stream, remote, refusal));
         if one_too_many || !is_placed {
             self.shared.metrics.refuse();
         }
+    }
+
+    fn give(
+        &self,
+        is_own: bool,
+        engine: &Engine,
+        stream: TcpStream,
+        remote: SocketAddr,
+        refusal: Option<OwnedSemaphorePermit>,
+    ) -> bool {
+        if is_own {
+            let accepted = engine.count(Socket::Registered(stream), remote, refusal, &self.shared);
+            self.own.spawn(connection::serve(accepted, self.shared.clone(), self.settings.clone()));
+            return true;
+        }
+        // The other runtime's reactor is to watch it.
+        let Ok(stream) = stream.into_std() else { return false };
+        engine.push(|| engine.count(Socket::Bare(stream), remote, refusal, &self.shared))
     }
 }
 

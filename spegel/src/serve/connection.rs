@@ -1,32 +1,49 @@
 //! One client's connection, from accept to close.
+//!
+//! Between requests it is bare: a socket, and no buffer. What is small and was asked for before is answered there and then; any
+//! other request makes a [`Session`] of hyper's, which ends when its answers are out.
 
-use std::convert::Infallible;
+use std::cell::RefCell;
 use std::future::poll_fn;
-use std::io;
-use std::panic::AssertUnwindSafe;
-use std::pin::pin;
+use std::io::{self, IoSlice};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::Poll;
+use std::task::{Context, Poll, ready};
 
-use futures::FutureExt;
-use http::{HeaderValue, Request, Response, StatusCode, header};
-use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use bytes::{Buf, Bytes};
+use rustix::net::{RecvFlags, recv};
+use tokio::io::{AsyncRead as _, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use super::engine::Accepted;
-use super::watch::{Expired, Handled, Verdict, Watch};
-use super::{RemoteAddr, Shared, linger};
-use crate::zerocopy::{Body, BodyError, BoundBody, Io, Ops, Settings};
+use super::quick::{self, Parsed, Quick};
+use super::session::{Client, Polled, Session};
+use super::watch::{Expired, Verdict, Watch};
+use super::{RemoteAddr, Shared, Step, linger};
+use crate::zerocopy::{self, Activity, BodyEnd, BodyError, Settings};
+
+/// Bytes that are read of a bare connection at once: a request, or several of one who does not wait for answers.
+const READ: usize = 16 << 10;
+
+/// Bytes up to which an answer is copied into one piece: that costs less than what the kernel does for several.
+const COPIED: usize = 8 << 10;
+
+/// Answers from memory in a turn, before other connections get theirs.
+const ANSWERS: usize = 16;
 
 /// How a connection ended.
 #[derive(Debug)]
 enum End {
-    /// Either side closed it, or it broke.
+    /// The client closed it between two requests.
+    Left,
+    /// It broke between two requests.
+    Broke(io::Error),
+    /// Either side closed it, or it broke, within hyper's part.
     Http(hyper::Result<()>),
+    /// Who stops takes no further request.
+    Drained,
     Expired(Expired),
     /// The server ends.
     Aborted,
@@ -35,103 +52,43 @@ enum End {
 pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings: Arc<Settings>) {
     let remote = accepted.remote;
     // The accepted connection stays counted until its socket is closed.
-    let stream = match accepted.take_stream().and_then(prepare) {
+    let stream = match accepted.take_stream() {
         Ok(stream) => stream,
         Err(error) => {
             tracing::debug!(%remote, %error, "a connection failed at its start");
             return;
         }
     };
-    let (stream, end) = match drive(stream, &accepted, &shared, &settings).await {
-        Ok(ended) => ended,
-        Err(error) => {
-            tracing::warn!(%error, "cannot serve a connection");
-            return;
-        }
+    let client = Client {
+        shared: shared.clone(),
+        handling: Arc::default(),
+        remote: RemoteAddr(remote),
+        is_refused: accepted.is_refused(),
     };
-    report(remote, &end);
-    linger::close(stream, shared.limits.linger).await;
-    drop(accepted);
-}
-
-fn prepare(stream: std::net::TcpStream) -> io::Result<TcpStream> {
-    let stream = TcpStream::from_std(stream)?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
-}
-
-/// Runs HTTP until the connection's end, and gives its socket back.
-async fn drive(
-    stream: TcpStream,
-    accepted: &Accepted,
-    shared: &Arc<Shared>,
-    settings: &Arc<Settings>,
-) -> io::Result<(TcpStream, End)> {
-    let ops = Ops::new(settings)?;
-    let handling = Arc::new(Handling::default());
-    let (remote, is_refused) = (RemoteAddr(accepted.remote), accepted.is_refused());
-    let service = service_fn(|mut request: Request<Incoming>| {
-        request.extensions_mut().insert(remote);
-        let turn = Handling::begin(&handling);
-        let (shared, ops) = (shared.clone(), ops.clone());
-        async move {
-            let _turn = turn;
-            Ok::<_, Infallible>(answer(&shared, &ops, request, is_refused).await)
-        }
-    });
-    let mut http = http1::Builder::new();
-    // The watch bounds the waits: hyper has no bound on a stalled client, and one for a head and an idle time together.
-    http.half_close(true).max_header_size(shared.limits.header_bytes).header_read_timeout(None).writev(true);
-    http.keep_alive(!is_refused);
-    let mut connection = http.serve_connection(TokioIo::new(Io::new(stream, ops.clone())), service);
-
-    let mut watch = Watch::new(shared.limits);
-    let mut drain = pin!(shared.stop.drain.cancelled());
-    let mut abort = pin!(shared.stop.abort.cancelled());
-    let mut draining = false;
+    let watch = Watch::new(shared.limits);
+    let mut lane = Lane { client, settings, phase: Phase::Bare(Bare::fresh(stream)), watch, draining: false };
+    let (mut drain, mut abort) = (pin!(shared.stop.drain.cancelled()), pin!(shared.stop.abort.cancelled()));
+    let mut armed = false;
     let end = poll_fn(|cx| {
-        loop {
-            ops.begin_turn();
-            if let Poll::Ready(result) = connection.poll_unpin(cx) {
-                return Poll::Ready(End::Http(result));
-            }
-            if abort.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(End::Aborted);
-            }
-            if !draining && drain.as_mut().poll(cx).is_ready() {
-                draining = true;
-                std::pin::Pin::new(&mut connection).graceful_shutdown();
-                continue;
-            }
-            match watch.poll(cx, ops.activity(), handling.get()) {
-                Verdict::Wait => return Poll::Pending,
-                Verdict::TryWrite => ops.force_write(),
-                Verdict::End(expired) => return Poll::Ready(End::Expired(expired)),
-            }
+        // Once asked they wake this task, and what they have to say is in the step.
+        if !std::mem::replace(&mut armed, true) {
+            let _ = (drain.as_mut().poll(cx), abort.as_mut().poll(cx));
         }
+        lane.poll(cx)
     })
     .await;
-    Ok((connection.into_parts().io.into_inner().into_stream(), end))
-}
-
-async fn answer(shared: &Shared, ops: &Ops, request: Request<Incoming>, is_refused: bool) -> Response<BoundBody> {
-    let handle = || if is_refused { shared.handler.refuse(request) } else { shared.handler.handle(request) };
-    let answered = AssertUnwindSafe(async { handle().await }).catch_unwind().await;
-    let response = answered.unwrap_or_else(|_| {
-        // The panic hook has said where.
-        tracing::error!("a request's handler panicked; it was answered 500");
-        let mut response = Response::new(Body::empty());
-        *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-        response
-    });
-    response.map(|body| body.bind(ops))
+    report(remote, &end);
+    if let Some(stream) = lane.into_stream().filter(|_| !matches!(end, End::Left)) {
+        linger::close(stream, shared.limits.linger).await;
+    }
+    drop(accepted);
 }
 
 /// None of these is an error of ours but a body out of step: clients leave early, peers fail, files vanish.
 fn report(remote: std::net::SocketAddr, end: &End) {
     match end {
-        End::Http(Ok(())) => {}
+        End::Left | End::Drained | End::Http(Ok(())) => {}
+        End::Broke(error) => tracing::debug!(%remote, %error, "connection ended early"),
         End::Http(Err(error)) => match BodyError::find(error) {
             Some(BodyError::OutOfStep) => tracing::error!(%remote, error = %BodyError::OutOfStep, "response ended"),
             Some(error) => tracing::debug!(%remote, %error, "response ended early"),
@@ -142,32 +99,273 @@ fn report(remote: std::net::SocketAddr, end: &End) {
     }
 }
 
-/// What the handler is doing for a connection.
-#[derive(Default)]
-struct Handling {
-    requests: AtomicU64,
-    now: AtomicBool,
+/// A connection.
+struct Lane {
+    client: Client,
+    settings: Arc<Settings>,
+    phase: Phase,
+    watch: Watch,
+    draining: bool,
 }
 
-/// One request at the handler, until dropped.
-struct Turn(Arc<Handling>);
+enum Phase {
+    Bare(Bare),
+    Http(Box<Session>),
+    /// On its way from one to the other; for good where that failed.
+    Nothing,
+}
 
-// === impl Handling ===
+// === impl Lane ===
 
-impl Handling {
-    fn begin(handling: &Arc<Self>) -> Turn {
-        handling.requests.fetch_add(1, Ordering::Relaxed);
-        handling.now.store(true, Ordering::Relaxed);
-        Turn(handling.clone())
+impl Lane {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        loop {
+            let activity = match &mut self.phase {
+                Phase::Bare(bare) => match bare.poll(cx, &self.client, &self.settings) {
+                    Poll::Pending => bare.activity(),
+                    Poll::Ready(Ok(Next::Http(unread))) => match self.to_http(unread) {
+                        Ok(()) => continue,
+                        Err(error) => return Poll::Ready(End::Broke(error)),
+                    },
+                    Poll::Ready(Ok(Next::Left)) => return Poll::Ready(End::Left),
+                    Poll::Ready(Err(error)) => return Poll::Ready(End::Broke(error)),
+                },
+                Phase::Http(session) => match session.poll(cx) {
+                    Polled::Ended(result) => return Poll::Ready(End::Http(result)),
+                    Polled::Waiting(activity) => activity,
+                    Polled::Idle => {
+                        self.to_bare();
+                        continue;
+                    }
+                },
+                Phase::Nothing => return Poll::Ready(End::Left),
+            };
+            match self.client.shared.stop.step() {
+                Step::Aborting => return Poll::Ready(End::Aborted),
+                Step::Draining if !self.draining => {
+                    self.draining = true;
+                    if let Phase::Http(session) = &mut self.phase {
+                        session.drain();
+                    }
+                    continue;
+                }
+                _ => {}
+            }
+            if self.draining && matches!(&self.phase, Phase::Bare(bare) if bare.out.is_none()) {
+                return Poll::Ready(End::Drained);
+            }
+            match self.watch.poll(cx, activity, self.client.handling.get()) {
+                Verdict::Wait => return Poll::Pending,
+                Verdict::TryWrite => match &mut self.phase {
+                    Phase::Bare(bare) => bare.force = true,
+                    Phase::Http(session) => session.force_write(),
+                    Phase::Nothing => {}
+                },
+                Verdict::End(expired) => return Poll::Ready(End::Expired(expired)),
+            }
+        }
     }
 
-    fn get(&self) -> Handled {
-        Handled { requests: self.requests.load(Ordering::Relaxed), now: self.now.load(Ordering::Relaxed) }
+    fn to_http(&mut self, unread: Bytes) -> io::Result<()> {
+        let Phase::Bare(bare) = std::mem::replace(&mut self.phase, Phase::Nothing) else { return Ok(()) };
+        let is_last = self.client.is_refused || self.draining;
+        let session = Session::new(bare.stream, unread, is_last, &self.client, &self.settings)?;
+        self.phase = Phase::Http(Box::new(session));
+        Ok(())
+    }
+
+    fn to_bare(&mut self) {
+        if let Phase::Http(session) = std::mem::replace(&mut self.phase, Phase::Nothing) {
+            let (stream, unread) = session.into_parts();
+            self.phase = Phase::Bare(Bare::new(stream, unread));
+        }
+    }
+
+    fn into_stream(self) -> Option<TcpStream> {
+        match self.phase {
+            Phase::Bare(bare) => Some(bare.stream),
+            Phase::Http(session) => Some(session.into_parts().0),
+            Phase::Nothing => None,
+        }
     }
 }
 
-impl Drop for Turn {
+/// A connection between two requests, or with an answer from memory on its way.
+struct Bare {
+    stream: TcpStream,
+    /// Read already. Nearly always nothing.
+    unread: Bytes,
+    out: Option<Out>,
+    /// Try the socket even where the runtime believes it to be full.
+    force: bool,
+    /// Just accepted: nothing is known of it yet, and the first request is often there.
+    is_new: bool,
+}
+
+/// What comes after being bare.
+enum Next {
+    /// The client has closed its side.
+    Left,
+    /// A request for hyper, of which this was read.
+    Http(Bytes),
+}
+
+/// What the kernel did not take of an answer.
+struct Out {
+    rest: Bytes,
+    since: Instant,
+    body: usize,
+    end: Option<Box<dyn FnOnce(BodyEnd) + Send>>,
+}
+
+thread_local! {
+    /// Where requests are read to, for all of a runtime's connections.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ]);
+    /// Where answers are put together.
+    static WHOLE: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(COPIED));
+}
+
+// === impl Bare ===
+
+impl Bare {
+    fn new(stream: TcpStream, unread: Bytes) -> Self {
+        Self { stream, unread, out: None, force: false, is_new: false }
+    }
+
+    fn fresh(stream: TcpStream) -> Self {
+        Self { force: true, is_new: true, ..Self::new(stream, Bytes::new()) }
+    }
+
+    fn activity(&self) -> Activity {
+        Activity { received: false, blocked_since: self.out.as_ref().map(|out| out.since), body: self.out.is_some() }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, client: &Client, settings: &Settings) -> Poll<io::Result<Next>> {
+        let mut answers = ANSWERS;
+        loop {
+            ready!(self.poll_out(cx, settings))?;
+            if answers == 0 {
+                // As `zerocopy::Io` does, after the others and the reactor.
+                let _ = pin!(tokio::task::yield_now()).poll(cx);
+                return Poll::Pending;
+            }
+            let unread = std::mem::take(&mut self.unread);
+            let next = if unread.is_empty() {
+                BUFFER.with_borrow_mut(|buffer| {
+                    let mut buffer = ReadBuf::new(buffer);
+                    ready!(self.poll_read(cx, &mut buffer))?;
+                    match buffer.filled() {
+                        [] => Poll::Ready(Ok(Some(Next::Left))),
+                        filled => Poll::Ready(self.answer(filled, &mut answers, client, settings)),
+                    }
+                })
+            } else {
+                Poll::Ready(self.answer(&unread, &mut answers, client, settings))
+            };
+            if let Some(next) = ready!(next)? {
+                return Poll::Ready(Ok(next));
+            }
+        }
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if std::mem::take(&mut self.is_new)
+            && let Ok((_, n @ 1..)) = recv(&self.stream, buffer.initialize_unfilled(), RecvFlags::DONTWAIT)
+        {
+            buffer.advance(n);
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+
+    /// Answers the requests that are read, one after the other, as long as the client takes the answers.
+    fn answer(
+        &mut self,
+        mut read: &[u8],
+        answers: &mut usize,
+        client: &Client,
+        settings: &Settings,
+    ) -> io::Result<Option<Next>> {
+        let Client { shared, handling, remote, is_refused } = client;
+        let is_quick = !is_refused && shared.stop.step() == Step::Serving;
+        while !read.is_empty() {
+            if self.out.is_some() || *answers == 0 {
+                self.unread = Bytes::copy_from_slice(read);
+                break;
+            }
+            let ask = |head: &quick::Head<'_>| {
+                let ask = || if is_quick { shared.handler.quick(head, remote.0) } else { None };
+                catch_unwind(AssertUnwindSafe(ask)).ok().flatten()
+            };
+            match quick::parse(read, shared.limits.header_bytes, ask) {
+                Parsed::Other => return Ok(Some(Next::Http(Bytes::copy_from_slice(read)))),
+                Parsed::Answered(length, quick) => {
+                    handling.answered();
+                    self.send(quick, settings)?;
+                    read = &read[length..];
+                    *answers -= 1;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn send(&mut self, quick: Quick, settings: &Settings) -> io::Result<()> {
+        let Quick { head, body, end } = quick;
+        let date = quick::date();
+        let parts = [IoSlice::new(&head), IoSlice::new(&date), IoSlice::new(&body)];
+        let force = std::mem::take(&mut self.force);
+        let sent = if head.len() + date.len() + body.len() <= COPIED {
+            WHOLE.with_borrow_mut(|whole| {
+                whole.clear();
+                parts.iter().for_each(|part| whole.extend_from_slice(part));
+                zerocopy::send(&self.stream, &[IoSlice::new(whole)], force, &settings.traffic)
+            })
+        } else {
+            zerocopy::send(&self.stream, &parts, force, &settings.traffic)
+        };
+        let sent = match sent {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) => {
+                end(BodyEnd { sent: 0, complete: false });
+                return Err(error);
+            }
+            Ok(sent) => sent,
+        };
+        if sent == head.len() + date.len() + body.len() {
+            end(BodyEnd { sent: body.len() as u64, complete: true });
+        } else {
+            let rest = quick::rest_of(&parts, sent);
+            self.out = Some(Out { rest, since: Instant::now(), body: body.len(), end: Some(end) });
+        }
+        Ok(())
+    }
+
+    /// Sends what the kernel did not take before.
+    fn poll_out(&mut self, cx: &mut Context<'_>, settings: &Settings) -> Poll<io::Result<()>> {
+        while let Some(out) = &mut self.out {
+            let force = std::mem::take(&mut self.force);
+            match zerocopy::send(&self.stream, &[IoSlice::new(&out.rest)], force, &settings.traffic) {
+                Ok(sent) => {
+                    out.rest.advance(sent);
+                    out.since = Instant::now();
+                    if out.rest.is_empty() {
+                        self.out = None;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(self.stream.poll_write_ready(cx))?,
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for Out {
     fn drop(&mut self) {
-        self.0.now.store(false, Ordering::Relaxed);
+        let sent = self.body.saturating_sub(self.rest.len());
+        if let Some(end) = self.end.take() {
+            end(BodyEnd { sent: sent as u64, complete: sent == self.body });
+        }
     }
 }

@@ -1,14 +1,16 @@
 //! A data runtime: a thread that drives connections.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
 
+use super::acceptor::Acceptor;
 use super::runtime::{Chosen, EngineChoice, Runtime};
 use super::watchdog::Pulse;
 use super::{Shared, connection};
@@ -17,9 +19,33 @@ use crate::zerocopy::Settings;
 /// Connections on their way from the acceptor to a runtime.
 const QUEUE: usize = 1024;
 
+/// What a runtime is given to do.
+enum Work {
+    Connection(Accepted),
+    Listener(Listening),
+}
+
+/// A listener to accept from.
+struct Listening {
+    listener: TcpListener,
+    engines: Arc<[Arc<Engine>]>,
+    /// Told whether it began.
+    begun: std::sync::mpsc::SyncSender<io::Result<()>>,
+    /// Dropped when it ends.
+    ended: oneshot::Sender<()>,
+}
+
+/// A client's socket.
+pub(super) enum Socket {
+    /// Watched by the reactor of the runtime that it is on.
+    Registered(TcpStream),
+    /// Not watched.
+    Bare(std::net::TcpStream),
+}
+
 /// A connection as accepted. Counts as open until dropped.
 pub(super) struct Accepted {
-    stream: Option<TcpStream>,
+    socket: Option<Socket>,
     pub(super) remote: SocketAddr,
     /// There where it is one too many, and is only told so.
     refusal: Option<OwnedSemaphorePermit>,
@@ -28,8 +54,13 @@ pub(super) struct Accepted {
 }
 
 impl Accepted {
+    /// The socket, on the runtime that this is called on.
     pub(super) fn take_stream(&mut self) -> io::Result<TcpStream> {
-        self.stream.take().ok_or_else(|| io::ErrorKind::NotConnected.into())
+        match self.socket.take() {
+            Some(Socket::Registered(stream)) => Ok(stream),
+            Some(Socket::Bare(stream)) => TcpStream::from_std(stream),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
     }
 
     pub(super) fn is_refused(&self) -> bool {
@@ -47,7 +78,7 @@ impl Drop for Accepted {
 /// The acceptor's end of a data runtime.
 #[derive(Debug)]
 pub(super) struct Engine {
-    queue: Mutex<Option<mpsc::Sender<Accepted>>>,
+    queue: Mutex<Option<mpsc::Sender<Work>>>,
     load: Arc<AtomicUsize>,
     done: watch::Receiver<()>,
     pulse: Arc<Pulse>,
@@ -83,7 +114,7 @@ impl Engine {
                 }
             };
             runtime.run(|warmer| async {
-                let settings = Arc::new(Settings { warmer, ..shared.settings.clone() });
+                let settings = Arc::new(Settings { warmer, busy: Arc::default(), ..shared.settings.clone() });
                 let pulse = beating.clone();
                 if let Some(bound) = watchdog {
                     tokio::spawn(async move { pulse.beat(bound).await });
@@ -108,21 +139,43 @@ impl Engine {
         self.load.load(Ordering::Relaxed)
     }
 
-    /// Hands a connection over. Closes it, and says so, when the queue is full: the runtime does not keep up.
-    pub(super) fn push(
+    /// Counts a connection as this runtime's.
+    pub(super) fn count(
         &self,
-        stream: TcpStream,
+        socket: Socket,
         remote: SocketAddr,
         refusal: Option<OwnedSemaphorePermit>,
         shared: &Arc<Shared>,
-    ) -> bool {
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(permit) = queue.as_ref().and_then(|queue| queue.try_reserve().ok()) else { return false };
+    ) -> Accepted {
         self.load.fetch_add(1, Ordering::Relaxed);
         shared.metrics.opened();
-        let (load, shared) = (self.load.clone(), shared.clone());
-        permit.send(Accepted { stream: Some(stream), remote, refusal, load, shared });
+        Accepted { socket: Some(socket), remote, refusal, load: self.load.clone(), shared: shared.clone() }
+    }
+
+    /// Hands a connection over. Says so when the queue is full, since the runtime does not keep up: nothing is made then.
+    pub(super) fn push(&self, connection: impl FnOnce() -> Accepted) -> bool {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(permit) = queue.as_ref().and_then(|queue| queue.try_reserve().ok()) else { return false };
+        permit.send(Work::Connection(connection()));
         true
+    }
+
+    /// Accepts from a listener on this runtime, for all of them, until told to stop. What is returned ends with that.
+    ///
+    /// # Errors
+    /// The kernel refuses to watch the listener.
+    pub(super) fn accept(&self, listener: TcpListener, engines: Arc<[Arc<Self>]>) -> io::Result<oneshot::Receiver<()>> {
+        let (begun, told) = std::sync::mpsc::sync_channel(1);
+        let (ended, until) = oneshot::channel();
+        let work = Work::Listener(Listening { listener, engines, begun, ended });
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = queue.as_ref().is_some_and(|queue| queue.try_send(work).is_ok());
+        drop(queue);
+        if !sent {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        told.recv().map_err(io::Error::other)??;
+        Ok(until)
     }
 
     /// No connection comes any more; the thread ends with its last one.
@@ -137,10 +190,28 @@ impl Engine {
     }
 }
 
-async fn serve(mut queue: mpsc::Receiver<Accepted>, shared: Arc<Shared>, settings: Arc<Settings>) {
+async fn serve(mut queue: mpsc::Receiver<Work>, shared: Arc<Shared>, settings: Arc<Settings>) {
     let connections = TaskTracker::new();
-    while let Some(accepted) = queue.recv().await {
-        connections.spawn(connection::serve(accepted, shared.clone(), settings.clone()));
+    while let Some(work) = queue.recv().await {
+        match work {
+            Work::Connection(accepted) => {
+                connections.spawn(connection::serve(accepted, shared.clone(), settings.clone()));
+            }
+            Work::Listener(Listening { listener, engines, begun, ended }) => {
+                let acceptor = Acceptor::new(listener, engines, connections.clone(), settings.clone(), shared.clone());
+                let _ = begun.send(match acceptor {
+                    Ok(acceptor) => {
+                        // Not a connection, but nothing ends before it either.
+                        connections.spawn(async move {
+                            acceptor.run().await;
+                            drop(ended);
+                        });
+                        Ok(())
+                    }
+                    Err(error) => Err(error),
+                });
+            }
+        }
     }
     connections.close();
     connections.wait().await;

@@ -79,6 +79,8 @@ fn open(addr: SocketAddr, dual_stack: bool) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     // A restart must not wait for the old connections' TIME_WAIT; it does not let two listeners share a port.
     socket.set_reuse_address(true)?;
+    // What is accepted inherits it.
+    socket.set_tcp_nodelay(true)?;
     if addr.is_ipv6() {
         socket.set_only_v6(!dual_stack)?;
     }

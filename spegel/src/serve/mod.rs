@@ -1,7 +1,7 @@
 //! Listeners and the runtimes that serve their connections. Knows no OCI.
 //!
-//! One acceptor, on the runtime that [`Server::bind`] is called on, hands each connection to the least loaded of a few
-//! current-thread runtimes, since few long connections hash badly. There it is driven by hyper's HTTP/1 over
+//! One acceptor, on the first of a few current-thread runtimes, hands each connection to the least loaded of them, since few long
+//! connections hash badly. There it is driven by hyper's HTTP/1 over
 //! [`zerocopy::Io`](crate::zerocopy::Io). Every wait has a bound in [`Limits`], and every connection ends with a FIN and a
 //! read of what the client still sent: a reset would make containerd fail a pull that an early FIN lets it resume.
 
@@ -11,7 +11,9 @@ mod engine;
 mod linger;
 mod listener;
 mod metrics;
+mod quick;
 mod runtime;
+mod session;
 mod watch;
 mod watchdog;
 
@@ -19,13 +21,14 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
-use tokio::task::JoinSet;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::zerocopy::{Body, PipePool, Settings, Transfer};
@@ -34,12 +37,19 @@ use watchdog::Watchdog;
 
 pub use listener::{ListenAddr, listen};
 pub use metrics::ServeMetrics;
+pub use quick::{Head, Quick};
 pub use runtime::{Chosen, EngineChoice, EngineKind};
 
 /// Answers requests. A panic in it costs that request a 500 and the connection, and nothing else.
 pub trait Handler: Send + Sync + 'static {
     /// Answers `request`, whose extensions hold the client's [`RemoteAddr`]. Runs on a data runtime: it must not block.
     fn handle(&self, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>>;
+
+    /// Answers a request at once, from memory, or leaves it to [`Handler::handle`], as it does where nothing else is said. Runs on a data
+    /// runtime: it must not block. A panic in it means the latter.
+    fn quick(&self, _request: &Head<'_>, _remote: SocketAddr) -> Option<Quick> {
+        None
+    }
 
     /// Tells the client of a connection that is one too many to look elsewhere; the connection is closed after it. 503 if not told
     /// otherwise: containerd goes upstream on one at once.
@@ -166,8 +176,9 @@ pub enum ServeError {
 #[derive(Debug)]
 pub struct Server {
     addrs: Vec<SocketAddr>,
-    engines: Vec<Arc<Engine>>,
-    acceptors: JoinSet<()>,
+    engines: Arc<[Arc<Engine>]>,
+    /// Each ends with its acceptor.
+    acceptors: Vec<oneshot::Receiver<()>>,
     stop: Stop,
     linger: Duration,
     metrics: ServeMetrics,
@@ -176,11 +187,21 @@ pub struct Server {
 }
 
 /// The steps of an end.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Stop {
     accepting: CancellationToken,
     drain: CancellationToken,
     abort: CancellationToken,
+    /// How far it has come, for a look that costs nothing. Set before the tokens are.
+    step: Arc<AtomicU8>,
+}
+
+/// How far the end has come.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, PartialOrd)]
+enum Step {
+    Serving,
+    Draining,
+    Aborting,
 }
 
 /// What connections share.
@@ -192,21 +213,39 @@ struct Shared {
     metrics: ServeMetrics,
 }
 
+// === impl Stop ===
+
+impl Stop {
+    fn drain(&self) {
+        self.step.fetch_max(Step::Draining as u8, Ordering::Release);
+        self.drain.cancel();
+    }
+
+    fn abort(&self) {
+        self.step.fetch_max(Step::Aborting as u8, Ordering::Release);
+        self.abort.cancel();
+    }
+
+    fn step(&self) -> Step {
+        match self.step.load(Ordering::Acquire) {
+            0 => Step::Serving,
+            1 => Step::Draining,
+            _ => Step::Aborting,
+        }
+    }
+}
+
 // === impl Server ===
 
 impl Server {
-    /// Listens on `addrs` and answers with `handler`. To be called on the control runtime, which accepts.
+    /// Listens on `addrs` and answers with `handler`.
     ///
     /// # Errors
     /// An address that is taken or cannot be had, or no threads for the data runtimes.
     pub fn bind(addrs: &[ListenAddr], options: Options, handler: Arc<dyn Handler>) -> Result<Self, ServeError> {
         let Options { limits, runtimes, engine, watchdog, transfer, pipes, metrics } = options;
         let listeners = addrs.iter().map(|addr| listen(*addr)).collect::<Result<Vec<_>, _>>()?;
-        let stop = Stop {
-            accepting: CancellationToken::new(),
-            drain: CancellationToken::new(),
-            abort: CancellationToken::new(),
-        };
+        let stop = Stop::default();
         metrics.set_limits(&limits, pipes);
         let settings = Settings {
             transfer,
@@ -221,12 +260,10 @@ impl Server {
             watchdog.map(|bound| Watchdog::start(bound, engines.iter().map(|engine| engine.pulse()).collect()));
         let watchdog = watchdog.transpose().map_err(ServeError::Runtime)?;
         let mut bound = Vec::new();
-        let mut acceptors = JoinSet::new();
+        let mut acceptors = Vec::new();
         for listener in listeners {
             bound.push(listener.local_addr().map_err(ServeError::Runtime)?);
-            let acceptor =
-                acceptor::Acceptor::new(listener, engines.clone(), shared.clone()).map_err(ServeError::Runtime)?;
-            acceptors.spawn(acceptor.run());
+            acceptors.push(engines[0].accept(listener, engines.clone()).map_err(ServeError::Runtime)?);
         }
         Ok(Self { addrs: bound, engines, acceptors, stop, linger: limits.linger, metrics, engine, _watchdog: watchdog })
     }
@@ -253,14 +290,16 @@ impl Server {
     /// many connections had to be ended.
     pub async fn shutdown(mut self, deadline: Duration) -> usize {
         self.stop.accepting.cancel();
-        while self.acceptors.join_next().await.is_some() {}
-        self.stop.drain.cancel();
-        for engine in &self.engines {
+        // A handler that blocks the acceptor's runtime must not hold the process's end.
+        let all_closed = futures::future::join_all(self.acceptors.drain(..));
+        let _ = tokio::time::timeout(Duration::from_secs(1), all_closed).await;
+        self.stop.drain();
+        for engine in self.engines.iter() {
             engine.close();
         }
         let engines = self.engines.clone();
         let all_done = async move {
-            for engine in &engines {
+            for engine in engines.iter() {
                 engine.done().await;
             }
         };
@@ -269,7 +308,7 @@ impl Server {
             return 0;
         }
         let cut = self.engines.iter().map(|engine| engine.load()).sum();
-        self.stop.abort.cancel();
+        self.stop.abort();
         // A handler that blocks its runtime must not hold the process's end.
         let bound = self.linger + Duration::from_secs(1);
         if tokio::time::timeout(bound, all_done).await.is_err() {
@@ -282,8 +321,8 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.accepting.cancel();
-        self.stop.abort.cancel();
-        for engine in &self.engines {
+        self.stop.abort();
+        for engine in self.engines.iter() {
             engine.close();
         }
     }
@@ -295,7 +334,7 @@ fn start_engines(
     choice: EngineChoice,
     watchdog: Option<Duration>,
     shared: &Arc<Shared>,
-) -> Result<(Vec<Arc<Engine>>, Chosen), ServeError> {
+) -> Result<(Arc<[Arc<Engine>]>, Chosen), ServeError> {
     let wrap =
         |error| if choice == EngineChoice::IoUring { ServeError::Engine(error) } else { ServeError::Runtime(error) };
     let (first, mut chosen) = Engine::start(0, choice, watchdog, shared.clone()).map_err(wrap)?;
@@ -311,5 +350,5 @@ fn start_engines(
         Some(refusal) => tracing::info!(engine = %chosen.engine, reason = chosen.reason, %refusal, "serve engine"),
         None => tracing::info!(engine = %chosen.engine, reason = chosen.reason, "serve engine"),
     }
-    Ok((engines, chosen))
+    Ok((engines.into(), chosen))
 }

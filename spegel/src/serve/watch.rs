@@ -54,18 +54,20 @@ pub(super) struct Watch {
     requests: u64,
     tried: Option<Instant>,
     timer: Option<Pin<Box<Sleep>>>,
+    /// The timer will wake the task.
+    armed: bool,
 }
 
 // === impl Watch ===
 
 impl Watch {
     pub(super) fn new(limits: Limits) -> Self {
-        Self { limits, phase: Phase::Head(Instant::now()), requests: 0, tried: None, timer: None }
+        Self { limits, phase: Phase::Head(Instant::now()), requests: 0, tried: None, timer: None, armed: false }
     }
 
-    /// To be asked whenever the connection was polled and waits.
+    /// To be asked whenever the connection was polled and waits, always by the same task: it is the one that the timer wakes.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>, activity: Activity, handled: Handled) -> Verdict {
-        let now = Instant::now();
+        let mut now = Instant::now();
         // A request may have come and been answered within one poll.
         let answered = std::mem::replace(&mut self.requests, handled.requests) != handled.requests;
         self.phase = match self.phase {
@@ -82,7 +84,7 @@ impl Watch {
                 (Phase::Busy, Some(since)) => (since + self.limits.write_stall, Expired::WriteStall),
                 (Phase::Busy, None) => return Verdict::Wait,
             };
-            if Instant::now() >= deadline {
+            if now >= deadline {
                 if expired == Expired::WriteStall && self.tried != activity.blocked_since {
                     self.tried = activity.blocked_since;
                     return Verdict::TryWrite;
@@ -91,12 +93,20 @@ impl Watch {
             }
             let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
             // A timer that is due earlier costs one wake-up; moving it with every request would cost more.
-            if timer.deadline() > deadline {
+            if timer.deadline() > deadline || now >= timer.deadline() {
                 timer.as_mut().reset(deadline);
+                self.armed = false;
+            }
+            if self.armed {
+                return Verdict::Wait;
             }
             match timer.as_mut().poll(cx) {
-                Poll::Pending => return Verdict::Wait,
-                Poll::Ready(()) => timer.as_mut().reset(deadline),
+                Poll::Pending => {
+                    self.armed = true;
+                    return Verdict::Wait;
+                }
+                // Due while this was looked at.
+                Poll::Ready(()) => now = Instant::now(),
             }
         }
     }

@@ -55,6 +55,11 @@ impl BlobDir {
         Ok(Some(self.small.admit(digest, opened, now)))
     }
 
+    /// A small blob that was seen less than a second ago, from memory.
+    pub(super) fn held(&self, digest: &Digest, now: Instant) -> Option<Blob> {
+        self.small.get(digest, now)
+    }
+
     /// Two system calls on a local file: no reason to leave the thread.
     fn open_file(&self, digest: &Digest) -> Result<Option<Blob>, StoreError> {
         let path = self.path(digest);

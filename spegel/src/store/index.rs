@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
+use foldhash::quality::RandomState;
+
 use super::tree::{Node, Tree};
 use super::{Change, Offered, Referrer};
 use crate::oci::{Digest, Filters, Key, Reference, Repository, TagName};
@@ -69,14 +71,17 @@ pub(super) struct Delta {
     pub(super) added: Vec<Key>,
 }
 
+/// Hashed with a random seed, as everywhere, and faster: each request looks into these.
+type Tags = HashMap<TagName, Digest, RandomState>;
+
 /// The images of a node.
 #[derive(Debug)]
 pub(super) struct Index {
     filters: Filters,
     images: BTreeMap<Box<str>, Image>,
-    contents: HashMap<Digest, Content>,
+    contents: HashMap<Digest, Content, RandomState>,
     /// The tags that are offered, and what they name.
-    tags: HashMap<TagName, Digest>,
+    tags: Tags,
     /// The manifests that name a subject, by subject.
     referrers: HashMap<Digest, BTreeSet<Digest>>,
     /// Digests that may have changed since the last settled state.
@@ -142,8 +147,8 @@ impl Index {
         Self {
             filters,
             images: BTreeMap::new(),
-            contents: HashMap::new(),
-            tags: HashMap::new(),
+            contents: HashMap::default(),
+            tags: Tags::default(),
             referrers: HashMap::new(),
             touched: HashSet::new(),
             arrivals: VecDeque::new(),
@@ -287,7 +292,7 @@ impl Index {
 
     fn settle_tags(&mut self, delta: &mut Delta) {
         let is_present = |digest: &Digest| self.contents.get(digest).is_some_and(|content| content.size.is_some());
-        let offered: HashMap<TagName, Digest> = self
+        let offered: Tags = self
             .images
             .values()
             .filter(|image| image.origin == Origin::Allowed)
@@ -295,7 +300,7 @@ impl Index {
             .filter(|(_, tree)| tree.is_whole(is_present))
             .map(|(tag, tree)| (tag.clone(), tree.top().clone()))
             .collect();
-        let missing_in = |there: &HashMap<TagName, Digest>, here: &HashMap<TagName, Digest>| {
+        let missing_in = |there: &Tags, here: &Tags| {
             let missing = here.keys().filter(|tag| !there.contains_key(tag));
             missing.cloned().map(Key::from).collect::<Vec<_>>()
         };

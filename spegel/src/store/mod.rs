@@ -14,7 +14,7 @@ mod tree;
 use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -123,9 +123,20 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// The digest that a tag names here.
     fn resolve(&self, tag: &TagName) -> Option<Digest>;
 
+    /// Whether a tag names just that digest here.
+    fn names(&self, tag: &TagName, digest: &Digest) -> bool {
+        self.resolve(tag).as_ref() == Some(digest)
+    }
+
     /// Opens content of this node, or says that it has none that may be served. `asked` is the repository in whose name
     /// the request came, if it named one: it decides for content that no image reaches yet.
     async fn open(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Blob>, StoreError>;
+
+    /// As [`Store::open`], of what is small and was opened a moment ago: from memory, and at once. Nothing does not mean that it is not
+    /// here. Stores that keep nothing in memory need not implement it.
+    fn held(&self, _digest: &Digest, _asked: Option<&Repository>, _now: Instant) -> Option<Blob> {
+        None
+    }
 
     /// As [`Store::open`], but content will do that is only being received. Not for the one who receives it: it would wait for
     /// itself. Stores that never receive anything need not implement it.

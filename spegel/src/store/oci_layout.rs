@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
@@ -104,6 +104,10 @@ impl Store for OciLayout {
         self.inner.state.read(|index| index.resolve(tag).cloned())
     }
 
+    fn names(&self, tag: &TagName, digest: &Digest) -> bool {
+        self.inner.state.read(|index| index.resolve(tag) == Some(digest))
+    }
+
     async fn open(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Blob>, StoreError> {
         let (verdict, size) =
             self.inner.state.read(|index| (index.verdict(digest, asked), index.expected_size(digest)));
@@ -120,6 +124,16 @@ impl Store for OciLayout {
             self.inner.state.change(|index| index.set_absent(digest));
         }
         Ok(None)
+    }
+
+    fn held(&self, digest: &Digest, asked: Option<&Repository>, now: Instant) -> Option<Blob> {
+        let (verdict, size) =
+            self.inner.state.read(|index| (index.verdict(digest, asked), index.expected_size(digest)));
+        if verdict != Verdict::Serve {
+            return None;
+        }
+        let mut held = self.inner.layouts.iter().filter_map(|layout| layout.blobs.held(digest, now));
+        held.find(|blob| size.is_none_or(|size| size == blob.size))
     }
 
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {

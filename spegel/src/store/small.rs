@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use foldhash::quality::RandomState;
 use sha2::{Digest as _, Sha256, Sha512};
 
 use super::Blob;
@@ -21,6 +22,9 @@ const PIECES: usize = 512;
 
 /// How long content is believed to be where it was last seen. Its bytes cannot change, but it can go.
 const TRUST: Duration = Duration::from_secs(1);
+
+/// How long it is believed without a look at its file. Under load a look for each request would be a twentieth of what that costs.
+const GLANCE: Duration = Duration::from_millis(10);
 
 /// Bytes that were found to be those of their digest.
 #[derive(Debug)]
@@ -53,7 +57,7 @@ pub(super) struct SmallCache {
 
 #[derive(Debug, Default)]
 struct Held {
-    by_digest: HashMap<Digest, Entry>,
+    by_digest: HashMap<Digest, Entry, RandomState>,
     bytes: usize,
 }
 
@@ -63,6 +67,8 @@ struct Entry {
     /// Names that the file had when it was opened. Another number of them means that it may be gone.
     names: u64,
     seen: Instant,
+    /// When the names were last counted.
+    glanced: Instant,
     used: Instant,
 }
 
@@ -71,11 +77,24 @@ struct Entry {
 impl SmallCache {
     /// Content that was seen on disk a moment ago.
     pub(super) fn get(&self, digest: &Digest, now: Instant) -> Option<Blob> {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = held.by_digest.get_mut(digest)?;
-        entry.used = now;
-        let is_there = now.duration_since(entry.seen) < TRUST && names(&entry.blob) == entry.names;
-        is_there.then(|| entry.blob.clone())
+        let (blob, before) = {
+            let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+            let entry = held.by_digest.get_mut(digest)?;
+            entry.used = now;
+            if now.duration_since(entry.seen) >= TRUST {
+                return None;
+            }
+            if now.duration_since(entry.glanced) < GLANCE {
+                return Some(entry.blob.clone());
+            }
+            entry.glanced = now;
+            (entry.blob.clone(), entry.names)
+        };
+        if names(&blob) == before {
+            return Some(blob);
+        }
+        self.forget(digest);
+        None
     }
 
     /// Content that has just been opened, with its bytes if it is small and they are its digest's. One that is known already is not
@@ -88,14 +107,14 @@ impl SmallCache {
             let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(entry) = held.by_digest.get_mut(digest).filter(|entry| entry.blob.size == opened.size) {
                 let blob = Blob { small: entry.blob.small.clone(), ..opened };
-                *entry = Entry { names: names(&blob), blob: blob.clone(), seen: now, used: now };
+                *entry = Entry { names: names(&blob), blob: blob.clone(), seen: now, glanced: now, used: now };
                 return blob;
             }
         }
         let Some(small) = read(digest, &opened) else { return opened };
         let blob = Blob { small: Some(Arc::new(small)), ..opened };
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.insert(digest, Entry { names: names(&blob), blob: blob.clone(), seen: now, used: now });
+        held.insert(digest, Entry { names: names(&blob), blob: blob.clone(), seen: now, glanced: now, used: now });
         blob
     }
 
@@ -177,16 +196,19 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_unlinked_is_not_believed_for_a_moment() {
+    fn a_file_that_was_unlinked_is_believed_for_a_glance_at_most() {
         let (cache, now) = (SmallCache::default(), Instant::now());
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("blob");
         std::fs::write(&path, b"{}").unwrap();
         let (digest, _) = blob(b"{}");
         cache.admit(&digest, Blob { file: Arc::new(std::fs::File::open(&path).unwrap()), size: 2, small: None }, now);
-        assert!(cache.get(&digest, now).is_some());
+        assert!(cache.get(&digest, now + GLANCE).is_some());
         std::fs::remove_file(&path).unwrap();
-        assert!(cache.get(&digest, now).is_none());
+        let before = now + 2 * GLANCE - Duration::from_micros(1);
+        assert!(cache.get(&digest, before).is_some(), "from the look of a moment ago");
+        assert!(cache.get(&digest, now + 2 * GLANCE).is_none());
+        assert!(cache.get(&digest, now + 2 * GLANCE).is_none(), "and not again");
     }
 
     #[test]

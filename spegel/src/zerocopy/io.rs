@@ -5,6 +5,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -15,6 +16,8 @@ use super::region;
 #[derive(Debug)]
 pub struct Io {
     stream: TcpStream,
+    /// Read from the client before the wrapper was made.
+    unread: Bytes,
     ops: OpenOps,
 }
 
@@ -35,7 +38,13 @@ impl Io {
     /// Wraps `stream`, whose bodies are bound to `ops`.
     #[must_use]
     pub fn new(stream: TcpStream, ops: Ops) -> Self {
-        Self { stream, ops: OpenOps(ops) }
+        Self::after(stream, Bytes::new(), ops)
+    }
+
+    /// The same, where `unread` has been read from the socket already.
+    #[must_use]
+    pub fn after(stream: TcpStream, unread: Bytes, ops: Ops) -> Self {
+        Self { stream, unread, ops: OpenOps(ops) }
     }
 
     /// The socket. Whatever was still to be moved is given up.
@@ -142,7 +151,13 @@ impl Drop for OpenOps {
 impl AsyncRead for Io {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        if self.unread.is_empty() {
+            ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        } else {
+            let now = self.unread.len().min(buf.remaining());
+            buf.put_slice(&self.unread[..now]);
+            self.unread.advance(now);
+        }
         if buf.filled().len() > before {
             self.ops.0.shared().lock().received();
         }
@@ -167,7 +182,9 @@ impl AsyncWrite for Io {
         true
     }
 
+    /// hyper comes here once it has nothing left to write.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.ops.0.shared().lock().flushed();
         Poll::Ready(Ok(()))
     }
 

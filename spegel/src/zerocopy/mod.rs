@@ -26,7 +26,7 @@ pub use body::{Body, BodyEnd, BoundBody, Chunk};
 pub use error::BodyError;
 pub use growing::{Growing, Progress};
 pub use io::Io;
-pub use ops::{Activity, Ops, Settings, Transfer};
+pub use ops::{Activity, Ops, Settings, Transfer, send};
 pub use pipe::PipePool;
 pub use relay::{Excuse, Relay, RelayEnd, Resume};
 pub use traffic::{Traffic, TrafficLabels, Way};

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Context;
 
@@ -20,6 +21,9 @@ use super::pipe::PipePool;
 use super::relay::RelaySource;
 use super::traffic::{Traffic, Way};
 use super::warm::{ThreadWarmer, Warm};
+
+/// The most that a connection sends in a turn, whatever others do. A socket takes no more at once.
+const MOST: usize = 4 << 20;
 
 /// How the bytes of files and peers are moved.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -48,9 +52,14 @@ impl FromStr for Transfer {
 pub struct Settings {
     /// How bytes are moved.
     pub transfer: Transfer,
-    /// Bytes that a connection sends before others of its runtime get their turn. 512 KiB keeps the wait of a small request
-    /// beside 32 bulk streams at a few milliseconds.
+    /// Bytes that a connection may send before others of its runtime get their turn, however many these are. 512 KiB keeps the wait of
+    /// a small request beside 32 bulk streams at a few milliseconds.
     pub budget: usize,
+    /// Bytes that all busy connections of a runtime may send before the first has its turn again. Where they are few, each sends more
+    /// than its budget at once: a client that is woken less often costs less.
+    pub round: usize,
+    /// Connections of the runtime whose bodies come from a file or a peer.
+    pub busy: Arc<AtomicUsize>,
     /// Pipes for relays.
     pub pipes: Arc<PipePool>,
     /// Who reads what is not in memory.
@@ -59,11 +68,21 @@ pub struct Settings {
     pub traffic: Traffic,
 }
 
+impl Settings {
+    /// Bytes that a connection may send in a turn now.
+    fn turn(&self) -> usize {
+        let share = self.round / self.busy.load(Ordering::Relaxed).max(1);
+        share.min(MOST).max(self.budget)
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
             transfer: Transfer::default(),
             budget: 512 << 10,
+            round: 16 << 20,
+            busy: Arc::default(),
             pipes: PipePool::new(256),
             warmer: Arc::new(ThreadWarmer::new()),
             traffic: Traffic::new(),
@@ -88,6 +107,7 @@ pub(super) struct State {
     pub(super) source: Option<Source>,
     /// Who is told when it ends.
     end: Option<EndHooks>,
+    busy: Option<Busy>,
     /// Bytes of the region handed to hyper and not moved yet.
     pub(super) promised: u64,
     /// Bytes moved that hyper has not been told of yet. hyper passing over more than these means that it copied the region.
@@ -102,6 +122,8 @@ pub(super) struct State {
     blocked_since: Option<Instant>,
     received: bool,
     bodies: usize,
+    /// No response waits to be written.
+    flushed: bool,
 }
 
 /// What a connection is doing, as far as its socket and bodies tell.
@@ -127,6 +149,23 @@ pub(super) enum Source {
 pub(super) struct Ended {
     source: Source,
     _end: Option<EndHooks>,
+    _busy: Option<Busy>,
+}
+
+/// A busy connection, until dropped.
+struct Busy(Arc<AtomicUsize>);
+
+impl Busy {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What a source achieved.
@@ -158,6 +197,7 @@ impl Ops {
         let state = State {
             source: None,
             end: None,
+            busy: None,
             promised: 0,
             credit: 0,
             failed: None,
@@ -167,6 +207,7 @@ impl Ops {
             blocked_since: None,
             received: false,
             bodies: 0,
+            flushed: true,
         };
         Ok(Self { shared: Arc::new(Shared { region, settings: settings.clone(), state: Mutex::new(state) }) })
     }
@@ -174,7 +215,7 @@ impl Ops {
     /// Starts a turn: the connection may send its budget again. To be called before each poll of the connection, which
     /// otherwise waits for ever once its budget is used up.
     pub fn begin_turn(&self) {
-        self.shared.lock().budget = self.shared.settings.budget;
+        self.shared.lock().budget = self.shared.settings.turn();
     }
 
     /// Makes the next write try the socket even where the runtime believes it to be full: the kernel reports room only once a
@@ -190,6 +231,12 @@ impl Ops {
         let received = std::mem::take(&mut state.received);
         let body = state.bodies > 0 || state.source.is_some() || state.promised > 0;
         Activity { received, blocked_since: state.blocked_since, body }
+    }
+
+    /// Whether everything of the responses that began has been handed to the kernel.
+    #[must_use]
+    pub fn is_flushed(&self) -> bool {
+        self.shared.lock().flushed
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
@@ -214,10 +261,14 @@ impl Shared {
     pub(super) fn body_begins(&self, source: Option<(Source, EndHooks)>) {
         let mut state = self.lock();
         state.bodies += 1;
+        state.flushed = false;
         if state.source.is_some() || state.promised > 0 {
             state.out_of_step = true;
         } else {
+            state.busy = source.is_some().then(|| Busy::new(&self.settings.busy));
             (state.source, state.end) = source.unzip();
+            // The turn began before this one was counted.
+            state.budget = state.budget.min(self.settings.turn());
         }
     }
 
@@ -270,6 +321,10 @@ impl State {
         self.received = true;
     }
 
+    pub(super) fn flushed(&mut self) {
+        self.flushed = true;
+    }
+
     pub(super) fn progressed(&mut self, bytes: usize) {
         self.blocked_since = None;
         self.budget = self.budget.saturating_sub(bytes);
@@ -281,8 +336,8 @@ impl State {
 
     /// The source under way and who is told of its end, to be dropped outside of the lock.
     fn take(&mut self) -> Option<Ended> {
-        let end = self.end.take();
-        self.source.take().map(|source| Ended { source, _end: end })
+        let (end, busy) = (self.end.take(), self.busy.take());
+        self.source.take().map(|source| Ended { source, _end: end, _busy: busy })
     }
 
     /// Accounts for `bytes` moved, and returns the source when that was all of it.
@@ -342,6 +397,20 @@ impl Source {
         if let Self::Relay(relay) = self {
             relay.complete();
         }
+    }
+}
+
+/// Sends from memory on a client's socket, as much as the kernel takes; with `force` even where the runtime believes the socket to
+/// be full.
+///
+/// # Errors
+/// `WouldBlock` where the socket takes nothing now, and what the kernel says.
+pub fn send(stream: &TcpStream, bufs: &[IoSlice<'_>], force: bool, traffic: &Traffic) -> io::Result<usize> {
+    let client = Client { stream, force, traffic };
+    match bufs {
+        // Of one piece send(2) costs less.
+        [whole] => client.send(whole).inspect(|n| traffic.add(Way::Memory, *n)),
+        parts => client.send_vectored(parts, false),
     }
 }
 

@@ -26,6 +26,10 @@ enum What {
         listen: SocketAddr,
         upstream: SocketAddr,
     },
+    Answer {
+        listen: SocketAddr,
+        length: usize,
+    },
     Bulk {
         address: SocketAddr,
         path: String,
@@ -77,6 +81,7 @@ impl Helper {
         let told = match &self.what {
             What::Sendfile { listen, file } => return bare::serve_file(*listen, file).map(|()| true),
             What::Splice { listen, upstream } => return bare::relay(*listen, *upstream).map(|()| true),
+            What::Answer { listen, length } => return bare::answer(*listen, *length).map(|()| true),
             What::Bulk { address, path, connections, count, take: how } => {
                 serde_json::to_string(&target(address, "GET", path).bulk(*connections, *count, take(how))?)?
             }

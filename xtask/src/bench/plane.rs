@@ -25,11 +25,11 @@ pub(super) use requests::{mixed, small};
 pub(super) use rivals::{Rival, Running};
 
 /// The core of the servers; clients and what servers ask have the other.
-const SERVER_CORE: &str = "0";
-const CLIENT_CORE: &str = "1";
+const SERVER_CORE: usize = 0;
+const CLIENT_CORE: usize = 1;
 
 /// What every bench of the data plane has in common, for the text beside the figures.
-pub(super) const GROUND: &str = "One network namespace, loopback, congestion control reno; server pinned to core 0, client (and a \
+pub(super) const GROUND: &str = "One network namespace, loopback, congestion control reno; server started on core 0 alone, client (and a \
 relay's upstream) to core 1; rivals run one after the other in each round, figures are medians of the rounds. CPU is the server \
 process's alone, from schedstat, all threads. spegel logs warnings only, as nginx logs no accesses. ";
 
@@ -76,7 +76,8 @@ impl Plane {
             output(node.command("ip").args(["address", "add", &address, "dev", "eth0"]))?;
         }
         output(node.command("sysctl").args(["-q", "-w", "net.ipv4.tcp_congestion_control=reno"]))?;
-        output(node.command("sysctl").args(["-q", "-w", "net.ipv4.ip_local_port_range=1024 65000"]))?;
+        // Above the servers' ports: of 10,000 clients one would have nginx's.
+        output(node.command("sysctl").args(["-q", "-w", "net.ipv4.ip_local_port_range=10000 65000"]))?;
         let folder = tempfile::Builder::new().prefix("spegel-bench-").tempdir_in(crate::root().join("target"))?;
         let (blob, manifest) = write_layout(&folder.path().join("layout"), settings.mib << 20)?;
         empty_layout(&folder.path().join("empty"))?;
@@ -141,9 +142,9 @@ impl Plane {
     }
 
     /// A helper of ours in the namespace, on a core.
-    fn helper(&self, core: &str, arguments: &[&str]) -> Result<Command> {
+    fn helper(&self, core: usize, arguments: &[&str]) -> Result<Command> {
         let mut command = self.node.command("taskset");
-        command.args(["-c", core]).arg(std::env::current_exe()?).arg("bench-helper").args(arguments);
+        command.args(["-c", &core.to_string()]).arg(std::env::current_exe()?).arg("bench-helper").args(arguments);
         Ok(command)
     }
 }

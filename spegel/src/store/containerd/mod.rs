@@ -7,7 +7,7 @@ mod rpc;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -108,6 +108,10 @@ impl Store for Containerd {
         self.inner.state.read(|index| index.resolve(tag).cloned())
     }
 
+    fn names(&self, tag: &TagName, digest: &Digest) -> bool {
+        self.inner.state.read(|index| index.resolve(tag) == Some(digest))
+    }
+
     async fn open(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Blob>, StoreError> {
         let verdict = self.inner.state.read(|index| index.verdict(digest, asked));
         let Link { rpc, contents: Some(contents) } = self.inner.link() else { return Ok(None) };
@@ -122,6 +126,13 @@ impl Store for Containerd {
         };
         let is_served = verdict == Verdict::Serve || self.inner.is_ours(digest, rpc).await;
         Ok(is_served.then_some(blob))
+    }
+
+    fn held(&self, digest: &Digest, asked: Option<&Repository>, now: Instant) -> Option<Blob> {
+        if self.inner.state.read(|index| index.verdict(digest, asked)) != Verdict::Serve {
+            return None;
+        }
+        self.inner.link.read().unwrap_or_else(PoisonError::into_inner).contents.as_ref()?.held(digest, now)
     }
 
     async fn find(&self, digest: &Digest, asked: Option<&Repository>) -> Result<Option<Found>, StoreError> {

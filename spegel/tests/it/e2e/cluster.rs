@@ -28,6 +28,8 @@ pub(super) struct Cluster {
     pub(super) upstream: Registry,
     pub(super) folder: TempDir,
     pub(super) lab: Lab,
+    /// Further arguments of each spegel.
+    arguments: Vec<String>,
 }
 
 /// One node.
@@ -42,6 +44,11 @@ impl Cluster {
     /// Nodes whose containerds ask their own mirror first and then the upstream registry; none, with the reason printed, where this machine
     /// cannot have them.
     pub(super) fn start(version: Version, size: usize, options: &Options) -> Option<Self> {
+        Self::start_with(version, size, options, &[])
+    }
+
+    /// The same, with further arguments of each spegel.
+    pub(super) fn start_with(version: Version, size: usize, options: &Options, arguments: &[&str]) -> Option<Self> {
         let ready = Lab::available().and(Registry::available()).and(version.find());
         let binaries = match ready {
             Ok(binaries) => binaries,
@@ -56,7 +63,9 @@ impl Cluster {
         let members = nodes
             .iter()
             .map(|node| Member { spegel: None, containerd: Containerd::start(&binaries, node, options).unwrap() });
-        let mut cluster = Self { nodes: members.collect(), upstream, folder: tempfile::tempdir().unwrap(), lab };
+        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        let (nodes, folder) = (members.collect(), tempfile::tempdir().unwrap());
+        let mut cluster = Self { nodes, upstream, folder, lab, arguments };
         cluster.start_mirrors();
         Some(cluster)
     }
@@ -79,6 +88,7 @@ impl Cluster {
         let log = self.folder.path().join(format!("spegel-{n}.log"));
         let mut settings = Settings::on_node(Path::new(PROGRAM), &self.nodes[n].containerd, &peers, &log);
         settings.arguments = vec!["--mirror-resolve-timeout".into(), RESOLVE_TIMEOUT.into()];
+        settings.arguments.extend(self.arguments.iter().cloned());
         settings
     }
 

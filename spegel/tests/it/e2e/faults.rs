@@ -15,6 +15,8 @@ use super::{cri, for_each_containerd};
 for_each_containerd!(
     a_peer_is_killed_in_the_middle_of_a_layer,
     a_peer_is_stopped_in_the_middle_of_a_layer,
+    a_peer_is_told_to_end_in_the_middle_of_a_layer,
+    the_own_mirror_is_told_to_end_in_the_middle_of_a_layer,
     the_only_peer_speaks_badly
 );
 
@@ -63,24 +65,41 @@ fn check_rows(version: Version, options: Options) {
 
 /// SIGKILL resets the connection: containerd resumes from upstream where the relay ended.
 fn a_peer_is_killed_in_the_middle_of_a_layer(version: Version) {
-    lose_peer(version, &Options::default(), Signal::KILL);
+    lose(0, version, &Options::default(), Signal::KILL);
 }
 
 /// SIGSTOP says nothing: the stall must be noticed first, after five seconds.
 fn a_peer_is_stopped_in_the_middle_of_a_layer(version: Version) {
-    lose_peer(version, &Options::default(), Signal::STOP);
+    lose(0, version, &Options::default(), Signal::STOP);
 }
 
 /// containerd's parallel fetch fails a pull on an error status for any chunk but the first.
 #[test]
 fn a_peer_is_killed_while_chunks_are_fetched_in_parallel() {
     let options = Options { layer_fetch_buffer: Some(8 << 20) };
-    lose_peer(Version::V2_2, &options, Signal::KILL);
+    lose(0, Version::V2_2, &options, Signal::KILL);
 }
 
-/// A has a layer of 48 MiB behind a link of 100 Mbit/s, and is lost when B has some of it. The pull of B succeeds.
-fn lose_peer(version: Version, options: &Options, signal: Signal) {
-    let Some(cluster) = Cluster::start(version, 2, options) else { return };
+/// SIGTERM lets the response go on for a second; then an orderly close makes B go on elsewhere, as it does to B's containerd.
+fn a_peer_is_told_to_end_in_the_middle_of_a_layer(version: Version) {
+    lose(0, version, &Options::default(), Signal::TERM);
+}
+
+/// The same of B's own mirror: containerd resumes upstream, by itself.
+fn the_own_mirror_is_told_to_end_in_the_middle_of_a_layer(version: Version) {
+    lose(1, version, &Options::default(), Signal::TERM);
+}
+
+/// The own mirror ends while containerd fetches chunks in parallel.
+#[test]
+fn the_own_mirror_is_told_to_end_while_chunks_are_fetched_in_parallel() {
+    let options = Options { layer_fetch_buffer: Some(8 << 20) };
+    lose(1, Version::V2_2, &options, Signal::TERM);
+}
+
+/// A has a layer of 48 MiB behind a link of 100 Mbit/s. A's mirror (0), or B's (1), is lost when B has some of it. The pull of B succeeds.
+fn lose(whose: usize, version: Version, options: &Options, signal: Signal) {
+    let Some(mut cluster) = Cluster::start_with(version, 2, options, &["--drain-timeout", "1s"]) else { return };
     let image = cluster.push("lost:1", |image| image.layers(1, 48 << 20, Compression::None, 5));
     cluster.nodes[0].pull(&image, image.reference());
     cluster.wait_resolved(1, &image);
@@ -93,16 +112,23 @@ fn lose_peer(version: Version, options: &Options, signal: Signal) {
     let pull = thread::spawn(move || cri::pull(&socket, &reference));
     let relayed = || b.spegel().metric("spegel_serve_bytes_total", &["kind=\"relay\""]).unwrap_or_default();
     wait_until(Duration::from_secs(20), "some of the layer from the peer", || relayed() > 8e6).unwrap();
-    a.spegel().daemon.signal(signal).unwrap();
+    [a, b][whose].spegel().daemon.signal(signal).unwrap();
     pull.join().unwrap().unwrap_or_else(|error| panic!("{error}\nspegel:\n{}", b.spegel().daemon.log()));
     let took = start.elapsed();
     b.check(&image, image.reference());
     let asked = cluster.upstream.requests("GET", "/blobs/") - before;
     println!(
-        "containerd {version}, {signal:?} in the middle of a layer: pulled in {took:.1?}, {asked} requests went upstream"
+        "containerd {version}, {signal:?} of {} in the middle of a layer: pulled in {took:.1?}, {asked} requests went upstream",
+        ["the peer", "the own mirror"][whose]
     );
     assert!(asked >= 1, "the rest can only be upstream's");
     assert!(took < Duration::from_secs(30), "a bound was missed: {took:?}");
+    if signal == Signal::TERM {
+        let mut lost = cluster.nodes[whose].spegel.take().unwrap();
+        let status = lost.daemon.wait_exit(Duration::from_secs(10)).unwrap();
+        assert!(status.success(), "{status}: {}", lost.daemon.log());
+        return;
+    }
     // A stopped process would not hear that it is to end.
-    a.spegel().daemon.signal(Signal::CONT).ok();
+    cluster.nodes[0].spegel().daemon.signal(Signal::CONT).ok();
 }

@@ -5,6 +5,7 @@ mod choosing;
 mod hostile;
 mod local;
 mod peers;
+mod ready;
 mod receiving;
 mod refusals;
 

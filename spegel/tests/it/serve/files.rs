@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
+use rustix::net::{RecvFlags, recv};
 use spegel::zerocopy::Way;
 
 use super::*;
@@ -67,6 +68,52 @@ async fn offsets_beyond_4_gib_are_met() {
         drop(client);
         fixture.quiet().await;
     }
+}
+
+/// All of it, thrown away in the kernel but for what stands around its marks.
+#[tokio::test]
+async fn a_body_of_more_than_4_gib_arrives_whole() {
+    let (length, marks) = ((4_u64 << 30) + 3 * MIB as u64 + 5, [0, (4 << 30) - 7, (4 << 30) + MIB as u64]);
+    let (file, mark): (_, Arc<[u8]>) = (tempfile::tempfile().unwrap(), noise(100).into());
+    for at in marks {
+        file.write_all_at(&mark, at).unwrap();
+    }
+    file.set_len(length).unwrap();
+    let file = Arc::new(file);
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
+        fixture.then(Body::file(file.clone(), 0, length));
+        let mut client = fixture.connect().await;
+        client.get().await;
+        assert_eq!(client.head().await.length(), length);
+        same(&client.exactly(mark.len()).await, &mark);
+        let mut at = (mark.len() + client.buf.len()) as u64;
+        let Client { stream, .. } = client;
+        let stream = stream.into_std().unwrap();
+        stream.set_nonblocking(false).unwrap();
+        let mark = mark.clone();
+        let received = tokio::task::spawn_blocking(move || {
+            let mut buffer = vec![0; MIB];
+            while at < length {
+                let next = marks.into_iter().find(|mark| at <= *mark).unwrap_or(length);
+                // A mark is read, what lies between is not.
+                let (room, flags) =
+                    if next == at { (mark.len() as u64, RecvFlags::WAITALL) } else { (next - at, RecvFlags::TRUNC) };
+                let room = usize::try_from(room).unwrap().min(MIB);
+                let n = recv(&stream, &mut buffer[..room], flags).unwrap().1;
+                assert!(n > 0, "closed at {at}");
+                if next == at {
+                    same(&buffer[..n], &mark);
+                }
+                at += n as u64;
+            }
+            at
+        });
+        assert_eq!(received.await.unwrap(), length);
+        fixture.quiet().await;
+    }
+    // So many pages of zeros are of no use to anybody.
+    rustix::fs::fadvise(&*file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
 }
 
 #[tokio::test]

@@ -59,6 +59,27 @@ async fn bytes_come_as_they_are_written() {
 }
 
 #[tokio::test]
+async fn a_commit_by_rename_is_not_noticed() {
+    for mode in modes() {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, blob) = (folder.path().join("data"), folder.path().join("blob"));
+        let file = Arc::new(File::options().create(true).truncate(true).read(true).write(true).open(&data).unwrap());
+        let writer = Writer { file, ..Writer::new(noise(3 * MIB)) };
+        let fixture = Fixture::new(mode);
+        fixture.then(writer.body(0, writer.bytes.len()));
+        let mut client = fixture.connect().await;
+        client.get().await;
+        client.head().await;
+        writer.write_to(MIB);
+        same(&client.exactly(MIB).await, &writer.bytes[..MIB]);
+        std::fs::rename(&data, &blob).unwrap();
+        writer.write_to(writer.bytes.len());
+        same(&client.exactly(2 * MIB).await, &writer.bytes[MIB..]);
+        std::fs::remove_file(&blob).unwrap();
+    }
+}
+
+#[tokio::test]
 async fn ranges_wait_for_their_bytes_and_need_no_others() {
     for mode in modes() {
         let (fixture, writer) = (Fixture::new(mode), Writer::new(noise(3 * MIB)));

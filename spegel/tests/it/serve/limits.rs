@@ -1,5 +1,6 @@
 //! What a client may cost, and what hyper may do.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use hyper::server::conn::http1;
@@ -138,14 +139,26 @@ async fn copied_bodies_are_noticed_before_a_byte_leaves() {
     }
 }
 
+/// Alone a connection may send all of a round, beside others its part, and never less than its budget.
 #[tokio::test]
-async fn a_turn_sends_its_budget_at_most() {
-    const BUDGET: usize = 64 << 10;
+async fn a_turn_sends_its_part_of_a_round_at_most() {
+    const KIB: usize = 1 << 10;
+    for (budget, round, busy, most) in
+        [(64, 0, 0, 64), (16, 128, 0, 128), (16, 128, 1, 64), (16, 128, 3, 32), (16, 128, 100, 16)]
+    {
+        check_turns(Settings { budget: budget * KIB, round: round * KIB, ..Settings::default() }, busy, most * KIB)
+            .await;
+    }
+}
+
+/// With so many other busy connections a turn sends `most` bytes at most.
+async fn check_turns(settings: Settings, others: usize, most: usize) {
     let bytes = noise(1 << 20);
     let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let mut client =
         Client { stream: TcpStream::connect(listener.local_addr().unwrap()).await.unwrap(), buf: Vec::new() };
-    let settings = Arc::new(Settings { budget: BUDGET, ..Settings::default() });
+    settings.busy.fetch_add(others, Ordering::Relaxed);
+    let settings = Arc::new(settings);
     let ops = Ops::new(&settings).unwrap();
     let (file, bodies) = (file_of(&bytes), ops.clone());
     let service = service_fn(move |_: Request<Incoming>| {
@@ -159,7 +172,7 @@ async fn a_turn_sends_its_budget_at_most() {
         ops.begin_turn();
         let polled = connection.as_mut().poll(cx);
         let now = settings.traffic.sent(Way::Sendfile);
-        assert!(now - sent <= BUDGET as u64, "one turn sent {} bytes", now - sent);
+        assert!(now - sent <= most as u64, "one turn sent {} bytes, and may send {most}", now - sent);
         turns += usize::from(now > sent);
         sent = now;
         polled
@@ -171,7 +184,8 @@ async fn a_turn_sends_its_budget_at_most() {
     };
     let (served, ()) = tokio::join!(served, read);
     served.unwrap();
-    assert!(turns >= (1 << 20) / BUDGET);
+    assert!(turns >= (1 << 20) / most);
+    assert_eq!(settings.busy.load(Ordering::Relaxed), others);
 }
 
 #[tokio::test]

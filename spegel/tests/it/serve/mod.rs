@@ -7,6 +7,7 @@ mod engines;
 mod files;
 mod growing;
 mod limits;
+mod quick;
 mod relays;
 mod stop;
 

@@ -1,5 +1,6 @@
 //! Bodies from a peer's socket.
 
+use rustix::net::{RecvFlags, recv};
 use spegel::zerocopy::{Relay, RelayEnd, Way};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -59,6 +60,57 @@ async fn a_peers_bytes_arrive_and_its_connection_comes_back() {
             Transfer::Copy => assert_eq!(spliced, 0),
         }
     }
+}
+
+/// More than 32 bits can count, thrown away in the kernel: every byte is accounted for, and the next answer is where it should be.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_of_more_than_4_gib_arrives_whole() {
+    const LENGTH: u64 = (4 << 30) + 12_345;
+    for mode in modes() {
+        let fixture = Fixture::new(mode);
+        let (ours, peer) = pair().await;
+        let (sender, ended) = oneshot::channel();
+        let on_end = Box::new(move |end| drop(sender.send(end)));
+        fixture.then(Body::relay(Relay::new(ours, Bytes::new(), LENGTH, on_end)));
+        fixture.then(text("next"));
+        let peer = blocking(peer);
+        let sending = tokio::task::spawn_blocking(move || {
+            let (chunk, mut left) = (vec![7; MIB], LENGTH);
+            while left > 0 {
+                let n = usize::try_from(left).unwrap().min(MIB);
+                std::io::Write::write_all(&mut &peer, &chunk[..n]).unwrap();
+                left -= n as u64;
+            }
+            peer
+        });
+        let mut client = fixture.connect().await;
+        client.send("GET / HTTP/1.1\r\nhost: h\r\n\r\n".repeat(2).as_bytes()).await;
+        assert_eq!(client.head().await.length(), LENGTH);
+        let mut left = LENGTH - client.buf.len() as u64;
+        let stream = blocking(client.stream);
+        let stream = tokio::task::spawn_blocking(move || {
+            let mut buffer = vec![0; MIB];
+            while left > 0 {
+                let room = usize::try_from(left).unwrap().min(MIB);
+                let n = recv(&stream, &mut buffer[..room], RecvFlags::TRUNC).unwrap().1;
+                assert!(n > 0, "closed with {left} missing");
+                left -= n as u64;
+            }
+            stream.set_nonblocking(true).unwrap();
+            stream
+        });
+        let mut client = Client { stream: TcpStream::from_std(stream.await.unwrap()).unwrap(), buf: Vec::new() };
+        assert_eq!(client.head().await.length(), 4);
+        assert_eq!(client.exactly(4).await, b"next");
+        assert!(matches!(end(ended).await, RelayEnd::Complete(_)));
+        drop(sending.await.unwrap());
+    }
+}
+
+fn blocking(stream: TcpStream) -> std::net::TcpStream {
+    let stream = stream.into_std().unwrap();
+    stream.set_nonblocking(false).unwrap();
+    stream
 }
 
 #[tokio::test]

@@ -16,6 +16,13 @@ fn servers(plane: &Plane) -> Result<Vec<Running>> {
     (0..).zip([Rival::IO_URING, Rival::TOKIO, Rival::Nginx]).map(|(number, rival)| rival.serve(plane, number)).collect()
 }
 
+/// The same, and the least that answering takes.
+fn servers_and_limit(plane: &Plane) -> Result<Vec<Running>> {
+    let mut all = servers(plane)?;
+    all.push(Rival::Answer.serve(plane, 0)?);
+    Ok(all)
+}
+
 fn path_of(plane: &Plane, rival: Rival, spegels: String) -> String {
     if matches!(rival, Rival::Spegel { .. }) { spegels } else { plane.file_path(false) }
 }
@@ -23,7 +30,7 @@ fn path_of(plane: &Plane, rival: Rival, spegels: String) -> String {
 /// A manifest of 2 KiB by digest and its head by tag, on 64 connections; and on a connection for each.
 pub(in crate::bench) fn small(settings: &Settings) -> Result<Figures> {
     let plane = Plane::new(settings)?;
-    let servers = servers(&plane)?;
+    let servers = servers_and_limit(&plane)?;
     let mut found: Vec<[Vec<f64>; 4]> = servers.iter().map(|_| <[Vec<f64>; 4]>::default()).collect();
     // The first round is not counted.
     for round in 0..=plane.settings.rounds {

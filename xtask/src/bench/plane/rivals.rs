@@ -3,11 +3,11 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use spegel_benches::daemon::{Daemon, find_program, output};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use spegel_benches::daemon::{Daemon, find_program};
 use spegel_benches::spegel::{Ports, Settings, Source};
 
 use super::{CLIENT_CORE, Plane, SERVER_CORE, socket};
@@ -32,6 +32,8 @@ pub(crate) enum Rival {
     Sendfile,
     /// A bare loop of splice(2) with a pipe of 1 MiB.
     Splice,
+    /// A bare loop of epoll(7), recv(2) and send(2), for small answers.
+    Answer,
 }
 
 /// A server that runs.
@@ -56,6 +58,7 @@ impl Rival {
             Self::NginxProxy => "nginx, proxy".to_owned(),
             Self::Sendfile => "sendfile(2) alone".to_owned(),
             Self::Splice => "splice(2) alone".to_owned(),
+            Self::Answer => "recv(2) and send(2) alone".to_owned(),
         }
     }
 
@@ -80,6 +83,7 @@ impl Rival {
                     &["sendfile", &socket(plane.address(), BARE).to_string(), &file.to_string_lossy()],
                 )
             }
+            Self::Answer => start_bare(plane, self, &["answer", &socket(plane.address(), BARE).to_string(), "2048"]),
             Self::NginxProxy | Self::Splice => anyhow::bail!("{} serves no files", self.name()),
         }
     }
@@ -107,7 +111,7 @@ impl Rival {
                 let listen = socket(plane.address(), BARE).to_string();
                 start_bare(plane, self, &["splice", &listen, &upstream.to_string()])
             }
-            Self::Nginx | Self::Sendfile => anyhow::bail!("{} relays nothing", self.name()),
+            Self::Nginx | Self::Sendfile | Self::Answer => anyhow::bail!("{} relays nothing", self.name()),
         }
     }
 }
@@ -129,7 +133,7 @@ fn start_spegel(
     number: u16,
     layout: &Path,
     upstream: Option<SocketAddr>,
-    core: &str,
+    core: usize,
 ) -> Result<Running> {
     // Peers have one registry port for all, so each relay has an address of its own.
     let (address, registry) = match upstream {
@@ -155,8 +159,7 @@ fn start_spegel(
         let router = SocketAddr::new(plane.address(), 5001 + 90).to_string();
         settings.arguments.extend(["--static-bootstrap-peers".to_owned(), router]);
     }
-    let spegel = settings.start()?;
-    pin(spegel.daemon.pid(), core)?;
+    let spegel = on_core(core, || settings.start())?;
     Ok(Running { rival, address: socket(address, registry), daemon: spegel.daemon })
 }
 
@@ -179,7 +182,8 @@ fn start_nginx(plane: &Plane, rival: Rival, server: &str, port: u16) -> Result<R
     let prefix = folder.display().to_string();
     let command = [&program.to_string_lossy(), "-p", &prefix, "-c", &path.to_string_lossy()].map(str::to_owned);
     let command: Vec<&str> = command.iter().map(String::as_str).collect();
-    let daemon = Daemon::start(&rival.name(), Some(&plane.node), &command, &folder.join("log"))?;
+    let daemon =
+        on_core(SERVER_CORE, || Daemon::start(&rival.name(), Some(&plane.node), &command, &folder.join("log")))?;
     up(plane, rival, daemon, port)
 }
 
@@ -188,15 +192,14 @@ fn start_bare(plane: &Plane, rival: Rival, arguments: &[&str]) -> Result<Running
     let program = program.to_string_lossy();
     let command: Vec<&str> = [&*program, "bench-helper"].into_iter().chain(arguments.iter().copied()).collect();
     let log = plane.folder.path().join("bare.log");
-    let daemon = Daemon::start(&rival.name(), Some(&plane.node), &command, &log)?;
+    let daemon = on_core(SERVER_CORE, || Daemon::start(&rival.name(), Some(&plane.node), &command, &log))?;
     up(plane, rival, daemon, BARE)
 }
 
-/// Waits for the port and pins the process.
+/// Waits for the port.
 fn up(plane: &Plane, rival: Rival, mut daemon: Daemon, port: u16) -> Result<Running> {
     let address = socket(plane.address(), port);
     daemon.wait_until(Duration::from_secs(10), "an open port", || std::net::TcpStream::connect(address).is_ok())?;
-    pin(daemon.pid(), SERVER_CORE)?;
     Ok(Running { rival, address, daemon })
 }
 
@@ -208,8 +211,15 @@ fn install_nginx() -> Result<()> {
     Ok(())
 }
 
-fn pin(pid: u32, core: &str) -> Result<()> {
-    output(Command::new("taskset").args(["-a", "-p", "-c", core, &pid.to_string()])).map(|_| ())
+/// Starts a process on one core from its first instruction on, so that it finds no more cores than it has.
+fn on_core<T>(core: usize, start: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = sched_getaffinity(None)?;
+    let mut only = CpuSet::new();
+    only.set(core);
+    sched_setaffinity(None, &only)?;
+    let started = start();
+    sched_setaffinity(None, &before)?;
+    started
 }
 
 // === impl Running ===
