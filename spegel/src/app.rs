@@ -89,7 +89,7 @@ fn version(format: VersionFormat) {
     }
 }
 
-/// A line for each file that a person may look for.
+/// A line for each file that a person may look for, and a warning for each that needs one.
 fn tell(report: &hosts::Report) {
     let told = [
         ("wrote", &report.written),
@@ -97,12 +97,20 @@ fn tell(report: &hosts::Report) {
         ("took back", &report.removed),
         ("restored", &report.restored),
         ("set aside what somebody else had changed", &report.set_aside),
-        ("could not restore, something else is in its place", &report.left_in_backup),
         ("not mirrored, it has a configuration of its own", &report.not_mirrored),
     ];
     for (what, paths) in told {
         for path in paths {
             info!(path = %path.display(), "{what}");
+        }
+    }
+    let warned = [
+        ("could not restore, something else is in its place", &report.left_in_backup),
+        ("names a spegel mirror, but is not ours by its first line, and was left: look at it", &report.foreign_mirrors),
+    ];
+    for (what, paths) in warned {
+        for path in paths {
+            warn!(path = %path.display(), "{what}");
         }
     }
 }

@@ -99,7 +99,7 @@ impl Scene {
         tools.logged = self.bad_log().len();
         if what == Midway::ContentForbidden {
             // What is open already stays readable.
-            let nobody: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0);
+            let nobody: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o000);
             self.bad_layers().iter().try_for_each(|path| std::fs::set_permissions(path, nobody.clone()))?;
         }
         Ok(tools)

@@ -48,7 +48,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Vec<BootstrapPeer>, serde_json::Err
 }
 
 /// What must hold for any list of peers; panics where it does not.
-pub(crate) fn check_list(bytes: &[u8]) {
+pub(super) fn check(bytes: &[u8]) {
     let Ok(peers) = decode(bytes) else { return };
     assert!(peers.len() <= MAX_PEERS);
     for peer in &peers {

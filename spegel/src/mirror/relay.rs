@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -17,6 +17,8 @@ use super::{Shared, Wanted, client, lineage};
 use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
+/// How long a peer that stands still may take to say how much it has: its client waits meanwhile.
+const ASKED: Duration = Duration::from_secs(1);
 /// So many times the stall bound may pass in which a peer that is still receiving a blob gets none of it: containerd writes in steps of up
 /// to 1 MiB, which may be long in coming. A peer that is well gives it up sooner, and ends the body, if its steps have come faster before.
 const SLOWEST: u32 = 6;
@@ -84,7 +86,8 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
 /// How many bytes of a blob a peer has now, and whether it still receives it; none if it says nothing sensible.
 async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<(u64, bool)> {
     let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
-    let asked = client::request(&shared.pool, &[address], &request, shared.settings.timeouts).await;
+    let timeouts = shared.settings.timeouts.at_most(ASKED);
+    let asked = client::request(&shared.pool, &[address], &request, timeouts).await;
     let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
     let position = match response.head.receiving {
         Some(position) => (position, true),

@@ -12,11 +12,12 @@ use tokio::sync::{mpsc, watch};
 use crate::oci::Key;
 use crate::store::Change;
 
+pub(crate) use p2p::checks;
+
 pub use memory::{MemoryNetwork, MemoryRouter};
 pub use p2p::{
     Identity, IdentityError, NetworkKey, NetworkKeyError, P2pRouter, P2pSettings, RouterError, RouterMetrics,
 };
-pub(crate) use p2p::{check_kad, check_members};
 
 /// A node that offers content, and where its registry listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
