@@ -3,6 +3,7 @@
 mod cleanup;
 mod handler;
 mod node;
+mod strain;
 mod trace;
 
 use std::io::Write as _;
@@ -30,6 +31,8 @@ pub use trace::trace;
 
 /// How often it is looked whether responses are still under way.
 const POLL: Duration = Duration::from_millis(20);
+/// How often the network may hear how busy this node is.
+const LOAD_PERIOD: Duration = Duration::from_secs(2);
 /// How long clients that were just sent away may still come back before the port closes.
 const LAST_CALLERS: Duration = Duration::from_millis(300);
 /// Threads of the control runtime: the swarm, containerd's events, the side port.
@@ -86,7 +89,7 @@ fn version(format: VersionFormat) {
     }
 }
 
-/// A line for each file that a person may look for.
+/// A line for each file that a person may look for, and a warning for each that needs one.
 fn tell(report: &hosts::Report) {
     let told = [
         ("wrote", &report.written),
@@ -94,12 +97,20 @@ fn tell(report: &hosts::Report) {
         ("took back", &report.removed),
         ("restored", &report.restored),
         ("set aside what somebody else had changed", &report.set_aside),
-        ("could not restore, something else is in its place", &report.left_in_backup),
         ("not mirrored, it has a configuration of its own", &report.not_mirrored),
     ];
     for (what, paths) in told {
         for path in paths {
             info!(path = %path.display(), "{what}");
+        }
+    }
+    let warned = [
+        ("could not restore, something else is in its place", &report.left_in_backup),
+        ("names a spegel mirror, but is not ours by its first line, and was left: look at it", &report.foreign_mirrors),
+    ];
+    for (what, paths) in warned {
+        for path in paths {
+            warn!(path = %path.display(), "{what}");
         }
     }
 }
@@ -138,6 +149,8 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(announce(store, router.clone(), Arc::clone(&registry)));
+    tokio::spawn(tell_load(router.clone(), Arc::clone(&registry)));
+    tokio::spawn(strain::watch(Arc::clone(&registry), open_files));
     if let Some(taint) = settings.startup_taint {
         let registry = Arc::clone(&registry);
         tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
@@ -284,6 +297,19 @@ async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>, registry: Arc<R
             registry.stored(keys);
         }
         router.announce(change);
+    }
+}
+
+/// Tells the network how busy this node is, as that changes.
+async fn tell_load(router: Arc<P2pRouter>, registry: Arc<Registry>) {
+    let mut told = 0;
+    loop {
+        tokio::time::sleep(LOAD_PERIOD).await;
+        let load = registry.load();
+        if load != told {
+            router.set_load(load);
+            told = load;
+        }
     }
 }
 

@@ -18,14 +18,14 @@ use crate::oci::{
     parse_range,
 };
 use crate::registry::{Registry, RegistryMetrics, Settings, UploadLimits};
-use crate::router::{MemoryNetwork, Router as _};
+use crate::router::{self, MemoryNetwork, Router as _};
 use crate::store::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
 
 /// A fuzz target's name, which is also its corpus's folder, and its check.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 12] = [
     ("request_head", request_head),
     ("peer_head", peer_head),
     ("path", path),
@@ -33,6 +33,11 @@ pub const TARGETS: [Target; 7] = [
     ("range", range),
     ("manifest", manifest),
     ("hosts_toml", hosts_toml),
+    ("hints", hints),
+    ("peer_list", peer_list),
+    ("kad_message", kad_message),
+    ("member_messages", member_messages),
+    ("key_file", key_file),
 ];
 
 /// A request as a client sends it to a node that has nothing: answered, and never as containerd must not be.
@@ -120,6 +125,33 @@ pub fn manifest(bytes: &[u8]) {
 /// A `hosts.toml` that somebody else wrote.
 pub fn hosts_toml(bytes: &[u8]) {
     crate::hosts::check_existing(bytes);
+}
+
+/// What a peer's headers say of others that have a blob, or of those that it comes through.
+pub fn hints(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        mirror::check_hints(text);
+    }
+}
+
+/// A list of peers from a URL or a file.
+pub fn peer_list(bytes: &[u8]) {
+    crate::bootstrap::check_list(bytes);
+}
+
+/// A message of Kademlia with its length before it.
+pub fn kad_message(bytes: &[u8]) {
+    router::checks::kad_message(bytes);
+}
+
+/// Messages of the member protocol, each with its length before it.
+pub fn member_messages(bytes: &[u8]) {
+    router::checks::member_messages(bytes);
+}
+
+/// The file of a network's key, or of an identity.
+pub fn key_file(bytes: &[u8]) {
+    router::checks::key_file(bytes);
 }
 
 thread_local! {

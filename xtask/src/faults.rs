@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use spegel_benches::containerd::{Options, Version};
 use spegel_benches::faults::{Outcome, Row, Scene, Setup, rows};
@@ -37,6 +38,9 @@ pub(crate) struct Faults {
     /// Write the outcomes there
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Take the outcomes from such files instead of running anything; a row of a later file replaces that of an earlier one
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    from: Vec<PathBuf>,
     /// Run this program instead of building spegel
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
@@ -53,8 +57,9 @@ enum Kind {
 }
 
 /// The outcomes of one containerd.
+#[derive(Deserialize, Serialize)]
 struct Run {
-    kind: Kind,
+    containerd: String,
     baseline: f64,
     outcomes: Vec<Outcome>,
 }
@@ -63,6 +68,24 @@ struct Run {
 
 impl Faults {
     pub(crate) fn run(&self) -> Result<bool> {
+        let runs = if self.from.is_empty() { self.run_all()? } else { read(&self.from)? };
+        let good = runs.iter().all(|run| run.outcomes.iter().all(|outcome| verdict(outcome, run.baseline).is_ok()));
+        crate::write_json(self.json.as_ref(), &json!(runs))?;
+        if self.record {
+            let company = if self.alone { "The peer that fails is the only one." } else { "A second peer is well." };
+            let method = format!(
+                "A containerd pulls an image of three layers of {} MiB through its mirror, each node in a network namespace, upstream at \
+                 {} Mbit/s. {company} For each containerd: what became of the pull, its seconds, and the MiB of layers from the failing peer, \
+                 the good peer and upstream; a body counts for the peer that began it. \"ok\": it succeeded, at most 7 s slower than without a mirror (5 s until a stall is noticed, and \
+                 2 s); where the bytes are wrong, the next pull did.",
+                self.layer, self.upstream
+            );
+            crate::bench::record("faults", &method, &table(&runs), "cargo xtask faults --record")?;
+        }
+        Ok(good)
+    }
+
+    fn run_all(&self) -> Result<Vec<Run>> {
         let program = match &self.binary {
             Some(program) => std::path::absolute(program)?,
             None => crate::build::spegel("fast")?,
@@ -70,25 +93,7 @@ impl Faults {
         let chosen: Vec<Row> = rows().into_iter().filter(|row| self.wants(row)).collect();
         let all = [Kind::V1_6, Kind::V2_2, Kind::V2_2Parallel];
         let kinds = if self.containerd.is_empty() { &all[..] } else { &self.containerd };
-        let mut runs = Vec::new();
-        for &kind in kinds {
-            runs.push(self.run_kind(&program, kind, &chosen)?);
-        }
-        let good = runs.iter().all(|run| run.outcomes.iter().all(|outcome| verdict(outcome, run.baseline).is_ok()));
-        let value: Vec<_> = runs.iter().map(Run::to_json).collect();
-        crate::write_json(self.json.as_ref(), &json!(value))?;
-        if self.record {
-            let company = if self.alone { "The peer that fails is the only one." } else { "A second peer is well." };
-            let method = format!(
-                "A containerd pulls an image of three layers of {} MiB through its mirror, each node in a network namespace, upstream at \
-                 {} Mbit/s. {company} For each containerd: what became of the pull, its seconds, and the MiB of layers from the failing peer, \
-                 the good peer and upstream. \"ok\": it succeeded, at most 7 s slower than without a mirror (5 s until a stall is noticed, and \
-                 2 s); where the bytes are wrong, the next pull did.",
-                self.layer, self.upstream
-            );
-            crate::bench::record("faults", &method, &table(&runs), "cargo xtask faults --record")?;
-        }
-        Ok(good)
+        kinds.iter().map(|kind| self.run_kind(&program, *kind, &chosen)).collect()
     }
 
     fn wants(&self, row: &Row) -> bool {
@@ -117,11 +122,23 @@ impl Faults {
         );
         let mut outcomes = Vec::new();
         for row in chosen {
-            let outcome = scene.run(row)?;
+            if let Some(reason) = row.lacks() {
+                println!("{:<11} {:<26} skipped: {reason}", row.group, row.name);
+                continue;
+            }
+            let outcome = match scene.run(row) {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    // What it has left behind is not for the next row.
+                    drop(scene);
+                    scene = Scene::start(&setup)?;
+                    Outcome::broken(row, &error)
+                }
+            };
             self.print(&outcome, baseline);
             outcomes.push(outcome);
         }
-        Ok(Run { kind, baseline, outcomes })
+        Ok(Run { containerd: name, baseline, outcomes })
     }
 
     fn print(&self, outcome: &Outcome, baseline: f64) {
@@ -142,6 +159,7 @@ impl Faults {
             mib(outcome.upstream_bytes),
             outcome.log.len()
         );
+        outcome.notes.iter().chain(&outcome.unhealed).for_each(|note| println!("    {note}"));
         if let Some(error) = &outcome.failed {
             let error = error.lines().last().unwrap_or_default();
             let again = if outcome.failed_again.is_none() { "succeeded" } else { "failed too" };
@@ -158,10 +176,11 @@ impl Faults {
 fn table(runs: &[Run]) -> String {
     let mut text = "| at | fault |".to_owned();
     for run in runs {
-        text.push_str(&format!(" {} (no mirror {:.1} s) | bad/good/upstream |", run.name(), run.baseline));
+        text.push_str(&format!(" {} (no mirror {:.1} s) | bad/good/upstream |", run.containerd, run.baseline));
     }
     text.push_str(&format!("\n|---|---|{}\n", "---|---|".repeat(runs.len())));
     let rows = runs.first().map(|run| run.outcomes.len()).unwrap_or_default();
+    let mut notes = String::new();
     for row in 0..rows {
         for (number, run) in runs.iter().enumerate() {
             let Some(outcome) = run.outcomes.get(row) else { continue };
@@ -169,6 +188,9 @@ fn table(runs: &[Run]) -> String {
                 text.push_str(&format!("| {} | {} |", outcome.group, outcome.name));
             }
             let said = verdict(outcome, run.baseline).err().unwrap_or("ok");
+            if !outcome.notes.is_empty() {
+                notes.push_str(&format!("- {}, {}: {}.\n", outcome.name, run.containerd, outcome.notes.join("; ")));
+            }
             let from = |name: &str| outcome.mirror_bytes.get(name).copied().unwrap_or_default().div_ceil(1 << 20);
             text.push_str(&format!(
                 " {said}, {:.1} s | {}/{}/{} |",
@@ -180,7 +202,28 @@ fn table(runs: &[Run]) -> String {
         }
         text.push('\n');
     }
-    text
+    text + "\n" + &notes
+}
+
+/// The outcomes of files that `--json` has written.
+fn read(files: &[PathBuf]) -> Result<Vec<Run>> {
+    let mut runs: Vec<Run> = Vec::new();
+    for file in files {
+        let text = std::fs::read(file).with_context(|| file.display().to_string())?;
+        for run in serde_json::from_slice::<Vec<Run>>(&text)? {
+            let Some(known) = runs.iter_mut().find(|known| known.containerd == run.containerd) else {
+                runs.push(run);
+                continue;
+            };
+            for outcome in run.outcomes {
+                match known.outcomes.iter_mut().find(|old| (&old.group, &old.name) == (&outcome.group, &outcome.name)) {
+                    Some(old) => *old = outcome,
+                    None => known.outcomes.push(outcome),
+                }
+            }
+        }
+    }
+    Ok(runs)
 }
 
 /// Whether the outcome is what the mirror promises.
@@ -190,18 +233,9 @@ fn verdict(outcome: &Outcome, baseline: f64) -> Result<(), &'static str> {
     match (&outcome.failed, &outcome.failed_again) {
         (Some(_), again) if !may_fail || again.is_some() => Err("FAILED"),
         (None, _) if !outcome.met && outcome.group != "none" => Err("NOT MET"),
+        _ if outcome.unhealed.is_some() => Err("NOT HEALED"),
         // A stall is noticed after five seconds, and going elsewhere may take two.
         _ if outcome.seconds > baseline + outcome.link_seconds + 7.0 => Err("SLOW"),
         _ => Ok(()),
-    }
-}
-
-impl Run {
-    fn name(&self) -> String {
-        self.kind.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-    }
-
-    fn to_json(&self) -> serde_json::Value {
-        json!({ "containerd": self.name(), "baseline_seconds": self.baseline, "rows": self.outcomes })
     }
 }

@@ -1,32 +1,37 @@
 //! What a fault does to a pull: a containerd with its mirror, two peers and an upstream, each on a node of its own, and one of the
 //! peers, or something else, is made to fail.
 
+mod disk;
 mod injector;
+mod limits;
+mod midway;
+mod observe;
 mod rows;
 mod soak;
+mod upsets;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use rustix::process::Signal;
-use serde::Serialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use crate::containerd::{Containerd, Options, Version, check_content};
-use crate::daemon::{output, wait_until};
+use crate::daemon::wait_until;
 use crate::image::{Compression, Image, ImageBuilder, host_platform};
 use crate::netns::{Lab, Node};
 use crate::registry::Registry;
 use crate::spegel::{Ports, Settings, Source, Spegel, configure};
 
 pub use injector::{Ending, Fault, Injector, Place};
-pub use rows::{Action, Midway, Row, Upset, rows};
+pub use rows::{Action, DiskFault, Midway, Row, Upset, rows};
 pub use soak::{Soak, Soaked};
+
+use midway::Tools;
 
 /// How long a pull may take before it counts as one that hangs.
 const LIMIT: Duration = Duration::from_secs(100);
@@ -39,6 +44,9 @@ const TRIES: usize = 6;
 
 /// The content that the failing peer's own process serves: its own copy, which a row may damage.
 const BAD_LAYOUT: &str = "layout-of-the-bad-peer";
+
+/// How long a mirror may take to be ready; one that finds nobody waits for half a minute.
+const READY: Duration = Duration::from_secs(45);
 
 /// What the client's link carries while something happens in the middle of a body, in Mbit/s.
 const SLOW_LINK: u32 = 100;
@@ -63,10 +71,10 @@ pub struct Setup {
 }
 
 /// What became of a pull.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Outcome {
     /// Which part of the table.
-    pub group: &'static str,
+    pub group: String,
     /// What fails.
     pub name: String,
     /// Whether the fault was met at all.
@@ -91,6 +99,23 @@ pub struct Outcome {
     pub metrics: BTreeMap<String, f64>,
     /// Open descriptors of the mirror before the pull and a moment after it.
     pub descriptors: (usize, usize),
+    /// What else was seen.
+    pub notes: Vec<String>,
+    /// What should have healed once the fault had passed, and did not.
+    pub unhealed: Option<String>,
+}
+
+impl Outcome {
+    /// Of a row that could not be run.
+    pub fn broken(row: &Row, error: &anyhow::Error) -> Self {
+        Self {
+            group: row.group.to_owned(),
+            name: row.name.clone(),
+            failed: Some(format!("{error:#}")),
+            failed_again: Some(format!("{error:#}")),
+            ..Self::default()
+        }
+    }
 }
 
 /// The nodes of a run. What is declared first ends first.
@@ -118,6 +143,9 @@ struct Nodes {
 
 /// The port of a peer's own registry while the injector has the one that others know.
 const ASIDE: u16 = 5999;
+
+/// Where the good peer names its peers.
+const BOOTSTRAP_PORT: u16 = 5002;
 
 // === impl Scene ===
 
@@ -155,7 +183,10 @@ impl Scene {
         if !setup.company {
             make_empty_layout(&folder.path().join(layout))?;
         }
-        let good = settings(&nodes.good, layout, 5000).spawn()?;
+        let mut good = settings(&nodes.good, layout, 5000);
+        let list = format!("{}:{BOOTSTRAP_PORT}", nodes.good.address());
+        good.arguments.extend(["--http-bootstrap-addr".to_owned(), list]);
+        let good = good.spawn()?;
         let bad = settings(&nodes.bad, BAD_LAYOUT, ASIDE).spawn()?;
         let injector = Some(Injector::start(&nodes.bad, 5000, std::slice::from_ref(&image))?);
         let setup = setup.clone();
@@ -221,37 +252,34 @@ impl Scene {
 
     fn run_once(&mut self, row: &Row) -> Result<Outcome> {
         self.restart_client(&row.arguments)?;
-        self.set(row)?;
+        let mut tools = self.set(row)?;
         let before = self.descriptors();
         let upstream_before = self.upstream.bytes_sent("/blobs/");
         let start = Instant::now();
         let pulled = match &row.action {
-            Action::Midway(what) => self.pull_with(*what),
+            Action::Midway(what) => self.pull_with(*what, &mut tools),
             _ => Ok((self.pull(), true)),
         };
         let seconds = start.elapsed().as_secs_f64();
         let met = match (&row.action, &pulled) {
             (Action::Answer(_), _) => self.injector.as_ref().is_some_and(|injector| injector.hits() > 0),
+            (Action::Upset(upset), _) => upset.is_met(self),
             (_, Ok((_, met))) => *met,
             (_, Err(_)) => false,
         };
         let (pulled, _) = pulled?;
         let upstream_bytes = self.upstream.bytes_sent("/blobs/") - upstream_before;
         let failed = pulled.and_then(|()| self.check()).err().map(|error| format!("{error:#}"));
-        let (mut failed_again, mut pulls) = (failed.clone(), 1);
-        let retried = Instant::now();
-        while failed_again.is_some() && retried.elapsed() < RETRIED {
-            // 2.2 may commit the same wrong bytes again without asking, for some 25 s.
-            std::thread::sleep(Duration::from_secs(2));
-            failed_again = self.pull().and_then(|()| self.check()).err().map(|error| format!("{error:#}"));
-            pulls += 1;
+        let (failed_again, pulls) = self.pull_again(failed.as_ref());
+        if let Action::Midway(what) = row.action {
+            self.heal(what, &mut tools)?;
         }
         std::thread::sleep(Duration::from_millis(300));
-        let after = self.descriptors();
-        self.unset(row)?;
-        let (mirror_bytes, log) = self.read_log();
+        let (after, (mirror_bytes, log), metrics) = (self.descriptors(), self.read_log(), self.metrics());
+        let (notes, unhealed) = (std::mem::take(&mut tools.notes), tools.unhealed.take());
+        self.unset(row, tools)?;
         let outcome = Outcome {
-            group: row.group,
+            group: row.group.to_owned(),
             name: row.name.clone(),
             met,
             failed,
@@ -265,59 +293,30 @@ impl Scene {
             upstream_bytes,
             mirror_bytes,
             log,
-            metrics: self.metrics(),
+            metrics,
             descriptors: (before, after),
+            notes,
+            unhealed,
         };
         // A pull that failed has left no image.
         self.containerd.remove_with_aliases(self.image.reference()).ok();
         Ok(outcome)
     }
 
+    /// Pulls until it succeeds or the time is over, where the first has failed: why the last failed too, if it did, and how many it took.
+    fn pull_again(&self, failed: Option<&String>) -> (Option<String>, usize) {
+        let (mut failed, mut pulls, start) = (failed.cloned(), 1, Instant::now());
+        while failed.is_some() && start.elapsed() < RETRIED {
+            // 2.2 may commit the same wrong bytes again without asking, for some 25 s.
+            std::thread::sleep(Duration::from_secs(2));
+            failed = self.pull().and_then(|()| self.check()).err().map(|error| format!("{error:#}"));
+            pulls += 1;
+        }
+        (failed, pulls)
+    }
+
     fn pull(&self) -> Result<()> {
         self.containerd.pull_within(self.image.reference(), LIMIT)
-    }
-
-    /// Pulls, and does something as soon as the mirror has relayed a part of it; false if it never came to that.
-    fn pull_with(&mut self, what: Midway) -> Result<(Result<()>, bool)> {
-        let layers = self.bad_layers();
-        let (containerd, image) = (&self.containerd, &self.image);
-        let (client, bad, lab) = (self.client.as_mut(), self.bad.as_ref(), &self.lab);
-        let client = client.context("no mirror runs")?;
-        let bad_node = &self.nodes.bad;
-        let enough = self.setup.layer as f64 / 4.0;
-        std::thread::scope(|scope| {
-            let pull = scope.spawn(|| containerd.pull_within(image.reference(), LIMIT));
-            let relayed =
-                |client: &Spegel| client.metric("spegel_serve_bytes_total", &["kind=\"relay\""]).unwrap_or(0.0);
-            while relayed(client) < enough && !pull.is_finished() {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            let met = !pull.is_finished();
-            let signal = |peer: Option<&Spegel>, signal| peer.map_or(Ok(()), |peer| peer.daemon.signal(signal));
-            match what {
-                Midway::PeerKilled => signal(bad, Signal::KILL)?,
-                Midway::PeerStopped => signal(bad, Signal::STOP)?,
-                Midway::PeerTerminated => signal(bad, Signal::TERM)?,
-                Midway::PeerUnplugged => lab.set_connected(bad_node, false)?,
-                Midway::PeerUnpluggedAndBack => {
-                    lab.set_connected(bad_node, false)?;
-                    std::thread::sleep(Duration::from_secs(2));
-                    lab.set_connected(bad_node, true)?;
-                }
-                Midway::ContentTruncated => damage(&layers, |file| file.set_len(file.metadata()?.len() / 8))?,
-                Midway::ContentUnlinked => layers.iter().try_for_each(std::fs::remove_file)?,
-                Midway::OwnTerminated => client.daemon.signal(Signal::TERM)?,
-                Midway::OwnKilled => client.daemon.signal(Signal::KILL)?,
-            }
-            let pulled = pull.join().unwrap_or_else(|_| Err(anyhow!("the pull panicked")));
-            Ok((pulled, met))
-        })
-    }
-
-    /// The layers as the failing peer has them.
-    fn bad_layers(&self) -> Vec<PathBuf> {
-        let blobs = self.folder.path().join(BAD_LAYOUT).join("blobs");
-        self.image.layers_for(host_platform()).map(|layer| blobs.join(layer.digest.replacen(':', "/", 1))).collect()
     }
 
     fn check(&self) -> Result<()> {
@@ -327,6 +326,12 @@ impl Scene {
 
     /// A mirror that knows nobody's failures, and containerd's configuration for it.
     fn restart_client(&mut self, arguments: &[String]) -> Result<()> {
+        self.restart_client_as(|settings| settings.arguments.extend(arguments.iter().cloned()))?;
+        self.wait_found()
+    }
+
+    /// A mirror that is started otherwise than others.
+    fn restart_client_as(&mut self, change: impl FnOnce(&mut Settings)) -> Result<()> {
         if let Some(client) = self.client.take() {
             client.daemon.signal(Signal::KILL).ok();
         }
@@ -334,13 +339,13 @@ impl Scene {
         std::fs::remove_file(&log).ok();
         let mut settings = Settings::on_node(&self.setup.program, &self.containerd, &self.nodes.addresses(), &log);
         settings.arguments = self.setup.arguments.clone();
-        settings.arguments.extend(arguments.iter().cloned());
+        change(&mut settings);
         let mut client = settings.spawn()?;
-        client.wait_ready(Duration::from_secs(30))?;
+        client.wait_ready(READY)?;
         let name = client.settings().address.to_string();
         configure(&self.setup.program, &self.containerd.certs_dir(), &client.url(), &[&self.upstream.url()], &name)?;
         self.client = Some(client);
-        self.wait_found()
+        Ok(())
     }
 
     /// Waits until the mirror finds the image's layers: a HEAD costs it a lookup, and the injector is well meanwhile.
@@ -357,107 +362,59 @@ impl Scene {
         })
     }
 
-    fn set(&mut self, row: &Row) -> Result<()> {
+    fn set(&mut self, row: &Row) -> Result<Tools> {
         match &row.action {
             Action::Answer(fault) => {
                 if let Some(injector) = &self.injector {
                     injector.set(fault.clone());
                 }
+                Ok(Tools::default())
             }
-            Action::Upset(upset) => upset.set(self)?,
-            Action::Midway(_) => {
+            Action::Upset(upset) => upset.set(self).map(|()| Tools::default()),
+            Action::Midway(what) => {
+                let tools = self.prepare(*what)?;
                 self.lab.limit(&self.nodes.client, SLOW_LINK)?;
-                self.swap_bad(true)?;
-                self.wait_found()?;
+                Ok(tools)
             }
         }
-        Ok(())
     }
 
-    fn unset(&mut self, row: &Row) -> Result<()> {
+    fn unset(&mut self, row: &Row, tools: Tools) -> Result<()> {
         match &row.action {
             Action::Answer(_) => {
                 if let Some(injector) = &self.injector {
                     injector.set(Fault::None);
                 }
+                Ok(())
             }
-            Action::Upset(upset) => upset.unset(self)?,
+            Action::Upset(upset) => upset.unset(self),
             Action::Midway(_) => {
-                self.lab.set_connected(&self.nodes.bad, true)?;
                 self.lab.unlimit(&self.nodes.client)?;
-                for (layer, path) in self.image.layers_for(host_platform()).zip(self.bad_layers()) {
-                    std::fs::copy(self.image.blob_path(&layer.digest), path)?;
-                }
-                self.swap_bad(false)?;
+                self.clear(tools)
             }
         }
-        Ok(())
     }
 
-    /// Puts the failing peer's own registry in the injector's place, or back.
-    fn swap_bad(&mut self, real: bool) -> Result<()> {
+    /// Puts the failing peer's own registry, run by this program, in the injector's place; or the injector back.
+    fn swap_bad(&mut self, real: Option<PathBuf>) -> Result<()> {
         let Some(bad) = self.bad.take() else { return Ok(()) };
         let mut settings = bad.settings().clone();
         // Stopped or killed, it must end at once.
         bad.daemon.signal(Signal::KILL).ok();
         drop(bad);
         self.injector = None;
-        settings.ports.registry = if real { 5000 } else { ASIDE };
-        if !real {
+        settings.ports.registry = if real.is_some() { 5000 } else { ASIDE };
+        if real.is_none() {
             wait_until(Duration::from_secs(10), "free port", || {
                 self.injector = Injector::start(&self.nodes.bad, 5000, std::slice::from_ref(&self.image)).ok();
                 self.injector.is_some()
             })?;
         }
+        settings.program = real.unwrap_or_else(|| self.setup.program.clone());
         let mut bad = settings.spawn()?;
         bad.wait_ready(Duration::from_secs(30))?;
         self.bad = Some(bad);
         Ok(())
-    }
-
-    fn descriptors(&self) -> usize {
-        let Some(client) = &self.client else { return 0 };
-        std::fs::read_dir(format!("/proc/{}/fd", client.daemon.pid())).map_or(0, Iterator::count)
-    }
-
-    /// The bytes that the mirror sent by source, and the lines that matter.
-    fn read_log(&self) -> (BTreeMap<String, u64>, Vec<String>) {
-        let (mut bytes, mut lines) = (BTreeMap::new(), Vec::new());
-        let log = self.client.as_ref().map(|client| client.daemon.log()).unwrap_or_default();
-        for line in log.lines() {
-            let Ok(value) = serde_json::from_str::<Value>(line) else { continue };
-            let text = |name: &str| value["fields"][name].as_str().or_else(|| value[name].as_str()).unwrap_or_default();
-            let message = text("message");
-            if message == "pull" && text("method") == "GET" {
-                let sent = value["fields"]["bytes"].as_u64().or_else(|| value["bytes"].as_u64()).unwrap_or_default();
-                *bytes.entry(self.name_of(text("source"))).or_default() += sent;
-            } else if text("level") != "INFO" || message.contains("peer") {
-                lines.push(format!("{} {message} {}", text("level"), text("error")));
-            }
-        }
-        (bytes, lines)
-    }
-
-    fn name_of(&self, source: &str) -> String {
-        let at = |node: &Node| source.starts_with(&format!("{}:", node.address()));
-        match source {
-            _ if at(&self.nodes.bad) => "bad peer".into(),
-            _ if at(&self.nodes.good) => "good peer".into(),
-            other => other.to_owned(),
-        }
-    }
-
-    fn metrics(&self) -> BTreeMap<String, f64> {
-        let Some(client) = &self.client else { return BTreeMap::new() };
-        let http = crate::http::Client::new(Duration::from_secs(5));
-        let text = http.get(&format!("{}/metrics", client.metrics_url()), &[]).map(|a| a.text()).unwrap_or_default();
-        let interesting = ["spegel_peer_requests", "spegel_relay", "spegel_cut", "spegel_mirror_requests"];
-        let samples = text.lines().filter(|line| interesting.iter().any(|name| line.starts_with(name)));
-        samples
-            .filter_map(|line| line.rsplit_once(' '))
-            .filter_map(|(name, value)| Some((name.to_owned(), value.parse::<f64>().ok()?)))
-            .filter(|(_, value)| *value > 0.0)
-            .collect()
     }
 }
 
@@ -467,31 +424,8 @@ impl Nodes {
     }
 }
 
-fn damage(files: &[PathBuf], how: impl Fn(&std::fs::File) -> std::io::Result<()>) -> Result<()> {
-    for file in files {
-        how(&std::fs::File::options().write(true).open(file)?)?;
-    }
-    Ok(())
-}
-
 fn make_empty_layout(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder.join("blobs/sha256"))?;
     std::fs::write(folder.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}")?;
     Ok(std::fs::write(folder.join("index.json"), "{\"schemaVersion\":2,\"manifests\":[]}")?)
-}
-
-/// Runs nft in a node.
-fn nft(node: &Node, rule: &str) -> Result<()> {
-    let program = crate::daemon::find_program("nft").context("nft is not installed (Debian package nftables)")?;
-    let mut command: Command = node.command(&program.display().to_string());
-    output(command.arg(rule)).map(|_| ())
-}
-
-/// Fails where a row's tool is missing.
-///
-/// # Errors
-/// What to install.
-pub fn available() -> Result<()> {
-    ensure!(crate::daemon::find_program("nft").is_some(), "nft is not installed (Debian package nftables)");
-    Ok(())
 }

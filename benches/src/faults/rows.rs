@@ -1,8 +1,6 @@
 //! The table of faults.
 
-use anyhow::{Context, Result};
-
-use super::{Ending, Fault, Place, Scene, nft};
+use super::{Ending, Fault, Place, disk, limits, upsets};
 
 /// One fault.
 #[derive(Clone, Debug)]
@@ -37,12 +35,26 @@ pub enum Upset {
     SynDropped,
     /// Nobody listens on the peer's port.
     Refused,
+    /// The peer says that it is reached at the client's own address.
+    OwnAddress,
+    /// Fifty peers with the same content have died a moment ago.
+    FiftyDead,
     /// The peer's link loses three of ten packets.
     Loss,
     /// The peer's link swallows every packet above 1000 bytes.
     MtuBlackHole,
     /// The two peers and the client cannot reach each other; upstream can be reached.
     Split,
+    /// The client's containerd was restarted under its mirror.
+    ContainerdRestarted,
+    /// The socket by which the mirror reaches its containerd is gone, and so is its connection.
+    SocketGone,
+    /// No name server answers, and names are a source of peers.
+    DnsDown,
+    /// Who named the first peers is gone.
+    BootstrapGone,
+    /// Who names the first peers has been gone since before the mirror started.
+    BootstrapNeverThere,
 }
 
 /// What happens.
@@ -62,10 +74,43 @@ pub enum Midway {
     ContentTruncated,
     /// The peer's content files are removed.
     ContentUnlinked,
+    /// The peer may not read its content files any more.
+    ContentForbidden,
+    /// What the peer's disk does from now on.
+    Disk(DiskFault),
     /// SIGTERM of the mirror itself.
     OwnTerminated,
     /// SIGKILL of the mirror itself.
     OwnKilled,
+    /// SIGSTOP of the mirror itself, which a supervisor that asks after it notices.
+    OwnStopped,
+    /// SIGSTOP of the mirror itself, and SIGCONT six seconds later.
+    OwnStoppedForAWhile,
+    /// The mirror's serving threads stand still.
+    OwnWedged,
+    /// The mirror's wall clock is set by so many days.
+    Clock(i32),
+    /// Connections take all descriptors of the mirror.
+    Descriptors,
+    /// The mirror's memory limit is nearly reached.
+    Memory,
+    /// Ten thousand clients come.
+    Crowd,
+    /// The peers and the client cannot reach each other for three seconds.
+    SplitAndHealed,
+}
+
+/// What a disk does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskFault {
+    /// Nothing.
+    None,
+    /// Reads fail with EIO.
+    Error,
+    /// Reads do not return.
+    Hangs,
+    /// So many bytes a second.
+    Slow(u64),
 }
 
 /// Every row.
@@ -81,33 +126,24 @@ pub fn rows() -> Vec<Row> {
     add("connecting", "accepted, then silent", Action::Answer(Fault::Deaf));
     add("connecting", "TLS", Action::Answer(Fault::Tls));
     add("connecting", "a stranger's address", Action::Answer(Fault::Stranger));
+    add("connecting", "our own address", Action::Upset(Upset::OwnAddress));
+    add("connecting", "50 dead peers", Action::Upset(Upset::FiftyDead));
     for (name, fault) in head_faults() {
         add("head", name, Action::Answer(fault));
     }
-    for (at, place) in [("0", Place::Start), ("1", Place::First), ("half", Place::Half), ("last byte", Place::Last)] {
-        for (how, ending) in [("RST", Ending::Reset), ("FIN", Ending::Close), ("silence", Ending::Silence)] {
-            add("body", &format!("stops at {at}, {how}"), Action::Answer(Fault::Stops(place, ending)));
-        }
+    for (name, action) in body_faults() {
+        add("body", &name, action);
     }
-    add("body", "1 KiB/s", Action::Answer(Fault::Slow(1024)));
-    add("body", "too long", Action::Answer(Fault::TooLong));
-    add("body", "wrong bytes", Action::Answer(Fault::WrongBytes));
-    for (name, midway) in [
-        ("peer killed", Midway::PeerKilled),
-        ("peer stopped", Midway::PeerStopped),
-        ("peer terminated", Midway::PeerTerminated),
-        ("cable cut", Midway::PeerUnplugged),
-        ("cable cut and back", Midway::PeerUnpluggedAndBack),
-    ] {
-        add("body", name, Action::Midway(midway));
+    for (name, action) in own_faults() {
+        add("here", name, action);
     }
-    add("here", "content truncated", Action::Midway(Midway::ContentTruncated));
-    add("here", "content unlinked", Action::Midway(Midway::ContentUnlinked));
-    add("here", "SIGTERM of our own", Action::Midway(Midway::OwnTerminated));
-    add("here", "SIGKILL of our own", Action::Midway(Midway::OwnKilled));
     add("network", "30 % of the packets lost", Action::Upset(Upset::Loss));
     add("network", "MTU black hole", Action::Upset(Upset::MtuBlackHole));
     add("network", "peers split", Action::Upset(Upset::Split));
+    add("network", "peers split and healed", Action::Midway(Midway::SplitAndHealed));
+    for row in &mut rows {
+        row.arguments = row.action.arguments();
+    }
     rows
 }
 
@@ -131,52 +167,79 @@ fn head_faults() -> Vec<(&'static str, Fault)> {
     ]
 }
 
-// === impl Upset ===
-
-impl Upset {
-    pub(super) fn set(self, scene: &mut Scene) -> Result<()> {
-        let (client, bad, good) = (&scene.nodes.client, &scene.nodes.bad, &scene.nodes.good);
-        let table = "add table inet fault; add chain inet fault in { type filter hook input priority 0; }; \
-                     add chain inet fault out { type filter hook output priority 0; }; ";
-        match self {
-            Self::NoRoute => client.ip(&["route", "add", "unreachable", &format!("{}/32", bad.address())]),
-            Self::SynDropped => nft(bad, &format!("{table} add rule inet fault in tcp dport 5000 drop")),
-            Self::Refused => {
-                scene.injector = None;
-                Ok(())
-            }
-            Self::Loss => {
-                let drop = "numgen random mod 100 < 30 drop";
-                nft(bad, &format!("{table} add rule inet fault in {drop}"))
-            }
-            Self::MtuBlackHole => nft(bad, &format!("{table} add rule inet fault out ip length > 1000 drop")),
-            Self::Split => {
-                for other in [bad, good] {
-                    let rule = |way: &str| {
-                        format!(
-                            "add rule inet fault {way} ip {} {} drop",
-                            if way == "in" { "saddr" } else { "daddr" },
-                            other.address()
-                        )
-                    };
-                    nft(client, &format!("{table} {}; {}", rule("in"), rule("out")))?;
-                }
-                Ok(())
-            }
+fn body_faults() -> Vec<(String, Action)> {
+    let mut faults = Vec::new();
+    for (at, place) in [("0", Place::Start), ("1", Place::First), ("half", Place::Half), ("last byte", Place::Last)] {
+        for (how, ending) in [("RST", Ending::Reset), ("FIN", Ending::Close), ("silence", Ending::Silence)] {
+            faults.push((format!("stops at {at}, {how}"), Action::Answer(Fault::Stops(place, ending))));
         }
     }
+    faults.push(("1 KiB/s".into(), Action::Answer(Fault::Slow(1024))));
+    faults.push(("too long".into(), Action::Answer(Fault::TooLong)));
+    faults.push(("wrong bytes".into(), Action::Answer(Fault::WrongBytes)));
+    for (name, midway) in [
+        ("peer killed", Midway::PeerKilled),
+        ("peer stopped", Midway::PeerStopped),
+        ("peer terminated", Midway::PeerTerminated),
+        ("cable cut", Midway::PeerUnplugged),
+        ("cable cut and back", Midway::PeerUnpluggedAndBack),
+    ] {
+        faults.push((name.into(), Action::Midway(midway)));
+    }
+    faults
+}
 
-    pub(super) fn unset(self, scene: &mut Scene) -> Result<()> {
-        let (client, bad) = (&scene.nodes.client, &scene.nodes.bad);
-        match self {
-            Self::NoRoute => client.ip(&["route", "del", "unreachable", &format!("{}/32", bad.address())]),
-            Self::SynDropped | Self::Loss | Self::MtuBlackHole => nft(bad, "delete table inet fault"),
-            Self::Split => nft(client, "delete table inet fault"),
-            Self::Refused => {
-                scene.injector =
-                    Some(super::Injector::start(bad, 5000, std::slice::from_ref(&scene.image)).context("back again")?);
-                Ok(())
-            }
-        }
+fn own_faults() -> Vec<(&'static str, Action)> {
+    vec![
+        ("SIGTERM of our own", Action::Midway(Midway::OwnTerminated)),
+        ("SIGKILL of our own", Action::Midway(Midway::OwnKilled)),
+        ("SIGSTOP of our own, probed", Action::Midway(Midway::OwnStopped)),
+        ("SIGSTOP of our own for 6 s", Action::Midway(Midway::OwnStoppedForAWhile)),
+        ("our own wedged", Action::Midway(Midway::OwnWedged)),
+        ("containerd restarted", Action::Upset(Upset::ContainerdRestarted)),
+        ("socket gone", Action::Upset(Upset::SocketGone)),
+        ("content truncated", Action::Midway(Midway::ContentTruncated)),
+        ("content unlinked", Action::Midway(Midway::ContentUnlinked)),
+        ("content unreadable", Action::Midway(Midway::ContentForbidden)),
+        ("disk fails", Action::Midway(Midway::Disk(DiskFault::Error))),
+        ("disk hangs", Action::Midway(Midway::Disk(DiskFault::Hangs))),
+        ("disk slow", Action::Midway(Midway::Disk(DiskFault::Slow(20_000)))),
+        ("clock a day ahead", Action::Midway(Midway::Clock(1))),
+        ("clock a day back", Action::Midway(Midway::Clock(-1))),
+        ("descriptor limit", Action::Midway(Midway::Descriptors)),
+        ("memory limit", Action::Midway(Midway::Memory)),
+        ("10,000 clients", Action::Midway(Midway::Crowd)),
+        ("DNS down", Action::Upset(Upset::DnsDown)),
+        ("bootstrap target gone", Action::Upset(Upset::BootstrapGone)),
+        ("bootstrap target never there", Action::Upset(Upset::BootstrapNeverThere)),
+    ]
+}
+
+// === impl Row ===
+
+impl Row {
+    /// What this machine lacks for it, as a sentence to print beside a row that is skipped.
+    pub fn lacks(&self) -> Option<String> {
+        let found = match self.action {
+            Action::Midway(Midway::Disk(_)) => disk::available(),
+            Action::Midway(Midway::Clock(_)) => limits::faketime().map(|_| ()),
+            Action::Midway(Midway::Memory) => limits::MemoryGroup::available(),
+            Action::Upset(_) | Action::Midway(Midway::SplitAndHealed) => upsets::available(),
+            _ => Ok(()),
+        };
+        found.err()
+    }
+}
+
+// === impl Action ===
+
+impl Action {
+    fn arguments(&self) -> Vec<String> {
+        let arguments: &[&str] = match self {
+            Self::Upset(Upset::DnsDown) => &["--bootstrap-kind", "dns", "--dns-bootstrap-domain", "peers.test"],
+            Self::Midway(Midway::Descriptors) => &["--max-open-files", "256"],
+            _ => &[],
+        };
+        arguments.iter().map(|text| (*text).to_owned()).collect()
     }
 }

@@ -8,7 +8,8 @@ use anyhow::{Context, Result, anyhow};
 use rustix::process::Signal;
 use serde::Serialize;
 
-use super::{Action, Fault, Injector, make_empty_layout, nft, rows};
+use super::upsets::{TABLE, heal, nft};
+use super::{Action, Fault, Injector, make_empty_layout, rows};
 use crate::containerd::{Containerd, Options, Version, check_content};
 use crate::image::{Compression, Image, ImageBuilder, host_platform};
 use crate::netns::{Lab, Node};
@@ -250,9 +251,11 @@ impl Weather<'_> {
             .collect();
         while Instant::now() < end {
             let time = Duration::from_millis(500 + self.random.below(4000));
-            match self.random.below(8) {
-                0 => self.without_packets(time)?,
-                1 => self.stopped(time)?,
+            match self.random.below(12) {
+                0 => self.without_packets("deaf node", "in drop", time)?,
+                1 => self.without_packets("30 % of the packets lost", "in numgen random mod 100 < 30 drop", time)?,
+                2 => self.without_packets("MTU black hole", "out ip length > 1000 drop", time)?,
+                3 => self.stopped(time)?,
                 _ => {
                     let chosen = usize::try_from(self.random.below(answers.len() as u64)).unwrap_or_default();
                     let (name, fault) = &answers[chosen];
@@ -267,13 +270,12 @@ impl Weather<'_> {
         Ok(())
     }
 
-    /// The node hears nobody for a while.
-    fn without_packets(&mut self, time: Duration) -> Result<()> {
-        self.names.push("deaf node".into());
-        let chain = "add table inet fault; add chain inet fault in { type filter hook input priority 0; }";
-        nft(self.bad_node, &format!("{chain}; add rule inet fault in drop"))?;
+    /// The node's network loses what the rule says for a while.
+    fn without_packets(&mut self, name: &str, rule: &str, time: Duration) -> Result<()> {
+        self.names.push(name.into());
+        nft(self.bad_node, &format!("{TABLE} add rule inet fault {rule}"))?;
         std::thread::sleep(time);
-        nft(self.bad_node, "delete table inet fault")
+        heal(self.bad_node)
     }
 
     /// The node's router is stopped for a while.

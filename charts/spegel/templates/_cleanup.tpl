@@ -3,6 +3,11 @@ app.kubernetes.io/component: cleanup
 {{ include "spegel.selectorLabels" . }}
 {{- end }}
 
+{{/* The pods of a Job carry its name as a label, which has 63 characters at most. */}}
+{{- define "spegel.cleanup.job" -}}
+{{- include "spegel.fullname" . | trunc 50 | trimSuffix "-" -}}-cleanup-wait
+{{- end }}
+
 {{- define "spegel.cleanup.hook" -}}
 helm.sh/hook: post-delete
 helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
@@ -30,13 +35,13 @@ template:
     terminationGracePeriodSeconds: 5
     {{- include "spegel.placement" . | nindent 4 }}
     nodeSelector:
-      {{- toYaml (merge (dict "kubernetes.io/os" "linux") .Values.nodeSelector) | nindent 6 }}
+      {{- toYaml (merge (dict "kubernetes.io/os" "linux") (.Values.nodeSelector | default dict)) | nindent 6 }}
     containers:
       - name: cleanup
         image: {{ include "spegel.image" . | quote }}
         imagePullPolicy: {{ .Values.image.pullPolicy }}
         securityContext:
-          {{- toYaml .Values.securityContext | nindent 10 }}
+          {{- include "spegel.securityContextOfEditors" . | nindent 10 }}
         args:
           - cleanup
           - --log-level={{ .Values.spegel.logLevel }}
@@ -90,6 +95,7 @@ spec:
 {{/* Without a backslash, which Helm 4 doubles when it prints a hook's log: so the annotation's name has no dot. */}}
 {{- define "spegel.cleanup.repeatCommand" -}}
 {{- $set := printf "%s-cleanup" (include "spegel.fullname" .) -}}
+{{- $job := include "spegel.cleanup.job" . -}}
 {{- $kubectl := printf "kubectl -n %s" (include "spegel.namespace" .) -}}
-{{ $kubectl }} get job {{ $set }}-wait -o jsonpath='{.metadata.annotations.spegel-cleanup}' | {{ $kubectl }} apply -f - && {{ $kubectl }} rollout status daemonset/{{ $set }} && {{ $kubectl }} delete daemonset/{{ $set }} job/{{ $set }}-wait
+{{ $kubectl }} get job {{ $job }} -o jsonpath='{.metadata.annotations.spegel-cleanup}' | {{ $kubectl }} apply -f - && {{ $kubectl }} rollout status daemonset/{{ $set }} && {{ $kubectl }} delete daemonset/{{ $set }} job/{{ $job }}
 {{- end }}

@@ -1,3 +1,17 @@
+{{/* With --reuse-values an upgrade from an older chart lacks the values that are new in this one. */}}
+{{- define "spegel.checkValues" -}}
+{{- range $name := list "cleanup" "startupTaint" "networkPolicy" "livenessProbe" -}}
+{{- if not (index $.Values $name) -}}
+{{- fail (printf "the value %s is missing, as in the values of an older chart: upgrade with --reset-then-reuse-values (Helm 3.14 and later) or --values instead of --reuse-values" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Whether containerd's configuration is to be taken back after an uninstall: "true" or nothing. An upgrade may have turned it off. */}}
+{{- define "spegel.cleansUp" -}}
+{{- if or .Values.spegel.containerdMirrorAdd .Release.IsUpgrade }}true{{ end -}}
+{{- end }}
+
 {{/* The name in labels. */}}
 {{- define "spegel.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
@@ -105,9 +119,30 @@ hostPort
 {{- end }}
 {{- end }}
 
+{{/* A container's security context. The API server refuses a privileged one that forbids itself more privileges. */}}
+{{- define "spegel.securityContext" -}}
+{{- $context := .Values.securityContext | default dict -}}
+{{- if $context.privileged -}}
+{{- $context = omit $context "allowPrivilegeEscalation" "capabilities" -}}
+{{- end -}}
+{{- toYaml $context -}}
+{{- end }}
+
+{{/* The same of those that change containerd's configuration: its directories and files may be another user's. */}}
+{{- define "spegel.securityContextOfEditors" -}}
+{{- $context := include "spegel.securityContext" . | fromYaml -}}
+{{- with $context.capabilities -}}
+{{- $added := concat (.add | default list) (list "DAC_OVERRIDE" "FOWNER") | uniq -}}
+{{- $context = set $context "capabilities" (set (deepCopy .) "add" $added) -}}
+{{- end -}}
+{{- toYaml $context -}}
+{{- end }}
+
 {{/* Where pods of every node run: the mirror's, and those that clean up after it. */}}
 {{- define "spegel.placement" -}}
-priorityClassName: {{ .Values.priorityClassName }}
+{{- with .Values.priorityClassName -}}
+priorityClassName: {{ . }}
+{{- end }}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}

@@ -23,9 +23,15 @@ const DRAIN: Duration = Duration::from_secs(2);
 
 /// Cleans this node. With an address, answers probes until it is told to stop; without, ends.
 pub(super) async fn clean(settings: CleanupSettings) -> anyhow::Result<()> {
-    let cleaner = Cleaner::new(settings.config_path, settings.data_dir);
+    let path = settings.config_path;
+    let cleaner = Cleaner::new(path.clone(), settings.data_dir);
     let Some(addr) = settings.addr else {
-        tell(&cleaner.clean()?);
+        let cleaned = cleaner.clean()?;
+        tell(&cleaned);
+        if cleaned.hosts.is_empty() {
+            let is_there = path.is_dir();
+            info!(path = %path.display(), is_there, "nothing of spegel's was there: if this surprises you, look at the path");
+        }
         return Ok(());
     };
     let mut stop_signal = StopSignal::listen()?;
@@ -57,8 +63,8 @@ fn tell(cleaned: &Cleaned) {
     }
 }
 
-/// What a wait has in any case: what it sees then is told.
-const ONE_LOOK: Duration = Duration::from_secs(3);
+/// What a wait has in any case, however late it began: three rounds take some five seconds, and the Job ends 45 s after the deadline.
+const ONE_LOOK: Duration = Duration::from_secs(10);
 
 /// How long the API may take to say when the cleanup began.
 const AGE_TIMEOUT: Duration = Duration::from_secs(3);

@@ -47,6 +47,16 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Vec<BootstrapPeer>, serde_json::Err
     Ok(entries.into_iter().filter_map(peer).take(MAX_PEERS).collect())
 }
 
+/// What must hold for any list of peers; panics where it does not.
+pub(super) fn check(bytes: &[u8]) {
+    let Ok(peers) = decode(bytes) else { return };
+    assert!(peers.len() <= MAX_PEERS);
+    for peer in &peers {
+        assert!(!peer.addresses.is_empty() && peer.addresses.len() <= MAX_ADDRESSES);
+    }
+    assert_eq!(decode(&encode(&peers)).ok(), Some(peers));
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

@@ -18,6 +18,11 @@ pub use fixed::{ParsePeerError, StaticBootstrap};
 pub use http::{HttpBootstrap, HttpEndpoint, HttpEndpointError, ParseUrlError};
 pub use remembered::RememberedPeers;
 
+/// What must hold for any list of peers that a URL or a file gives; panics where it does not.
+pub(crate) fn check_list(bytes: &[u8]) {
+    list::check(bytes);
+}
+
 /// A place where a peer's router may be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BootstrapAddress {

@@ -11,6 +11,9 @@ use super::{Bootstrap, BootstrapError, BootstrapPeer, list};
 /// The name of the file within the data directory.
 const FILE: &str = "peers.json";
 
+/// What its name ends with while it is written.
+const PART: &str = "json.part";
+
 /// How many peers are kept: enough that one of them lives.
 const MAX_KEPT: usize = 64;
 
@@ -36,24 +39,28 @@ impl RememberedPeers {
     /// # Errors
     /// The data directory cannot be written.
     pub fn remember(&self, peers: &[BootstrapPeer]) -> io::Result<()> {
-        let part = self.path.with_extension("json.part");
+        let part = self.path.with_extension(PART);
         let mut file = File::create(&part)?;
         file.write_all(&list::encode(&peers[..peers.len().min(MAX_KEPT)]))?;
         file.sync_data()?;
         fs::rename(&part, &self.path)
     }
 
-    /// Removes the file of a data directory; nothing is returned if there was none.
+    /// Removes the file of a data directory, and what an interrupted write left; nothing is returned if there was none.
     ///
     /// # Errors
     /// It cannot be removed.
     pub fn forget(data_dir: &Path) -> io::Result<Option<PathBuf>> {
-        let path = data_dir.join(FILE);
-        match fs::remove_file(&path) {
-            Ok(()) => Ok(Some(path)),
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
-            Err(error) => Err(error),
+        let Self { path } = Self::new(data_dir);
+        let mut removed = None;
+        for file in [path.with_extension(PART), path] {
+            match fs::remove_file(&file) {
+                Ok(()) => removed = Some(file),
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
+                Err(error) => return Err(error),
+            }
         }
+        Ok(removed)
     }
 
     fn read(&self) -> io::Result<Vec<BootstrapPeer>> {

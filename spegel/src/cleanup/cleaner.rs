@@ -7,7 +7,6 @@ use std::time::Instant;
 use http::{Method, StatusCode};
 use tokio::sync::Mutex;
 
-use crate::bootstrap::RememberedPeers;
 use crate::hosts::{self, HostsError, Report};
 use crate::router::{Identity, IdentityError};
 
@@ -50,9 +49,6 @@ pub enum CleanupError {
     /// The identity could not be removed.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// The list of remembered peers could not be removed.
-    #[error("cannot remove the list of remembered peers from the data directory: {0}")]
-    Memory(std::io::Error),
 }
 
 // === impl Cleaner ===
@@ -69,9 +65,6 @@ impl Cleaner {
     /// [`CleanupError`]; files and directories that are not there are none.
     pub fn clean(&self) -> Result<Cleaned, CleanupError> {
         let hosts = hosts::remove(&self.0.config_path)?;
-        if let Some(dir) = &self.0.data_dir {
-            RememberedPeers::forget(dir).map_err(CleanupError::Memory)?;
-        }
         let identity = self.0.data_dir.as_deref().map(Identity::forget).transpose()?.flatten();
         Ok(Cleaned { hosts, identity })
     }

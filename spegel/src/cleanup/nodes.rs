@@ -61,11 +61,9 @@ pub struct DnsNodes {
 // === impl ApiNodes ===
 
 impl ApiNodes {
-    /// How long ago the cleanup began, by this host's clock: when its DaemonSet was made. Unknown while the API does not answer.
+    /// How long ago the cleanup began: when its DaemonSet was made, by the API server's clock. Unknown while the API does not answer.
     pub async fn age(&self) -> Option<Duration> {
-        let set = self.api.daemon_set(&self.namespace, &self.daemon_set).await.ok()?;
-        let made: jiff::Timestamp = set.metadata.creation_timestamp?.parse().ok()?;
-        jiff::Timestamp::now().duration_since(made).try_into().ok()
+        self.api.age_of_daemon_set(&self.namespace, &self.daemon_set).await.ok().flatten()
     }
 }
 

@@ -20,6 +20,9 @@ pub(super) type Hook<'a> = &'a mut dyn FnMut(&'static str) -> io::Result<()>;
 /// The name under which a file is written before it takes its place.
 const LEFTOVER: &str = ".hosts.toml.spegel";
 
+/// How the names of hidden directories end.
+const HIDDEN: &str = ".spegel";
+
 /// The largest file that is read, in bytes: far beyond any configuration.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
@@ -48,25 +51,84 @@ fn if_there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// A file's content; nothing if it is not there.
-pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, HostsError> {
-    let Some(found) = if_there(fs::metadata(path)).map_err(failed("read", path))? else {
-        return match fs::symlink_metadata(path) {
-            // What it stands for may come back, and must not be forgotten.
-            Ok(_) => {
-                Err(failed("read", path)(io::Error::new(io::ErrorKind::NotFound, "a link whose target is not there")))
-            }
-            Err(_) => Ok(None),
-        };
+/// What is found at a path.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// Nothing is there.
+    Nothing,
+    /// A file.
+    Bytes(Vec<u8>),
+    /// Something that is no file, or one that cannot be read, and why: none of ours is.
+    Opaque(HostsError),
+}
+
+/// What is at a path. Whatever an administrator has put there is an answer; an error is a disk that fails.
+pub(super) fn read(path: &Path) -> Result<Content, HostsError> {
+    let opaque = |kind, what: &str| Ok(Content::Opaque(failed("read", path)(io::Error::new(kind, what))));
+    let found = match if_there(fs::metadata(path)) {
+        Ok(Some(found)) => found,
+        Ok(None) => {
+            return match fs::symlink_metadata(path) {
+                // In a pod that is any link out of the directory that it sees.
+                Ok(_) => opaque(io::ErrorKind::NotFound, "a link whose target is not there"),
+                Err(_) => Ok(Content::Nothing),
+            };
+        }
+        Err(error) => return unreadable(path, error),
     };
     // Reading a pipe would wait for a writer.
     if !found.is_file() {
-        return Err(failed("read", path)(io::Error::new(io::ErrorKind::InvalidInput, "not a file")));
+        return opaque(io::ErrorKind::InvalidInput, "not a file");
     }
     if found.len() > MAX_FILE_BYTES {
-        return Err(failed("read", path)(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 1 MiB")));
+        return opaque(io::ErrorKind::FileTooLarge, "larger than 1 MiB");
     }
-    if_there(fs::read(path)).map_err(failed("read", path))
+    match if_there(fs::read(path)) {
+        Ok(content) => Ok(content.map_or(Content::Nothing, Content::Bytes)),
+        Err(error) => unreadable(path, error),
+    }
+}
+
+fn unreadable(path: &Path, error: io::Error) -> Result<Content, HostsError> {
+    match Errno::from_io_error(&error) {
+        Some(Errno::ACCESS | Errno::PERM | Errno::LOOP) => Ok(Content::Opaque(failed("read", path)(error))),
+        _ => Err(failed("read", path)(error)),
+    }
+}
+
+/// What is kept at a path for another place, to which a relative link belongs.
+pub(super) fn read_kept(kept: &Path, place: &Path) -> Result<Content, HostsError> {
+    match fs::read_link(kept) {
+        Ok(target) => read(&place.parent().unwrap_or(Path::new("")).join(target)),
+        Err(_) => read(kept),
+    }
+}
+
+/// Whether anything is there, a link to nothing included.
+pub(super) fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+/// Whether a directory is there, and no link to one.
+pub(super) fn is_real_directory(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|found| found.is_dir())
+}
+
+/// Whether two paths have the same: the same file, the same link, or the same bytes.
+pub(super) fn is_same(one: &Path, other: &Path) -> Result<bool, HostsError> {
+    let (Ok(first), Ok(second)) = (one.symlink_metadata(), other.symlink_metadata()) else { return Ok(false) };
+    if (first.dev(), first.ino()) == (second.dev(), second.ino()) {
+        return Ok(true);
+    }
+    if first.is_symlink() || second.is_symlink() {
+        return Ok(matches!((fs::read_link(one), fs::read_link(other)), (Ok(one), Ok(other)) if one == other));
+    }
+    Ok(matches!((read(one)?, read(other)?), (Content::Bytes(one), Content::Bytes(other)) if one == other))
+}
+
+/// What is no directory cannot be a configuration path.
+pub(super) fn check_directory(path: &Path) -> Result<(), HostsError> {
+    if path.is_dir() { Ok(()) } else { Err(failed("list", path)(io::ErrorKind::NotADirectory.into())) }
 }
 
 /// The names in a directory, sorted; none if it is not there.
@@ -92,9 +154,18 @@ pub(super) fn files(directory: &Path) -> Result<BTreeSet<OsString>, HostsError> 
     Ok(entries.into_iter().filter(|name| directory.join(name).is_file()).collect())
 }
 
-/// Whether nothing but what an interrupted [`replace`](Disk::replace) left is in a directory.
-pub(super) fn has_leftover_only(directory: &Path) -> Result<bool, HostsError> {
-    Ok(entries(directory)?.iter().eq([LEFTOVER]))
+/// The name under which a directory is made and goes, so that it is never there without its file. containerd does not look at it.
+fn hidden(directory: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(directory.file_name().unwrap_or_default());
+    name.push(HIDDEN);
+    directory.with_file_name(name)
+}
+
+/// The directory that a hidden one was, or would have become.
+fn unhidden(hidden: &Path) -> Option<PathBuf> {
+    let name = hidden.file_name()?.to_str()?.strip_prefix('.')?.strip_suffix(HIDDEN)?;
+    (!name.is_empty()).then(|| hidden.with_file_name(name))
 }
 
 /// Keeps other runs out of a directory while the file lives that is returned; nothing if the directory is not there.
@@ -191,16 +262,22 @@ impl<'a> Disk<'a> {
         sync_parent(from)
     }
 
-    /// Gives a file a second name, under which it outlasts what replaces it.
-    pub(super) fn link(&mut self, from: &Path, to: &Path) -> Result<(), HostsError> {
+    /// Gives what is at a path a second name, under which it outlasts what replaces it. What can have none is moved there.
+    pub(super) fn keep(&mut self, from: &Path, to: &Path) -> Result<(), HostsError> {
         self.step("link", from)?;
-        match fs::read_link(from) {
-            // A relative link would mean another file at another place.
-            Ok(target) => std::os::unix::fs::symlink(from.parent().unwrap_or(Path::new("")).join(target), to),
-            Err(_) => fs::hard_link(from, to),
+        let kept = match (fs::read_link(from), is_real_directory(from)) {
+            // With the same text, so that it is the same link when it comes back.
+            (Ok(target), _) => std::os::unix::fs::symlink(target, to),
+            (Err(_), true) => return self.rename(from, to),
+            (Err(_), false) => fs::hard_link(from, to),
+        };
+        match kept {
+            // The file is another user's (fs.protected_hardlinks), or the file system knows no second names.
+            Err(error) if matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported) => {
+                self.rename(from, to)
+            }
+            kept => kept.map_err(failed("link", from)).and_then(|()| sync_parent(to)),
         }
-        .map_err(failed("link", from))?;
-        sync_parent(to)
     }
 
     /// Removes a file.
@@ -218,6 +295,54 @@ impl<'a> Disk<'a> {
             self.remove(&path)?;
         }
         Ok(is_there)
+    }
+
+    /// Makes a directory that has one file from its first moment on.
+    pub(super) fn create_directory_with(
+        &mut self,
+        directory: &Path,
+        name: &str,
+        content: &[u8],
+        secret: bool,
+    ) -> Result<(), HostsError> {
+        let hidden = hidden(directory);
+        self.create_directory(&hidden)?;
+        self.replace(&hidden.join(name), content, secret)?;
+        self.rename(&hidden, directory)
+    }
+
+    /// Removes a file, and its directory with it if nothing else is in that.
+    pub(super) fn remove_with_directory(&mut self, directory: &Path, name: &str) -> Result<(), HostsError> {
+        if !is_real_directory(directory) || !entries(directory)?.iter().eq([name]) {
+            return self.remove(&directory.join(name));
+        }
+        let hidden = hidden(directory);
+        self.rename(directory, &hidden)?;
+        self.finish(&hidden, &[name])
+    }
+
+    /// Ends what an interrupted run had begun with directories in `parent`; `names` are the files that they may have of ours.
+    pub(super) fn finish_all(&mut self, parent: &Path, names: &[&str]) -> Result<(), HostsError> {
+        for entry in entries(parent)? {
+            let hidden = parent.join(entry);
+            if unhidden(&hidden).is_some() && is_real_directory(&hidden) {
+                self.finish(&hidden, names)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A hidden directory goes; if somebody put something in it just before it was hidden, it comes back with that.
+    fn finish(&mut self, hidden: &Path, names: &[&str]) -> Result<(), HostsError> {
+        self.remove_leftover(hidden)?;
+        for name in names.iter().filter(|name| is_there(&hidden.join(name))) {
+            self.remove(&hidden.join(name))?;
+        }
+        self.remove_empty_directory(hidden)?;
+        match unhidden(hidden) {
+            Some(directory) if is_there(hidden) && !is_there(&directory) => self.rename(hidden, &directory),
+            _ => Ok(()),
+        }
     }
 
     /// Removes a directory if nothing is in it.

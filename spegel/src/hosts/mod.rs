@@ -3,14 +3,15 @@
 //! Below containerd's `config_path` each registry has a directory with a `hosts.toml`
 //! ([containerd's description](https://github.com/containerd/containerd/blob/main/docs/hosts.md)). Only files named
 //! `hosts.toml` are written, each with a first line by which it is known. One that was there before is kept in `_backup` beside the
-//! directories. Everything else, certificates too, stays where it is, so that relative paths hold. A `config_path` that had to be made
-//! is known by a hidden file in it, and goes with what was written if nothing else is in it.
+//! directories. Everything else, certificates too, stays where it is, so that relative paths hold. A `config_path` that had to be made,
+//! and a backup of ours, are known by a hidden file in them, and go with what was written if nothing else is in them.
+//! Of what an administrator has put there nothing need be readable: what cannot be read is not ours.
 
 mod disk;
+mod go;
 mod render;
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::net::Ipv6Addr;
@@ -18,17 +19,19 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::oci::{MirroredRegistry, is_registry};
-use disk::{Disk, Hook};
+use disk::{Content, Disk, Hook};
 
 /// The header by which a node's containerd tells the mirror whose it is. containerd sends it with each request to the mirror.
 pub const NODE_HEADER: &str = "X-Spegel-Node";
 
 /// The directory of what was there before, beside the registries' directories.
 const BACKUP: &str = "_backup";
+/// That directory where another's has its name.
+const OTHER_BACKUP: &str = "_backup.spegel";
 /// The file that containerd reads in a registry's directory.
 const HOSTS: &str = "hosts.toml";
-/// Stands in a `config_path` that was made by [`write()`]. containerd looks at directories only.
-const MADE_ROOT: &str = ".made-by-spegel";
+/// Stands in a `config_path` that was made by [`write()`], and in a backup of ours. containerd does not look at it.
+const MADE: &str = ".made-by-spegel";
 
 /// What to write.
 #[derive(Clone, Debug)]
@@ -62,12 +65,14 @@ pub struct Report {
     pub unchanged: Vec<PathBuf>,
     /// Files of ours taken away.
     pub removed: Vec<PathBuf>,
-    /// Files put back where they were before.
+    /// Files put back where they were before, and whole directories that the Go program had moved away.
     pub restored: Vec<PathBuf>,
     /// Copies of files that somebody changed after us, and of backups that a later file made obsolete.
     pub set_aside: Vec<PathBuf>,
     /// Files that could not be put back, since something else is in their place.
     pub left_in_backup: Vec<PathBuf>,
+    /// Files that are not ours, and name a mirror all the same.
+    pub foreign_mirrors: Vec<PathBuf>,
     /// Directories of registries that have a configuration of their own, so that `_default` does not reach them.
     pub not_mirrored: Vec<PathBuf>,
 }
@@ -115,7 +120,7 @@ pub enum HostsError {
 enum Found {
     /// Nothing is there.
     Nothing,
-    /// Ours, or the Go program's.
+    /// Ours.
     Ours {
         /// As written, or else changed since.
         pristine: bool,
@@ -126,13 +131,14 @@ enum Found {
     Foreign,
 }
 
-/// Writes the configuration. What was mirrored before and is no longer gets back what it had.
+/// Writes the configuration. What was mirrored before and is no longer gets back what it had, and what the Go program left is taken
+/// back first.
 ///
-/// A second run with the same settings changes nothing. Runs of several processes, of [`remove()`] too, wait for each other. Each file is replaced at once, so an interruption leaves a
-/// configuration that containerd can use, and another run completes it.
+/// A second run with the same settings changes nothing. Runs of several processes, of [`remove()`] too, wait for each other. Each file is
+/// replaced at once, so an interruption leaves a configuration that containerd can use, and another run completes it.
 ///
 /// # Errors
-/// [`HostsError`]. All files are read before the first is written.
+/// [`HostsError`]. Those files whose hosts are to be kept are read before the first is written.
 pub fn write(configuration: &Configuration) -> Result<Report, HostsError> {
     write_with(configuration, &mut |_| Ok(()))
 }
@@ -140,7 +146,8 @@ pub fn write(configuration: &Configuration) -> Result<Report, HostsError> {
 /// Takes back what [`write()`] or the Go program wrote below `config_path`, and restores what was there before. Files of others stay.
 ///
 /// # Errors
-/// [`HostsError`]; a path that does not exist is none.
+/// The first [`HostsError`]; the other registries are taken back all the same. A path that does not exist is none, one that is no
+/// directory is.
 pub fn remove(config_path: &Path) -> Result<Report, HostsError> {
     remove_with(config_path, &mut |_| Ok(()))
 }
@@ -148,7 +155,7 @@ pub fn remove(config_path: &Path) -> Result<Report, HostsError> {
 fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, HostsError> {
     check(configuration)?;
     let root = &configuration.config_path;
-    let mut run = Run { disk: Disk::new(hook), root, report: Report::default(), by_go: false };
+    let mut run = Run { disk: Disk::new(hook), root, backup: own_backup(root), report: Report::default() };
     let _alone = loop {
         run.make_root()?;
         // A cleanup may have taken it away again.
@@ -156,7 +163,7 @@ fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, H
             break lock;
         }
     };
-    run.by_go = is_backed_up(root);
+    run.begin()?;
     let plan = run.plan(configuration)?;
     let wanted: BTreeSet<PathBuf> = plan.iter().map(|planned| planned.directory.clone()).collect();
     for planned in &plan {
@@ -165,7 +172,7 @@ fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, H
     run.withdraw(&wanted)?;
     if wanted.contains(Path::new("_default")) {
         let directories = disk::directories(root)?;
-        let has_own = |name: &PathBuf| !wanted.contains(name) && name != Path::new(BACKUP);
+        let has_own = |name: &PathBuf| !wanted.contains(name) && !is_backup(name);
         run.report.not_mirrored = directories.into_iter().filter(has_own).map(|name| root.join(name)).collect();
     }
     Ok(run.report)
@@ -173,8 +180,10 @@ fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, H
 
 fn remove_with(config_path: &Path, hook: Hook<'_>) -> Result<Report, HostsError> {
     let Some(_alone) = disk::lock(config_path)? else { return Ok(Report::default()) };
-    let by_go = is_backed_up(config_path);
-    let mut run = Run { disk: Disk::new(hook), root: config_path, report: Report::default(), by_go };
+    disk::check_directory(config_path)?;
+    let backup = own_backup(config_path);
+    let mut run = Run { disk: Disk::new(hook), root: config_path, backup, report: Report::default() };
+    run.begin()?;
     run.withdraw(&BTreeSet::new())?;
     run.withdraw_root()?;
     Ok(run.report)
@@ -196,8 +205,15 @@ fn check(configuration: &Configuration) -> Result<(), HostsError> {
     Ok(())
 }
 
-fn is_backed_up(root: &Path) -> bool {
-    root.join(BACKUP).is_dir()
+/// Where we keep what was there before. A `_backup` without our mark is another's.
+fn own_backup(root: &Path) -> PathBuf {
+    let (usual, other) = (root.join(BACKUP), root.join(OTHER_BACKUP));
+    let is_free = !disk::is_there(&usual) || disk::is_there(&usual.join(MADE));
+    if is_free && !disk::is_there(&other) { usual } else { other }
+}
+
+fn is_backup(name: &Path) -> bool {
+    [BACKUP, OTHER_BACKUP].iter().any(|backup| name == Path::new(backup))
 }
 
 /// The directory that containerd would read for a registry: `host_port_` goes before `host:port`.
@@ -224,9 +240,9 @@ struct Planned {
 struct Run<'a> {
     disk: Disk<'a>,
     root: &'a Path,
+    /// Where what was there before is kept.
+    backup: PathBuf,
     report: Report,
-    /// Whether there was a backup at the start, without which a file cannot be the Go program's.
-    by_go: bool,
 }
 
 // === impl MirrorTarget ===
@@ -264,6 +280,16 @@ impl fmt::Display for MirrorTarget {
     }
 }
 
+// === impl Report ===
+
+impl Report {
+    /// Whether nothing was there to be done, nor to be told.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 // === impl Run ===
 
 impl Run<'_> {
@@ -279,49 +305,50 @@ impl Run<'_> {
                 continue;
             }
             let path = self.root.join(&directory).join(HOSTS);
-            let existing = self.existing(&directory)?;
-            let body = render::body(configuration, registry, existing.as_deref())
-                .map_err(|reason| HostsError::NotToml { path, reason })?;
-            let certificates = if existing.is_none() { self.certificates(&directory)? } else { String::new() };
+            let existing = match self.existing(&directory)? {
+                Content::Opaque(error) if configuration.prepend_existing => return Err(error),
+                existing => existing,
+            };
+            let text = if let Content::Bytes(text) = &existing { Some(text.as_slice()) } else { None };
+            let body =
+                render::body(configuration, registry, text).map_err(|reason| HostsError::NotToml { path, reason })?;
+            let has_hosts = !matches!(existing, Content::Nothing);
+            let certificates = if has_hosts { String::new() } else { self.certificates(&directory)? };
             plan.push(Planned { directory, body: certificates + &body });
         }
         Ok(plan)
     }
 
     /// What was configured before us: the file that is there if it is another's, else the one in the backup.
-    fn existing(&self, directory: &Path) -> Result<Option<Vec<u8>>, HostsError> {
+    fn existing(&self, directory: &Path) -> Result<Content, HostsError> {
         let path = self.root.join(directory).join(HOSTS);
         let content = disk::read(&path)?;
-        if matches!(self.classify(content.as_deref()), Found::Foreign) {
+        if matches!(classify(&content), Found::Foreign) {
             return Ok(content);
         }
-        disk::read(&self.root.join(BACKUP).join(directory).join(HOSTS))
+        disk::read_kept(&self.backup.join(directory).join(HOSTS), &path)
     }
 
     /// Certificates in Docker's layout, which containerd uses for the upstream only while there is no `hosts.toml`.
     fn certificates(&self, directory: &Path) -> Result<String, HostsError> {
-        let mut names = disk::files(&self.root.join(directory))?;
-        // The Go program moved the whole directory; its files come back before ours is written.
-        names.extend(disk::files(&self.root.join(BACKUP).join(directory))?);
-        Ok(render::certificates(&names))
+        Ok(render::certificates(&disk::files(&self.root.join(directory))?))
     }
 
-    fn classify(&self, content: Option<&[u8]>) -> Found {
-        let Some(content) = content else { return Found::Nothing };
-        match render::read_marker(content) {
-            Some((pristine, made_directory)) => Found::Ours { pristine, made_directory },
-            None if self.by_go && render::is_of_go(content) => Found::Ours { pristine: true, made_directory: true },
-            None => Found::Foreign,
+    /// Ends what an interrupted run had begun, and takes back what the Go program left.
+    fn begin(&mut self) -> Result<(), HostsError> {
+        self.disk.finish_all(self.root, &[HOSTS, MADE])?;
+        if let Some(backup) = go::backup(self.root)? {
+            go::take_back(self, &backup)?;
         }
+        self.backup = own_backup(self.root);
+        Ok(())
     }
 
     fn install(&mut self, planned: &Planned, secret: bool) -> Result<(), HostsError> {
         let directory = self.root.join(&planned.directory);
         let path = directory.join(HOSTS);
         let content = disk::read(&path)?;
-        // An interrupted run may have made it.
-        let was_there = directory.exists() && !disk::has_leftover_only(&directory)?;
-        let made_directory = match self.classify(content.as_deref()) {
+        let made_directory = match classify(&content) {
             Found::Ours { pristine, made_directory } => {
                 if !pristine {
                     self.set_aside(&planned.directory)?;
@@ -329,54 +356,64 @@ impl Run<'_> {
                 made_directory
             }
             Found::Foreign => {
-                self.back_up(&planned.directory, content.as_deref().unwrap_or_default())?;
+                self.back_up(&planned.directory)?;
                 false
             }
-            Found::Nothing => !was_there,
+            Found::Nothing => !disk::is_there(&directory),
         };
         let text = render::with_marker(&planned.body, made_directory);
-        self.restore_files(&planned.directory, false)?;
-        if content.as_deref() == Some(text.as_bytes()) {
+        if matches!(&content, Content::Bytes(content) if content == text.as_bytes()) {
             self.report.unchanged.push(path);
             return Ok(());
         }
-        self.disk.create_directory(&directory)?;
-        self.disk.replace(&path, text.as_bytes(), secret)?;
+        if disk::is_there(&directory) {
+            self.disk.replace(&path, text.as_bytes(), secret)?;
+        } else {
+            self.disk.create_directory_with(&directory, HOSTS, text.as_bytes(), secret)?;
+        }
         self.report.written.push(path);
         Ok(())
     }
 
-    /// Keeps another's file for the day that ours goes.
-    fn back_up(&mut self, directory: &Path, content: &[u8]) -> Result<(), HostsError> {
-        let (path, backup) = (self.root.join(directory).join(HOSTS), self.root.join(BACKUP).join(directory));
-        self.disk.create_directory(&backup)?;
-        match disk::read(&backup.join(HOSTS))? {
-            Some(old) if old == content => return Ok(()),
-            Some(_) => {
-                let aside = self.free_name(&backup);
-                self.disk.rename(&backup.join(HOSTS), &aside)?;
-                self.report.set_aside.push(aside);
-            }
-            None => {}
+    /// Keeps what another has there for the day that ours goes.
+    fn back_up(&mut self, directory: &Path) -> Result<(), HostsError> {
+        let path = self.root.join(directory).join(HOSTS);
+        let kept = self.place_in_backup(directory)?.join(HOSTS);
+        if disk::is_same(&path, &kept)? {
+            return Ok(());
         }
-        self.disk.link(&path, &backup.join(HOSTS))
+        if disk::is_there(&kept) {
+            let aside = self.free_name(directory);
+            self.disk.rename(&kept, &aside)?;
+            self.report.set_aside.push(aside);
+        }
+        self.disk.keep(&path, &kept)
     }
 
-    /// Keeps a copy of our own file with what somebody changed in it.
+    /// Keeps a copy of our own file, or the Go program's, with what somebody changed in it.
     fn set_aside(&mut self, directory: &Path) -> Result<(), HostsError> {
-        let backup = self.root.join(BACKUP).join(directory);
-        self.disk.create_directory(&backup)?;
-        let aside = self.free_name(&backup);
-        self.disk.link(&self.root.join(directory).join(HOSTS), &aside)?;
+        self.place_in_backup(directory)?;
+        let aside = self.free_name(directory);
+        self.disk.keep(&self.root.join(directory).join(HOSTS), &aside)?;
         self.report.set_aside.push(aside);
         Ok(())
     }
 
-    fn free_name(&self, backup: &Path) -> PathBuf {
+    /// The directory in the backup for what was in a registry's directory.
+    fn place_in_backup(&mut self, directory: &Path) -> Result<PathBuf, HostsError> {
+        if !disk::is_there(&self.backup) {
+            self.disk.create_directory_with(&self.backup, MADE, b"", false)?;
+        }
+        let place = self.backup.join(directory);
+        self.disk.create_directory(&place)?;
+        Ok(place)
+    }
+
+    fn free_name(&self, directory: &Path) -> PathBuf {
         let mut number = 1_u32;
         loop {
-            let path = backup.join(format!("{HOSTS}.{number}"));
-            if path.symlink_metadata().is_err() {
+            let path = self.backup.join(directory).join(format!("{HOSTS}.{number}"));
+            if !disk::is_there(&path) {
                 return path;
             }
             number += 1;
@@ -388,80 +425,94 @@ impl Run<'_> {
             return Ok(());
         }
         self.disk.create_directory(self.root)?;
-        self.disk.create_file(&self.root.join(MADE_ROOT))
+        self.disk.create_file(&self.root.join(MADE))
     }
 
     /// The file goes in any case: what others have in the directory makes it theirs.
     fn withdraw_root(&mut self) -> Result<(), HostsError> {
-        let mark = self.root.join(MADE_ROOT);
-        if mark.symlink_metadata().is_err() {
+        let mark = self.root.join(MADE);
+        if !disk::is_there(&mark) {
             return Ok(());
         }
         self.disk.remove(&mark)?;
         self.disk.remove_empty_directory(self.root)
     }
 
-    /// Takes our files away but for those in `wanted`, and puts back what was there.
+    /// Takes our files away but for those in `wanted`, and puts back what was there. What cannot be done in one directory keeps none of the
+    /// others from it.
     fn withdraw(&mut self, wanted: &BTreeSet<PathBuf>) -> Result<(), HostsError> {
+        // A directory may be there under several names.
+        let real = |name: &PathBuf| self.root.join(name).canonicalize().ok();
+        let wanted_real: BTreeSet<PathBuf> = wanted.iter().filter_map(real).collect();
         let mut names = disk::directories(self.root)?;
-        names.extend(disk::directories(&self.root.join(BACKUP))?);
-        for name in names.iter().filter(|name| name.as_os_str() != BACKUP && !wanted.contains(*name)) {
-            self.withdraw_one(name)?;
+        names.extend(disk::directories(&self.backup)?);
+        names.retain(|name| {
+            !is_backup(name) && !wanted.contains(name) && real(name).is_none_or(|real| !wanted_real.contains(&real))
+        });
+        let mut result = Ok(());
+        for name in &names {
+            result = result.and(self.withdraw_one(name));
         }
-        self.disk.remove_empty_directory(&self.root.join(BACKUP))
+        if disk::entries(&self.backup)?.iter().eq([MADE]) {
+            result = result.and(self.disk.remove_with_directory(&self.backup.clone(), MADE));
+        }
+        result
     }
 
     fn withdraw_one(&mut self, name: &Path) -> Result<(), HostsError> {
-        let (directory, backup) = (self.root.join(name), self.root.join(BACKUP).join(name));
+        let (directory, backup) = (self.root.join(name), self.backup.join(name));
         let (path, kept) = (directory.join(HOSTS), backup.join(HOSTS));
+        self.disk.remove_leftover(&directory)?;
         let content = disk::read(&path)?;
-        let found = self.classify(content.as_deref());
-        if self.disk.remove_leftover(&directory)? {
-            self.disk.remove_empty_directory(&directory)?;
-        }
-        self.restore_files(name, matches!(found, Found::Nothing))?;
-        match found {
+        match classify(&content) {
             Found::Ours { pristine, made_directory } => {
                 if !pristine {
                     self.set_aside(name)?;
                 }
-                if kept.symlink_metadata().is_ok() {
+                if disk::is_there(&kept) {
+                    // One cannot be moved over a file. An interruption leaves what another run restores.
+                    if disk::is_real_directory(&kept) {
+                        self.disk.remove(&path)?;
+                    }
                     self.disk.rename(&kept, &path)?;
                     self.report.restored.push(path);
                 } else {
-                    self.disk.remove(&path)?;
-                    self.report.removed.push(path);
-                    if made_directory {
-                        self.disk.remove_empty_directory(&directory)?;
+                    match made_directory {
+                        true => self.disk.remove_with_directory(&directory, HOSTS)?,
+                        false => self.disk.remove(&path)?,
                     }
+                    self.report.removed.push(path);
                 }
             }
             // An interrupted run had kept it, and not yet replaced it.
-            Found::Foreign if disk::read(&kept)? == content => self.disk.remove(&kept)?,
-            Found::Foreign if kept.exists() => self.report.left_in_backup.push(kept),
-            Found::Foreign | Found::Nothing => {}
+            Found::Foreign if disk::is_same(&kept, &path)? => self.disk.remove(&kept)?,
+            Found::Foreign => {
+                if disk::is_there(&kept) {
+                    self.report.left_in_backup.push(kept);
+                }
+                if matches!(&content, Content::Bytes(text) if render::names_a_mirror(text)) {
+                    self.report.foreign_mirrors.push(path);
+                }
+            }
+            Found::Nothing if disk::is_there(&kept) => {
+                self.disk.create_directory(&directory)?;
+                self.disk.rename(&kept, &path)?;
+                self.report.restored.push(path);
+            }
+            Found::Nothing => {}
         }
         self.disk.remove_empty_directory(&backup)
     }
+}
 
-    /// Moves files from the backup to where they were: the Go program moves whole directories there. What we set aside stays.
-    fn restore_files(&mut self, name: &Path, with_hosts: bool) -> Result<(), HostsError> {
-        let (directory, backup) = (self.root.join(name), self.root.join(BACKUP).join(name));
-        for file in disk::entries(&backup)? {
-            let is_ours = file.to_str().is_some_and(|file| file.starts_with("hosts.toml."));
-            if is_ours || (file == OsStr::new(HOSTS) && !with_hosts) {
-                continue;
-            }
-            let (from, to) = (backup.join(&file), directory.join(&file));
-            if to.symlink_metadata().is_ok() {
-                self.report.left_in_backup.push(from);
-                continue;
-            }
-            self.disk.create_directory(&directory)?;
-            self.disk.rename(&from, &to)?;
-            self.report.restored.push(to);
-        }
-        Ok(())
+fn classify(content: &Content) -> Found {
+    match content {
+        Content::Nothing => Found::Nothing,
+        Content::Bytes(content) => match render::read_marker(content) {
+            Some((pristine, made_directory)) => Found::Ours { pristine, made_directory },
+            None => Found::Foreign,
+        },
+        Content::Opaque(_) => Found::Foreign,
     }
 }
 

@@ -29,35 +29,72 @@ fn sum(body: &str) -> String {
     hex::encode(Sha256::digest(body))
 }
 
-/// Whether a text is ours: then, whether it is as we wrote it, and whether its directory was made for it.
+/// Whether a text is ours: then, whether it is as we wrote it, and whether its directory was made for it. A line that somebody put before
+/// our first one does not make it theirs.
 pub(super) fn read_marker(content: &[u8]) -> Option<(bool, bool)> {
-    if !content.starts_with(MARKER.as_bytes()) {
-        return None;
-    }
     let text = String::from_utf8_lossy(content);
-    let (line, body) = text.split_once('\n').unwrap_or((&text, ""));
+    let start = if text.starts_with(MARKER) { 0 } else { text.find(&format!("\n{MARKER}"))? + 1 };
+    let (line, body) = text[start..].split_once('\n').unwrap_or((&text[start..], ""));
     let made_directory = line.ends_with(MADE_DIRECTORY);
     let pristine = line[MARKER.len()..].strip_suffix(MADE_DIRECTORY).unwrap_or(&line[MARKER.len()..]) == sum(body);
-    Some((pristine, made_directory))
+    Some((pristine && start == 0, made_directory))
 }
 
-/// Whether the Go program wrote it, which leaves no mark: the host that is asked first has its timeout, its capabilities and
-/// nothing else but credentials.
-pub(super) fn is_of_go(content: &[u8]) -> bool {
-    let Some(document) = parse(content).ok() else { return false };
-    let Some(hosts) = document.get("host").and_then(Item::as_table_like) else { return false };
-    let Some((_, first)) = hosts.iter().next() else { return false };
-    let Some(first) = first.as_table_like() else { return false };
-    let capabilities: Vec<_> = first
+/// Whether the Go program wrote a text, which leaves no mark: the host that is asked first has its timeout, its capabilities and nothing
+/// else but credentials. Then, whether all of it is the Go program's: such hosts, a server, and what it kept of `before`.
+pub(super) fn is_of_go(content: &[u8], before: Option<&[u8]>) -> Option<bool> {
+    let document = parse(content).ok()?;
+    let before = before.and_then(|before| parse(before).ok());
+    let hosts = document.get("host")?.as_table_like()?;
+    let (_, first) = hosts.iter().next()?;
+    if !is_host_of_go(first) {
+        return None;
+    }
+    let before_hosts = before.as_ref().and_then(|before| before.get("host")).and_then(Item::as_table_like);
+    let is_kept = |now: &Item, then: Option<&Item>| then.is_some_and(|then| is_equal(now, then));
+    let of_go = |(name, host): (&str, &Item)| {
+        is_host_of_go(host) || is_kept(host, before_hosts.and_then(|hosts| hosts.get(name)))
+    };
+    let is_top = |(key, item): (&str, &Item)| {
+        matches!(key, "host" | "server") || is_kept(item, before.as_ref().and_then(|before| before.get(key)))
+    };
+    Some(hosts.iter().all(of_go) && document.iter().all(is_top))
+}
+
+fn is_host_of_go(host: &Item) -> bool {
+    let Some(host) = host.as_table_like() else { return false };
+    let capabilities: Vec<_> = host
         .get("capabilities")
         .and_then(Item::as_array)
         .map(|array| array.iter().filter_map(toml_edit::Value::as_str).collect())
         .unwrap_or_default();
     let has_only_credentials = |header: &dyn TableLike| header.iter().all(|(key, _)| key == "Authorization");
     matches!(capabilities[..], ["pull"] | ["pull", "resolve"])
-        && first.get("dial_timeout").and_then(Item::as_str) == Some(DIAL_TIMEOUT)
-        && first.iter().all(|(key, _)| matches!(key, "capabilities" | "dial_timeout" | "header"))
-        && first.get("header").is_none_or(|header| header.as_table_like().is_some_and(has_only_credentials))
+        && host.get("dial_timeout").and_then(Item::as_str) == Some(DIAL_TIMEOUT)
+        && host.iter().all(|(key, _)| matches!(key, "capabilities" | "dial_timeout" | "header"))
+        && host.get("header").is_none_or(|header| header.as_table_like().is_some_and(has_only_credentials))
+}
+
+/// Whether two items mean the same, however they are written.
+fn is_equal(one: &Item, other: &Item) -> bool {
+    if let (Some(one), Some(other)) = (one.as_table_like(), other.as_table_like()) {
+        return one.len() == other.len()
+            && one.iter().all(|(key, item)| other.get(key).is_some_and(|other| is_equal(item, other)));
+    }
+    if let (Some(one), Some(other)) = (one.as_array(), other.as_array()) {
+        let pairs = one.iter().zip(other.iter());
+        return one.len() == other.len()
+            && pairs.into_iter().all(|(one, other)| is_equal(&Item::from(one.clone()), &Item::from(other.clone())));
+    }
+    match (one.as_str(), other.as_str()) {
+        (Some(one), Some(other)) => one == other,
+        _ => one.to_string().trim() == other.to_string().trim(),
+    }
+}
+
+/// Whether a text that is not ours sends containerd to a spegel, by the header that only its mirrors want.
+pub(super) fn names_a_mirror(content: &[u8]) -> bool {
+    content.windows(NODE_HEADER.len()).any(|window| window == NODE_HEADER.as_bytes())
 }
 
 fn parse(content: &[u8]) -> Result<DocumentMut, String> {
@@ -147,7 +184,8 @@ pub(super) fn certificates(names: &BTreeSet<OsString>) -> String {
 /// What must hold for any file that is there before us; panics where it does not.
 pub(super) fn check_existing(existing: &[u8]) {
     let marked = read_marker(existing);
-    let _ = is_of_go(existing);
+    let _ = is_of_go(existing, Some(existing));
+    let _ = names_a_mirror(existing);
     let target = "http://127.0.0.1:5000";
     let configuration = Configuration {
         config_path: "/certs.d".into(),

@@ -4,18 +4,23 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 
 use super::*;
 
 const ORIGINAL: &str = "server = 'http://registry.test:5000'\n";
 
-/// Every file below a directory with its content.
+/// Every file below a directory with its content, and every directory and link.
 fn snapshot(directory: &Path) -> BTreeMap<PathBuf, String> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() {
+        let found = path.symlink_metadata().unwrap();
+        if found.is_dir() {
             files.extend(snapshot(&path));
+            files.insert(path, format!("{:o} {}", found.mode(), found.uid()));
+        } else if found.is_symlink() {
+            files.insert(path.clone(), format!("-> {}", fs::read_link(&path).unwrap().display()));
         } else {
             files.insert(path.clone(), fs::read_to_string(&path).unwrap());
         }
@@ -67,7 +72,17 @@ fn interrupted_write_is_completed_by_the_next() {
         assert_valid(root.path(), step);
         write(&configuration).unwrap();
         let written = snapshot(root.path());
-        assert!(written.len() == 4 && !written.keys().any(|path| path.ends_with(".hosts.toml.spegel")), "{written:?}");
+        let names: Vec<_> =
+            written.keys().map(|path| path.strip_prefix(root.path()).unwrap().to_str().unwrap()).collect();
+        let backup = [
+            "_backup",
+            "_backup/.made-by-spegel",
+            "_backup/registry.test:5000",
+            "_backup/registry.test:5000/hosts.toml",
+        ];
+        let live = ["other.test", "other.test/hosts.toml"];
+        let ours = ["registry.test:5000", "registry.test:5000/ca.crt", "registry.test:5000/hosts.toml"];
+        assert_eq!(names, [&backup[..], &live, &ours].concat(), "step {step}");
         remove(root.path()).unwrap();
         assert_eq!(snapshot(root.path()), before, "step {step}");
         if result.is_ok() {
@@ -113,6 +128,56 @@ fn interrupted_remove_is_completed_by_the_next() {
     }
 }
 
+/// What the Go program leaves beside an administrator's certificates, links and files of his own.
+fn left_by_go(root: &Path) -> BTreeMap<PathBuf, String> {
+    let backup = root.join(BACKUP);
+    for directory in ["docker.io", "private.test", "empty.test", "registry.test:5000"] {
+        fs::create_dir_all(root.join(directory)).unwrap();
+    }
+    fs::set_permissions(root.join("private.test"), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    for (file, text) in [
+        ("docker.io/hosts.toml.bak", "older"),
+        ("private.test/hosts.toml", "server = 'https://private.test'\n"),
+        ("registry.test:5000/hosts.toml", ORIGINAL),
+        ("registry.test:5000/ca.crt", "ca"),
+        ("README", "do not touch"),
+    ] {
+        fs::write(root.join(file), text).unwrap();
+    }
+    std::os::unix::fs::symlink("docker.io", root.join("index.docker.io")).unwrap();
+    std::os::unix::fs::symlink("../private.test/hosts.toml", root.join("docker.io/hosts.toml")).unwrap();
+    let before = snapshot(root);
+    fs::create_dir(&backup).unwrap();
+    for entry in disk::entries(root).unwrap().iter().filter(|entry| *entry != BACKUP) {
+        fs::rename(root.join(entry), backup.join(entry)).unwrap();
+    }
+    let host = "[host.'http://10.0.0.1:30020']\ncapabilities = ['pull', 'resolve']\ndial_timeout = '200ms'\n";
+    for directory in ["docker.io", "registry.test:5000", "quay.test"] {
+        fs::create_dir(root.join(directory)).unwrap();
+        fs::write(root.join(directory).join(HOSTS), format!("server = 'https://{directory}'\n\n{host}")).unwrap();
+    }
+    before
+}
+
+#[test]
+fn everything_that_the_go_program_moved_comes_back_as_it_was() {
+    for (step, written) in (0..).flat_map(|step| [(step, false), (step, true)]) {
+        let root = tempfile::tempdir().unwrap();
+        let before = left_by_go(root.path());
+        let mut configuration = below_nothing(tempfile::tempdir().unwrap().path());
+        configuration.config_path = root.path().to_owned();
+        let mut seen = 0;
+        let hook = &mut failing(step, &mut seen);
+        let result = if written { write_with(&configuration, hook) } else { remove_with(root.path(), hook) };
+        remove(root.path()).unwrap();
+        assert_eq!(snapshot(root.path()), before, "step {step}, {written}");
+        if written && result.is_ok() {
+            assert!(step > 10, "the run has steps");
+            return;
+        }
+    }
+}
+
 /// A configuration of all registries, below a directory that is not there.
 fn below_nothing(root: &Path) -> Configuration {
     let mut configuration = setting(root);
@@ -153,7 +218,7 @@ fn no_file_is_left_by_interruptions_and_a_whole_run_leaves_nothing() {
         let result = write_with(&configuration, &mut failing(step, &mut written));
         let _ = remove_with(path, &mut failing(step, &mut removed));
         remove(path).unwrap();
-        assert!(!path.exists() || snapshot(path).is_empty(), "step {step}");
+        assert!(!path.exists() || snapshot(path).is_empty(), "step {step}: {:?}", snapshot(path));
         if result.is_ok() {
             assert!(step > 2 && !path.exists(), "step {step}");
             return;

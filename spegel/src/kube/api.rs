@@ -10,13 +10,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue, USER_AGENT};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderValue, USER_AGENT};
 use http::{Method, Request, StatusCode, request};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use jiff::Timestamp;
+use jiff::fmt::rfc2822;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
@@ -103,6 +105,12 @@ pub enum ApiError {
     },
 }
 
+/// An answer, and when the server gave it.
+struct Answer {
+    body: Bytes,
+    date: Option<Timestamp>,
+}
+
 /// What the API says with an error status.
 #[derive(Debug, Deserialize)]
 struct Status {
@@ -137,7 +145,16 @@ impl Api {
     }
 
     pub(crate) async fn daemon_set(&self, namespace: &str, name: &str) -> Result<DaemonSet, ApiError> {
-        self.get(&format!("/apis/apps/v1/namespaces/{}/daemonsets/{}", plain(namespace), plain(name))).await
+        self.get(&path_of_daemon_set(namespace, name)).await
+    }
+
+    /// How long ago a DaemonSet was made, by the API server's own clock; nothing where it does not tell the time.
+    pub(crate) async fn age_of_daemon_set(&self, namespace: &str, name: &str) -> Result<Option<Duration>, ApiError> {
+        let path = path_of_daemon_set(namespace, name);
+        let Answer { body, date } = self.ask(Request::get(self.url(&path)), Bytes::new()).await?;
+        let set: DaemonSet = read(&path, &body)?;
+        let made = set.metadata.creation_timestamp.and_then(|made| made.parse::<Timestamp>().ok());
+        Ok(date.zip(made).map(|(now, made)| now.duration_since(made).try_into().unwrap_or_default()))
     }
 
     /// From the server's watch cache (`resourceVersion=0`), which spares etcd; it may lag by a moment.
@@ -168,12 +185,14 @@ impl Api {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
-        let answer = self.ask(Request::get(format!("https://{}{path}", self.authority)), Bytes::new()).await?;
-        serde_json::from_slice(&answer)
-            .map_err(|error| ApiError::Answer { request: format!("GET {path}"), reason: error.to_string() })
+        read(path, &self.ask(Request::get(self.url(path)), Bytes::new()).await?.body)
     }
 
-    async fn ask(&self, request: request::Builder, body: Bytes) -> Result<Bytes, ApiError> {
+    fn url(&self, path: &str) -> String {
+        format!("https://{}{path}", self.authority)
+    }
+
+    async fn ask(&self, request: request::Builder, body: Bytes) -> Result<Answer, ApiError> {
         // Read each time: the kubelet replaces it before it expires.
         let request = request
             .header(AUTHORIZATION, read_token(&self.token)?)
@@ -191,16 +210,28 @@ impl Api {
         if status == StatusCode::OK {
             return Ok(answer);
         }
-        let message = serde_json::from_slice::<Status>(&answer).map(|status| status.message).unwrap_or_default();
+        let message = serde_json::from_slice::<Status>(&answer.body).map(|status| status.message).unwrap_or_default();
         Err(ApiError::Refused { request: told, status, message })
     }
 
-    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), String> {
+    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Answer), String> {
         let response = self.client.request(request).await.map_err(|error| with_causes(&error))?;
         let status = response.status();
+        let date = response.headers().get(DATE).and_then(|date| rfc2822::parse(date.to_str().ok()?).ok());
+        let date = date.map(|date| date.timestamp());
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
-        Ok((status, body.map_err(|error| with_causes(&*error))?.to_bytes()))
+        let body = body.map_err(|error| with_causes(&*error))?.to_bytes();
+        Ok((status, Answer { body, date }))
     }
+}
+
+fn path_of_daemon_set(namespace: &str, name: &str) -> String {
+    format!("/apis/apps/v1/namespaces/{}/daemonsets/{}", plain(namespace), plain(name))
+}
+
+fn read<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(body)
+        .map_err(|error| ApiError::Answer { request: format!("GET {path}"), reason: error.to_string() })
 }
 
 fn plain(text: &str) -> String {

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::pool::Pool;
-use super::{CHAIN_HEADER, RECEIVING_HEADER};
+use super::{CHAIN_HEADER, LOAD_HEADER, RECEIVING_HEADER};
 
 /// The longest response head that is accepted of a peer, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -81,6 +81,8 @@ pub(super) struct PeerHead {
     pub(super) receiving: Option<u64>,
     pub(super) chain: Option<String>,
     pub(super) holders: Vec<SocketAddr>,
+    /// How busy it says that it is, in percent.
+    pub(super) load: Option<u8>,
     pub(super) keep_alive: bool,
 }
 
@@ -225,6 +227,8 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
             head.receiving = Some(value.split('/').next().and_then(|position| position.parse().ok()).unwrap_or(0));
         } else if is(CHAIN_HEADER) {
             head.chain = Some(value.to_owned());
+        } else if is(LOAD_HEADER) {
+            head.load = value.parse().ok().filter(|percent| *percent <= 100);
         } else if is(HOLDERS_HEADER) {
             head.holders = parse_holders(value);
         } else if is("connection") && value.split(',').any(|token| token.trim().eq_ignore_ascii_case("close")) {
@@ -240,7 +244,7 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
 }
 
 /// The addresses in a [`HOLDERS_HEADER`], as many as are believed. What is no address is passed over.
-fn parse_holders(value: &str) -> Vec<SocketAddr> {
+pub(super) fn parse_holders(value: &str) -> Vec<SocketAddr> {
     value.split(',').filter_map(|address| address.trim().parse().ok()).take(MAX_HOLDERS).collect()
 }
 
@@ -295,6 +299,18 @@ mod tests {
         assert!(is_plausible(head.holders[0], by) && is_plausible(head.holders[1], by));
         for other in ["10.0.0.9:5000", "10.0.0.1:22", "127.0.0.1:5000", "0.0.0.0:5000", "224.0.0.1:5000"] {
             assert!(!is_plausible(other.parse().unwrap(), by), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_load_is_a_percentage() {
+        let load = |text: &str| {
+            let head = format!("HTTP/1.1 503 x\r\nX-Spegel-Load: {text}\r\n\r\n");
+            parse_head(head.as_bytes(), true).unwrap().unwrap().0.load
+        };
+        assert_eq!((load("0"), load("100")), (Some(0), Some(100)));
+        for wrong in ["101", "-1", "300", "half", ""] {
+            assert_eq!(load(wrong), None, "{wrong}");
         }
     }
 

@@ -85,6 +85,8 @@ struct Race<'a> {
     attempts: FuturesUnordered<Attempt>,
     found: usize,
     tried: usize,
+    /// Those of them that answered that they have not got it.
+    refused: usize,
 }
 
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
@@ -121,6 +123,7 @@ pub(super) async fn race(
         attempts: FuturesUnordered::new(),
         found: 0,
         tried: 0,
+        refused: 0,
     };
     for peer in shared.sources.of(&wanted.key, |_| false, now()) {
         race.consider(peer);
@@ -130,8 +133,8 @@ pub(super) async fn race(
     {
         return Ok(taken);
     }
-    // Those who were remembered do not count against those who are found now.
-    race.tried = 0;
+    // What was remembered of who has it may be out of date: those who said no do not count against those who are found now.
+    race.tried -= race.refused;
     let lookup = shared.router.lookup(&wanted.key);
     let taken = race.run(Some(lookup)).await;
     taken.ok_or(Miss { found: race.found, tried: race.asked.len() })
@@ -270,20 +273,22 @@ impl Race<'_> {
         Some(self.candidates.swap_remove(if costs[other].1 < costs[one].1 { other } else { one }))
     }
 
-    /// First whether the peer is busy and whether it is in another zone, then how long a body of it takes, the more the busier it said it is.
+    /// First whether the peer is busy and whether it is in another zone, then how long a body of it takes.
     fn cost(&self, peer: &Peer, now: std::time::Instant) -> ((bool, bool), f64) {
         let Some(first) = peer.addresses.first() else { return ((true, true), f64::INFINITY) };
-        let (is_busy, seconds) = self.shared.peers.cost(*first, now);
+        let (is_busy, seconds) = self.shared.peers.cost(*first, peer.load, now);
         let own = &self.shared.settings.zone;
         let is_far = own.is_some() && peer.zone.is_some() && peer.zone != *own;
-        let load = f64::from(peer.load.unwrap_or_default()) / 50.0;
-        ((is_busy, is_far), seconds * (1.0 + load))
+        ((is_busy, is_far), seconds)
     }
 
     fn gave_nothing(&mut self, peer: &Peer, error: PeerError) {
         debug!(key = %self.wanted.key, peer = %peer.id, %error, "peer gave nothing");
         for address in &peer.addresses {
             self.shared.sources.failed(&self.wanted.key, address);
+        }
+        if matches!(error, PeerError::Status(404) | PeerError::Circle) {
+            self.refused += 1;
         }
         if let PeerError::Busy(holders) = error {
             // It has it, and told us who else does: that is no failed try.
@@ -377,6 +382,7 @@ pub(super) async fn attempt(
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
     let request = request(shared, wanted, head_only);
     let (address, response) = client::request(&shared.pool, &peer.addresses, &request, timeouts).await?;
+    shared.peers.told_load(address, response.head.load, now());
     match (wanted.kind, response.head.status) {
         (Kind::Manifest, 200) => {
             let verified = manifest(shared, wanted, response, address).await?;
@@ -520,7 +526,7 @@ fn chain(wanted: &Wanted, head: &PeerHead) -> Result<Option<Chain>, PeerError> {
 }
 
 /// Where a 206 begins and the blob's length: it must be the part that was asked for.
-fn checked_part(asked: &str, head: &PeerHead) -> Result<(u64, u64), PeerError> {
+pub(super) fn checked_part(asked: &str, head: &PeerHead) -> Result<(u64, u64), PeerError> {
     const WRONG: PeerError = PeerError::Malformed("another part than was asked for");
     match told_range(head) {
         Some(ContentRange::Part { start, end_exclusive, total: Some(total) })
@@ -533,7 +539,7 @@ fn checked_part(asked: &str, head: &PeerHead) -> Result<(u64, u64), PeerError> {
     }
 }
 
-fn unsatisfiable(head: &PeerHead) -> Result<Content, PeerError> {
+pub(super) fn unsatisfiable(head: &PeerHead) -> Result<Content, PeerError> {
     match told_range(head) {
         Some(ContentRange::Unsatisfied { total }) => Ok(Content::Unsatisfiable { length: total }),
         _ => Err(PeerError::Status(head.status)),
@@ -579,22 +585,5 @@ pub(super) fn complain(shared: &Arc<Shared>, peers: Vec<SocketAddr>, target: &st
             // One that does not answer is barred all the same.
             let _ = client::request(&shared.pool, &[peer], &request, shared.settings.timeouts).await;
         });
-    }
-}
-
-/// What must hold for any head that a peer can send; panics where it does not.
-pub(crate) fn check_peer_head(bytes: &[u8]) {
-    const ASKED: &str = "bytes=5-";
-    for bodiless in [false, true] {
-        let Ok(Some((head, length))) = client::parse_head(bytes, bodiless) else { continue };
-        assert!(length <= bytes.len());
-        let again = client::parse_head(&bytes[..length], bodiless);
-        assert!(matches!(&again, Ok(Some((same, end))) if *same == head && *end == length), "{again:?}");
-        if let Ok((start, total)) = checked_part(ASKED, &head) {
-            assert!(start == 5 && start + head.content_length == total, "{head:?}");
-        }
-        if let Ok(content) = unsatisfiable(&head) {
-            assert!(matches!(content, Content::Unsatisfiable { .. }));
-        }
     }
 }

@@ -1,6 +1,7 @@
 //! Getting content from a peer: choosing one, asking, and handing on what it sends.
 
 mod blame;
+mod check;
 mod client;
 mod family;
 mod fetch;
@@ -28,8 +29,8 @@ use crate::router::{Peer, Router};
 use crate::store::Change;
 use crate::zerocopy::Body;
 
+pub(crate) use check::{check_hints, check_peer_head};
 pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
-pub(crate) use fetch::check_peer_head;
 pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
@@ -45,6 +46,9 @@ pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
 
 /// The nodes that such an answer's bytes come through, a [`Chain`].
 pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
+
+/// In an answer to a node: how busy the answering one is with what it gives its peers, in percent.
+pub const LOAD_HEADER: &str = "X-Spegel-Load";
 
 /// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
 pub const WAIT_HEADER: &str = "X-Spegel-Wait";

@@ -19,6 +19,10 @@ const LONGEST: Duration = Duration::from_secs(10);
 const PROBE_LOST: Duration = Duration::from_secs(5);
 /// How long a peer that said that it is busy is asked after others.
 const BUSY: Duration = Duration::from_secs(1);
+/// How long what a peer said of its load is better than what the network says of it.
+const LOAD_LIFETIME: Duration = Duration::from_secs(10);
+/// At this load, in percent, a body of a peer is taken to last twice as long.
+const DOUBLED_AT: f64 = 50.0;
 /// How many peers are remembered.
 const CAPACITY: usize = 4096;
 /// How much a new figure counts against what was known.
@@ -59,6 +63,8 @@ struct Known {
     set_aside_until: Option<Instant>,
     probe_since: Option<Instant>,
     busy_until: Option<Instant>,
+    /// How busy it said it was, in percent, and when.
+    load: Option<(u8, Instant)>,
     used: Instant,
 }
 
@@ -112,6 +118,13 @@ impl Peers {
         });
     }
 
+    /// It said how busy it is, in percent, or did not say.
+    pub(super) fn told_load(&self, peer: SocketAddr, percent: Option<u8>, now: Instant) {
+        if let Some(percent) = percent {
+            self.change(peer, now, |known| known.load = Some((percent, now)));
+        }
+    }
+
     /// A request to the peer failed by its fault after this time. `jitter` is from 0 to 1, so that not all nodes come back at once.
     pub(super) fn failed(&self, peer: SocketAddr, after: Duration, now: Instant, jitter: f64) {
         self.change(peer, now, |known| {
@@ -144,14 +157,17 @@ impl Peers {
         late.clamp(SHORTEST.min(longest), longest)
     }
 
-    /// Whether it said that it is busy, and the seconds that a typical body is expected to take.
-    pub(super) fn cost(&self, peer: SocketAddr, now: Instant) -> (bool, f64) {
+    /// Whether it said that it is busy, and the seconds that a typical body is expected to take: the more, the busier the peer said it is in
+    /// its last answer, or where that is long ago, is said to be in the network.
+    pub(super) fn cost(&self, peer: SocketAddr, said: Option<u8>, now: Instant) -> (bool, f64) {
+        let more = |load: Option<u8>| 1.0 + f64::from(load.unwrap_or_default()) / DOUBLED_AT;
         let known = self.lock();
-        let Some(known) = known.get(&peer) else { return (false, TYPICAL / UNKNOWN_RATE) };
+        let Some(known) = known.get(&peer) else { return (false, TYPICAL / UNKNOWN_RATE * more(said)) };
+        let told = known.load.filter(|(_, at)| now.duration_since(*at) < LOAD_LIFETIME).map(|(load, _)| load);
         let is_busy = known.busy_until.is_some_and(|until| now < until);
         let latency = known.latency.map_or(0.0, |(mean, _)| mean);
         let rate = known.rate.unwrap_or(UNKNOWN_RATE).max(1.0);
-        (is_busy, latency + TYPICAL * f64::from(known.under_way + 1) / rate)
+        (is_busy, (latency + TYPICAL * f64::from(known.under_way + 1) / rate) * more(told.or(said)))
     }
 
     fn change(&self, peer: SocketAddr, now: Instant, change: impl FnOnce(&mut Known)) {
@@ -183,6 +199,7 @@ impl Known {
             set_aside_until: None,
             probe_since: None,
             busy_until: None,
+            load: None,
             used: now,
         }
     }
@@ -287,11 +304,11 @@ mod tests {
         assert!(used_at - start < Duration::from_secs(30) + LONGEST + Duration::from_secs(1));
         assert!(probes < 12, "a slow node is not pestered: {probes}");
         assert_eq!(peers.patience(peer(1), longest), longest, "what it failed counts against it");
-        let fresh = peers.cost(peer(2), now).1;
+        let fresh = peers.cost(peer(2), None, now).1;
         for _ in 0..30 {
             peers.answered(peer(1), 2 * MS, now);
         }
-        assert!(peers.patience(peer(1), longest) < 50 * MS && peers.cost(peer(1), now).1 < fresh * 1.2);
+        assert!(peers.patience(peer(1), longest) < 50 * MS && peers.cost(peer(1), None, now).1 < fresh * 1.2);
     }
 
     #[test]
@@ -310,7 +327,7 @@ mod tests {
     fn busy_slow_and_loaded_peers_cost_more() {
         let peers = Peers::default();
         let now = Instant::now();
-        let cost = |n| peers.cost(peer(n), now);
+        let cost = |n| peers.cost(peer(n), None, now);
         peers.sent(peer(1), 100 << 20, Duration::from_secs(1), now);
         peers.sent(peer(2), 10 << 20, Duration::from_secs(1), now);
         peers.sent(peer(2), 100, MS * 100, now);
@@ -321,7 +338,18 @@ mod tests {
         assert!(cost(1).1 > cost(2).1, "it has enough to do for us");
         (0..20).for_each(|_| peers.ends(peer(1)));
         peers.busy(peer(1), now);
-        assert!(cost(1).0 && !peers.cost(peer(1), now + BUSY).0);
+        assert!(cost(1).0 && !peers.cost(peer(1), None, now + BUSY).0);
+    }
+
+    #[test]
+    fn what_a_peer_says_of_its_load_counts_before_what_is_said_of_it() {
+        let (peers, now) = (Peers::default(), Instant::now());
+        let cost = |n, said, now| peers.cost(peer(n), said, now).1;
+        assert!(cost(1, Some(80), now) > cost(1, Some(10), now) && cost(1, Some(10), now) > cost(1, None, now));
+        peers.told_load(peer(1), Some(90), now);
+        assert!(cost(1, Some(0), now) > cost(2, Some(80), now), "it knows better");
+        let later = now + LOAD_LIFETIME;
+        assert!(cost(1, Some(0), later) < cost(2, Some(80), later), "it is long ago");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -16,6 +16,12 @@ use super::peers::jitter;
 use super::{Shared, Wanted, client, lineage};
 use crate::oci::Key;
 use crate::zerocopy::{Body, Relay, RelayEnd};
+
+/// How long a peer that stands still may take to say how much it has: its client waits meanwhile.
+const ASKED: Duration = Duration::from_secs(1);
+/// So many times the stall bound may pass in which a peer that is still receiving a blob gets none of it: containerd writes in steps of up
+/// to 1 MiB, which may be long in coming. A peer that is well gives it up sooner, and ends the body, if its steps have come faster before.
+const SLOWEST: u32 = 6;
 
 /// The peers of one body, one after the other.
 struct Chain {
@@ -32,8 +38,8 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
-    /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it.
-    position: Option<u64>,
+    /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it, and since when it has been no more.
+    position: Option<(u64, Instant)>,
     /// Where the present peer went on, and when.
     since: (u64, Instant),
     /// The present peer, and those before it, which sent a part.
@@ -53,7 +59,7 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     let state = State {
         address,
         keep_alive: response.head.keep_alive,
-        position: response.head.receiving,
+        position: response.head.receiving.map(|position| (position, Instant::now())),
         since: (0, Instant::now()),
         senders: vec![address],
         _use_of: use_of,
@@ -77,12 +83,16 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     Body::relay(relay)
 }
 
-/// How many bytes of a blob a peer has now; none if it says nothing sensible.
-async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
+/// How many bytes of a blob a peer has now, and whether it still receives it; none if it says nothing sensible.
+async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<(u64, bool)> {
     let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
-    let asked = client::request(&shared.pool, &[address], &request, shared.settings.timeouts).await;
+    let timeouts = shared.settings.timeouts.at_most(ASKED);
+    let asked = client::request(&shared.pool, &[address], &request, timeouts).await;
     let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
-    let position = response.head.receiving.unwrap_or(response.head.content_length);
+    let position = match response.head.receiving {
+        Some(position) => (position, true),
+        None => (response.head.content_length, false),
+    };
     shared.keep(address, response);
     Some(position)
 }
@@ -135,19 +145,22 @@ impl Chain {
         self.shared.metrics.relayed(end);
     }
 
-    /// Whether the peer has got more of the blob since this was last asked. One that is still receiving it cannot send what it has not
-    /// got; a part that lies ahead of all others may be long in coming.
+    /// Whether the peer has got more of the blob since this was last asked, or says that it is still receiving it and has not said so in
+    /// vain for too long. It cannot send what it has not got; a part that lies ahead of all others may be long in coming.
     fn still_growing(chain: Arc<Self>) -> BoxFuture<'static, bool> {
         Box::pin(async move {
             let (address, before) = {
                 let state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
                 (state.address, state.position)
             };
-            let Some(before) = before else { return false };
-            let Some(now) = position(&chain.shared, &chain.wanted, address).await else { return false };
+            let Some((before, since)) = before else { return false };
+            let Some((now, receives)) = position(&chain.shared, &chain.wanted, address).await else { return false };
+            if now <= before {
+                return receives && since.elapsed() < SLOWEST * chain.shared.settings.stall;
+            }
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
-            state.position = Some(now);
-            now > before
+            state.position = Some((now, Instant::now()));
+            true
         })
     }
 
@@ -171,7 +184,7 @@ impl Chain {
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
-            state.position = response.head.receiving;
+            state.position = response.head.receiving.map(|position| (position, Instant::now()));
             (state.since, state._use_of) = ((offset, Instant::now()), use_of);
             if !state.senders.contains(&address) {
                 state.senders.push(address);

@@ -19,6 +19,8 @@ const AGAIN: Duration = Duration::from_secs(600);
 /// How much is read at once, and how fast at the most, in bytes a second: the disk is for those who want content.
 const STEP: usize = 1 << 20;
 const RATE: f64 = 100e6;
+/// How many bodies that ended early are looked into at a time.
+const TRIALS: usize = 4;
 /// How many digests are remembered.
 const CAPACITY: usize = 4096;
 
@@ -29,6 +31,8 @@ pub(super) struct Audits {
     state: Mutex<State>,
     /// One at a time; who comes meanwhile is not heard.
     running: Arc<Semaphore>,
+    /// Places where the disk is tried; who comes meanwhile is not heard.
+    trials: Arc<Semaphore>,
 }
 
 #[derive(Debug, Default)]
@@ -41,7 +45,12 @@ struct State {
 
 impl Audits {
     pub(super) fn new(mirror: Mirror) -> Self {
-        Self { mirror, state: Mutex::default(), running: Arc::new(Semaphore::new(1)) }
+        Self {
+            mirror,
+            state: Mutex::default(),
+            running: Arc::new(Semaphore::new(1)),
+            trials: Arc::new(Semaphore::new(TRIALS)),
+        }
     }
 
     /// Whether this node's content of that digest is known to be wrong.
@@ -59,13 +68,23 @@ impl Audits {
         }
     }
 
-    /// A body of it ended early: if its file is shorter than `size`, it is not given any more.
-    pub(super) fn cut_short(&self, digest: &Digest, file: &File, size: u64) {
+    /// A body of it ended early, before the byte at `next`: if its file is shorter than `size`, or the disk does not give that byte, it is
+    /// not given any more. Mostly it was the client that left.
+    pub(super) fn cut_short(self: &Arc<Self>, digest: &Digest, file: &Arc<File>, size: u64, next: u64) {
         match file.metadata() {
-            Ok(metadata) if metadata.len() < size => self.withdraw(digest, "its file has become shorter"),
+            Ok(metadata) if metadata.len() < size => return self.withdraw(digest, "its file has become shorter"),
             Ok(_) => {}
-            Err(error) => self.withdraw(digest, &error.to_string()),
+            Err(error) => return self.withdraw(digest, &error.to_string()),
         }
+        let runtime = tokio::runtime::Handle::try_current();
+        let (Ok(permit), Ok(runtime)) = (Arc::clone(&self.trials).try_acquire_owned(), runtime) else { return };
+        let (audits, digest, file) = (Arc::clone(self), digest.clone(), Arc::clone(file));
+        runtime.spawn_blocking(move || {
+            let _permit = permit;
+            if let Err(error) = file.read_at(&mut [0], next) {
+                audits.withdraw(&digest, &format!("the disk does not give its byte at {next}: {error}"));
+            }
+        });
     }
 
     /// A peer says that what it got of this is wrong: hashes it, unless that was done lately or another is hashed. True if it begins.

@@ -281,10 +281,14 @@ impl Registry {
             None => Body::file(Arc::clone(&blob.file), start, end - start),
         };
         let Answer { response, source, held } = self.give(ask, digest, blob.size, Source::Local, body);
+        let start = match ask.range.map(|range| range.resolve(blob.size)) {
+            Some(RangeOutcome::Part { start, .. }) => start,
+            _ => 0,
+        };
         let (audits, of, file, size) = (Arc::clone(&self.audits), digest.clone(), Arc::clone(&blob.file), blob.size);
         let ended = move |end: BodyEnd| {
             if !end.complete {
-                audits.cut_short(&of, &file, size);
+                audits.cut_short(&of, &file, size, start + end.sent);
             }
         };
         Answer { response: response.map(|body| body.with_end(ended)), source, held }

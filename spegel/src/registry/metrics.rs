@@ -36,6 +36,7 @@ pub struct RegistryMetrics {
     clients: Family<ClientLabel, Counter>,
     cuts: Counter,
     refused_uploads: Counter,
+    refused: Family<ReasonLabel, Counter>,
     registries: Arc<BoundedLabel>,
     resolved: Arc<Resolved>,
 }
@@ -85,6 +86,11 @@ struct ClientLabel {
     client: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
 impl RegistryMetrics {
     /// Adds the registry's figures to `metrics`.
     pub fn register(metrics: &mut Metrics) -> Self {
@@ -112,6 +118,7 @@ impl RegistryMetrics {
             clients,
             cuts: Counter::default(),
             refused_uploads: Counter::default(),
+            refused: Family::default(),
             registries: Arc::new(BoundedLabel::new(MAX_REGISTRIES)),
         };
         let help = "Requests of clients for content, by whether they got it";
@@ -130,6 +137,9 @@ impl RegistryMetrics {
         metrics.register("spegel_cut_responses", help, this.cuts.clone());
         let help = "Requests of peers that were sent elsewhere because of --max-uploads or --upload-rate";
         metrics.register("spegel_rejected_uploads", help, this.refused_uploads.clone());
+        let help =
+            "Requests that were refused because this node was stopping, or about to run out of what the reason names";
+        metrics.register("spegel_refused_requests", help, this.refused.clone());
         this
     }
 
@@ -175,6 +185,10 @@ impl RegistryMetrics {
 
     pub(super) fn refused_upload(&self) {
         self.refused_uploads.inc();
+    }
+
+    pub(super) fn refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&ReasonLabel { reason }).inc();
     }
 
     pub(super) fn cut(&self) {

@@ -11,6 +11,7 @@ mod metrics;
 mod promises;
 mod ready;
 mod respond;
+mod strain;
 mod turns;
 mod uploads;
 
@@ -35,11 +36,13 @@ pub use auth::BasicAuth;
 pub use metrics::RegistryMetrics;
 pub use promises::Client;
 pub use ready::Prompt;
+pub use strain::Strain;
 pub use uploads::UploadLimits;
 
 use content::{Answer, Ask, Source};
 use metrics::{ClientKind, Observed};
 use promises::Promises;
+use strain::{Refused, Strained};
 
 /// The response header that tells where content is from: `local`, `ready` (fetched and verified a moment ago), or the
 /// address of a peer.
@@ -80,6 +83,8 @@ pub struct Registry {
     joined: AtomicBool,
     /// New requests are refused.
     draining: AtomicBool,
+    /// New requests are refused until it passes.
+    strained: Strained,
     /// A clone for each request under way.
     flight: Arc<()>,
 }
@@ -97,25 +102,35 @@ impl Registry {
             turns: Arc::default(),
             joined: AtomicBool::new(false),
             draining: AtomicBool::new(false),
+            strained: Strained::default(),
             flight: Arc::default(),
         }
     }
 
     /// Answers one request, that came from `remote`. A request body is not looked at.
     pub async fn handle(&self, request: &Parts, remote: IpAddr) -> Response<Body> {
-        let refusal = self.draining.load(Ordering::Relaxed).then_some("this node is stopping");
-        self.respond(request, remote, refusal).await
+        self.respond(request, remote, self.refusal()).await
     }
 
     /// Refuses one request, that came on a connection too many, in the way that makes containerd look elsewhere.
     pub async fn turn_away(&self, request: &Parts, remote: IpAddr) -> Response<Body> {
-        self.respond(request, remote, Some("this node has as many connections as it may")).await
+        self.respond(request, remote, Some(self.refusal().unwrap_or(Refused::Connections))).await
     }
 
-    async fn respond(&self, request: &Parts, remote: IpAddr, refusal: Option<&'static str>) -> Response<Body> {
+    fn refusal(&self) -> Option<Refused> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Some(Refused::Stopping);
+        }
+        self.strained.get().map(Refused::Strained)
+    }
+
+    async fn respond(&self, request: &Parts, remote: IpAddr, refusal: Option<Refused>) -> Response<Body> {
         match request.uri.path() {
             "/livez" => self.health(request, "livez", Ok(())),
-            "/readyz" => self.health(request, "readyz", self.ready()),
+            "/readyz" => {
+                let state = refusal.map_or_else(|| self.ready(), |why| Err(why.text().to_owned()));
+                self.health(request, "readyz", state)
+            }
             path => match Request::parse(&request.method, path, request.uri.query()) {
                 Ok(parsed) => self.distribution(request, &parsed, remote, refusal).await,
                 Err(error) => {
@@ -138,6 +153,19 @@ impl Registry {
         self.draining.store(true, Ordering::Relaxed);
     }
 
+    /// Refuses new requests, in the same way, for as long as something is about to run out; what is under way goes on.
+    /// Returns what it was before.
+    pub fn set_strain(&self, strain: Option<Strain>) -> Option<Strain> {
+        let before = self.strained.get();
+        self.strained.set(strain);
+        before
+    }
+
+    /// How busy this node is with what it gives its peers, in percent of what it may or can give.
+    pub fn load(&self) -> u8 {
+        self.uploads.load(Instant::now())
+    }
+
     /// Requests whose responses have not ended.
     pub fn in_flight(&self) -> usize {
         Arc::strong_count(&self.flight) - 1
@@ -148,8 +176,8 @@ impl Registry {
     /// # Errors
     /// What it waits for.
     pub fn ready(&self) -> Result<(), String> {
-        if self.draining.load(Ordering::Relaxed) {
-            return Err("it is stopping".to_owned());
+        if let Some(why) = self.refusal() {
+            return Err(why.text().to_owned());
         }
         if let Health::Waiting(what) = &*self.settings.store.health().borrow() {
             return Err(what.clone());
@@ -166,12 +194,13 @@ impl Registry {
     }
 
     /// What a node says that is stopping or has too much to do: containerd goes upstream on a 503, but not where it was given a part of that blob.
-    async fn refuse_all(&self, ask: &Ask, parsed: &Request, why: &'static str) -> Result<Answer, OciError> {
+    async fn refuse_all(&self, ask: &Ask, parsed: &Request, why: Refused) -> Result<Answer, OciError> {
+        self.settings.metrics.refused(why.label());
         let cut = match parsed {
             Request::Blob { digest, .. } if !ask.mirrored => self.refuse(ask, digest).await,
             _ => None,
         };
-        cut.ok_or_else(|| OciError::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unknown, why))
+        cut.ok_or_else(|| OciError::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unknown, why.text()))
     }
 
     fn health(&self, request: &Parts, handler: &'static str, state: Result<(), String>) -> Response<Body> {
@@ -188,7 +217,7 @@ impl Registry {
         request: &Parts,
         parsed: &Request,
         remote: IpAddr,
-        refusal: Option<&'static str>,
+        refusal: Option<Refused>,
     ) -> Response<Body> {
         let observed = self.begin(handler_name(parsed), request);
         if let Some(auth) = &self.settings.basic_auth
@@ -207,7 +236,12 @@ impl Registry {
                 self.referrers(&ask, digest, artifact_type.as_deref()).await
             }
         };
-        self.conclude(request, parsed, ask, answer, observed)
+        let mut response = self.conclude(request, parsed, ask, answer, observed);
+        if let Some(Refused::Strained(_)) = refusal {
+            // An idle connection holds what there is too little of.
+            response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+        }
+        response
     }
 
     /// What the request says beside its path.
@@ -261,6 +295,9 @@ impl Registry {
             && let Ok(value) = header::HeaderValue::from_str(ns)
         {
             headers.insert("OCI-Namespace", value);
+        }
+        if ask.mirrored && ask.is_content {
+            respond::tell_load(&mut response, self.load());
         }
         if ask.head_only {
             response = respond::bodiless(response);

@@ -7,7 +7,7 @@ use http::request::Parts;
 use http::response::Builder;
 use http::{HeaderValue, Method, Response, StatusCode};
 
-use crate::mirror::{CHAIN_HEADER, Chain, RECEIVING_HEADER};
+use crate::mirror::{CHAIN_HEADER, Chain, LOAD_HEADER, RECEIVING_HEADER};
 use crate::oci::{ALLOWED_METHODS, ContentRange, Digest, ERROR_CONTENT_TYPE, ErrorCode, OciError};
 use crate::zerocopy::Body;
 
@@ -106,6 +106,13 @@ pub(super) fn mark_receiving(response: &mut Response<Body>, position: u64, total
         if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_str(&value)) {
             response.headers_mut().insert(name, value);
         }
+    }
+}
+
+/// Tells a peer how busy this node is, in percent.
+pub(super) fn tell_load(response: &mut Response<Body>, percent: u8) {
+    if let Ok(name) = HeaderName::from_bytes(LOAD_HEADER.as_bytes()) {
+        response.headers_mut().insert(name, u16::from(percent).into());
     }
 }
 

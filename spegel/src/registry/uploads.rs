@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 /// How far ahead of the rate uploads may be accepted.
 const AHEAD: Duration = Duration::from_secs(2);
+/// So many uploads at once count as all that a node can do, where no bound is set: each has a share of its link.
+const MANY: usize = 32;
 
 /// How much is given to peers; 0 is no bound.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +61,19 @@ impl Uploads {
     }
 }
 
+impl Uploads {
+    /// How much of what may be given is being given, in percent.
+    pub(super) fn load(&self, now: Instant) -> u8 {
+        let UploadLimits { count, rate } = self.limits;
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let by_count = 100 * state.count / if count > 0 { count } else { MANY };
+        let ahead = state.booked_until.filter(|_| rate > 0).map_or(Duration::ZERO, |until| until.duration_since(now));
+        let by_rate = 100 * ahead.as_millis() / AHEAD.as_millis();
+        let percent = by_count.max(usize::try_from(by_rate).unwrap_or(usize::MAX));
+        u8::try_from(percent.min(100)).unwrap_or(100)
+    }
+}
+
 impl Drop for Upload {
     fn drop(&mut self) {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner).count -= 1;
@@ -89,6 +104,22 @@ mod tests {
         drop(one);
         assert!(uploads.begin(1, now).is_some());
         drop(other);
+    }
+
+    #[test]
+    fn the_load_is_the_larger_share_of_the_bounds() {
+        let now = Instant::now();
+        let free = uploads(0, 0);
+        let held: Vec<_> = (0..MANY / 2).map(|_| free.begin(1, now)).collect();
+        assert_eq!(free.load(now), 50);
+        drop(held);
+        assert_eq!(free.load(now), 0);
+
+        let bound = uploads(4, 1000);
+        let _one = bound.begin(1000, now);
+        assert_eq!((bound.load(now), bound.load(now + Duration::from_secs(1))), (50, 25));
+        let _large = bound.begin(100_000, now);
+        assert_eq!(bound.load(now), 100);
     }
 
     #[test]

@@ -12,6 +12,8 @@ use tokio::sync::{mpsc, watch};
 use crate::oci::Key;
 use crate::store::Change;
 
+pub(crate) use p2p::checks;
+
 pub use memory::{MemoryNetwork, MemoryRouter};
 pub use p2p::{
     Identity, IdentityError, NetworkKey, NetworkKeyError, P2pRouter, P2pSettings, RouterError, RouterMetrics,
@@ -27,7 +29,7 @@ pub struct Peer {
     /// The zone that it says it is in; unknown of nodes that do not speak our member protocol.
     pub zone: Option<Arc<str>>,
     /// How busy it said its registry is, in percent of what it can carry; unknown of nodes that do not speak our member
-    /// protocol, and as old as half a minute.
+    /// protocol, and as old as half a minute, or as many seconds as there are members.
     pub load: Option<u8>,
 }
 

@@ -7,6 +7,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use rustix::process::{Resource, getrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
@@ -19,7 +21,12 @@ use crate::zerocopy::Settings;
 const BACK_OFF: Duration = Duration::from_millis(50);
 
 /// Connections that are only told to go elsewhere; beyond these a connection is closed without an answer.
-const REFUSALS: usize = 64;
+const REFUSALS: usize = 1024;
+
+/// So much of the bound of open files, and so many at the most, are kept for clients that are refused when there is no other descriptor left.
+/// Each may hold its own for as long as a connection is read on after its end.
+const RESERVE_SHARE: u64 = 8;
+const MOST_RESERVED: u64 = 64;
 
 pub(super) struct Acceptor {
     listener: TcpListener,
@@ -29,8 +36,8 @@ pub(super) struct Acceptor {
     settings: Arc<Settings>,
     shared: Arc<Shared>,
     refusals: Arc<Semaphore>,
-    /// A descriptor to give up when there is no other, so that a client can be refused instead of left waiting.
-    reserve: Option<File>,
+    /// Descriptors to give up when there are no others, so that clients can be refused instead of left waiting.
+    reserve: Vec<File>,
 }
 
 // === impl Acceptor ===
@@ -63,9 +70,7 @@ impl Acceptor {
             match self.accept().await {
                 Ok((stream, remote)) => {
                     failing = false;
-                    if self.reserve.is_none() {
-                        self.reserve = reserve();
-                    }
+                    refill(&mut self.reserve);
                     self.place(stream, remote);
                 }
                 // The client left before it was accepted.
@@ -74,13 +79,12 @@ impl Acceptor {
                     if !std::mem::replace(&mut failing, true) {
                         tracing::warn!(%error, "cannot accept connections for now: new ones are refused");
                     }
-                    if self.reserve.take().is_some()
-                        && let Ok((stream, remote)) = self.accept().await
-                    {
+                    while self.reserve.pop().is_some() {
+                        let Some(Ok((stream, remote))) = self.accept().now_or_never() else { break };
                         self.hand_over(stream, remote, true);
                     }
                     tokio::time::sleep(BACK_OFF).await;
-                    self.reserve = reserve();
+                    refill(&mut self.reserve);
                 }
             }
         }
@@ -128,6 +132,19 @@ impl Acceptor {
     }
 }
 
-fn reserve() -> Option<File> {
-    File::open("/dev/null").ok()
+fn reserve() -> Vec<File> {
+    let mut files = Vec::new();
+    refill(&mut files);
+    files
+}
+
+/// Fills the reserve up again, as far as there are descriptors.
+fn refill(reserve: &mut Vec<File>) {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let wanted = usize::try_from((limit / RESERVE_SHARE).min(MOST_RESERVED)).unwrap_or_default();
+    while reserve.len() < wanted
+        && let Ok(file) = File::open("/dev/null")
+    {
+        reserve.push(file);
+    }
 }

@@ -419,14 +419,29 @@ struct Stall {
     waited: Duration,
     gained: u64,
     too_slow: bool,
+    /// The last wait was not counted.
+    pardoned: bool,
 }
+
+/// So much later than its timer a wait cannot end, unless this process did not run: it was stopped, or its machine was. Then the peer is not
+/// to be blamed for it.
+const NOT_RUN: Duration = Duration::from_secs(1);
 
 // === impl Stall ===
 
 impl Stall {
     fn new(after: Duration, floor: u64) -> Self {
         let least = floor.saturating_mul(after.as_secs().max(1));
-        Self { after, least, since: None, timer: None, waited: Duration::ZERO, gained: 0, too_slow: false }
+        Self {
+            after,
+            least,
+            since: None,
+            timer: None,
+            waited: Duration::ZERO,
+            gained: 0,
+            too_slow: false,
+            pardoned: false,
+        }
     }
 
     fn restart(&mut self) {
@@ -436,7 +451,11 @@ impl Stall {
 
     /// So many bytes came.
     fn gained(&mut self, bytes: usize) {
-        self.waited += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        let waited = self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        if waited < self.after + NOT_RUN {
+            self.waited += waited;
+        }
+        self.pardoned = false;
         self.gained += bytes as u64;
         if self.waited >= self.after {
             self.too_slow = self.gained < self.least;
@@ -454,7 +473,12 @@ impl Stall {
             return true;
         }
         let now = Instant::now();
-        let deadline = *self.since.get_or_insert(now) + self.after;
+        let mut deadline = *self.since.get_or_insert(now) + self.after;
+        // Once in a row: one whose turns always come late must not wait for ever.
+        if now >= deadline + NOT_RUN && !std::mem::replace(&mut self.pardoned, true) {
+            self.since = Some(now);
+            deadline = now + self.after;
+        }
         if now >= deadline {
             return true;
         }
@@ -467,5 +491,49 @@ impl Stall {
             }
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AFTER: Duration = Duration::from_secs(5);
+
+    async fn is_over(stall: &mut Stall) -> bool {
+        std::future::poll_fn(|cx| Poll::Ready(stall.is_over(cx))).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_is_over_after_its_time() {
+        let mut stall = Stall::new(AFTER, 0);
+        assert!(!is_over(&mut stall).await);
+        tokio::time::advance(AFTER - Duration::from_millis(1)).await;
+        assert!(!is_over(&mut stall).await);
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(is_over(&mut stall).await);
+    }
+
+    /// The timer would have ended the wait at its time: so this process did not run.
+    #[tokio::test(start_paused = true)]
+    async fn a_time_in_which_we_did_not_run_is_not_the_peers_fault() {
+        let mut stall = Stall::new(AFTER, 1000);
+        assert!(!is_over(&mut stall).await);
+        tokio::time::advance(10 * AFTER).await;
+        assert!(!is_over(&mut stall).await, "stopped, and nothing has come yet");
+        tokio::time::advance(10 * AFTER).await;
+        assert!(is_over(&mut stall).await, "once in a row");
+
+        stall.restart();
+        assert!(!is_over(&mut stall).await);
+        tokio::time::advance(10 * AFTER).await;
+        stall.gained(1);
+        assert!(!stall.too_slow(), "stopped, and what had come was there");
+        for _ in 0..2 {
+            assert!(!is_over(&mut stall).await);
+            tokio::time::advance(AFTER / 2).await;
+            stall.gained(1);
+        }
+        assert!(stall.too_slow(), "two bytes in five seconds of waiting");
     }
 }

@@ -2,12 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 use spegel_benches::containerd::{Binaries, Containerd, NAMESPACE, Options, Version};
 use spegel_benches::daemon::output;
@@ -34,8 +34,9 @@ const METHOD: &str = "Two nodes in network namespaces (reno), each with a contai
 first one's content directory as containerd does it: a folder in `ingest`, `data` that grows by 1 MiB at a time, and its rename. One hop: \
 a client of the first node asks it as a peer would. Two: a client of the second node asks that one as its containerd would, which \
 relays. Latency: from the return of write(2) to the first and to the last byte of that MiB at the client, 600 times, one every 10 ms. CPU: \
-of the first node's process for 1 GiB to one client that follows the growth at 400 MiB/s, and to one that asks for the complete blob \
-right after, alternately, the median of five.";
+of the first node's process for 1 GiB to one client that follows the growth at 400 MiB/s, to one that reads the complete blob at that \
+speed, and to one that reads it as fast as it can, in turn, the medians of five. The limit: a loop of sendfile(2) on loopback that sends \
+a MiB and sleeps, beside one that sends all it can to a client that sleeps: what sending in steps costs the kernel.";
 
 /// Both nodes.
 struct Bench {
@@ -66,16 +67,17 @@ pub(super) fn run(program: &Path) -> Result<Figures> {
     let mut bench = Bench::start(program)?;
     let one = bench.latencies(0)?;
     let two = bench.latencies(1)?;
-    let mut growing = Vec::new();
-    let mut complete = Vec::new();
+    let mut times = [const { Vec::new() }; 3];
     for _ in 0..ROUNDS {
-        let (while_growing, when_complete) = bench.cpu()?;
-        growing.push(while_growing);
-        complete.push(when_complete);
+        for (times, time) in times.iter_mut().zip(bench.cpu()?) {
+            times.push(time);
+        }
     }
-    growing.sort();
-    complete.sort();
-    let (growing, complete) = (growing[ROUNDS / 2].as_secs_f64(), complete[ROUNDS / 2].as_secs_f64());
+    let [growing, paced, complete] = times.map(|mut times| {
+        times.sort();
+        times[ROUNDS / 2].as_secs_f64()
+    });
+    let bare = bare_ratio()?;
     let load = fs::read_to_string("/proc/loadavg")?;
     let load = load.split(' ').next().unwrap_or_default();
     let mut rows = Vec::new();
@@ -89,13 +91,17 @@ pub(super) fn run(program: &Path) -> Result<Figures> {
         }
     }
     rows.push(vec!["CPU for a growing GiB".into(), format!("{growing:.3} s")]);
-    rows.push(vec!["CPU for a complete GiB".into(), format!("{complete:.3} s")]);
-    rows.push(vec!["ratio".into(), format!("{:.2}", growing / complete)]);
+    rows.push(vec!["CPU for a complete GiB, as fast as the growing one".into(), format!("{paced:.3} s")]);
+    rows.push(vec!["CPU for a complete GiB, as fast as it goes".into(), format!("{complete:.3} s")]);
+    rows.push(vec!["growing beside complete, as fast as each other".into(), format!("{:.2}", growing / paced)]);
+    rows.push(vec!["growing beside complete, as fast as it goes".into(), format!("{:.2}", growing / complete)]);
+    rows.push(vec!["the same of a bare sendfile(2) loop".into(), format!("{bare:.2}")]);
     rows.push(vec!["load of the machine at the end".into(), load.to_owned()]);
     let json = json!({
         "one_hop_last_byte_p50_ms": ms(percentile(&one.last, 50)), "one_hop_last_byte_p99_ms": ms(percentile(&one.last, 99)),
         "two_hops_last_byte_p50_ms": ms(percentile(&two.last, 50)), "two_hops_last_byte_p99_ms": ms(percentile(&two.last, 99)),
-        "cpu_seconds_per_growing_gib": growing, "cpu_seconds_per_complete_gib": complete, "load": load,
+        "cpu_seconds_per_growing_gib": growing, "cpu_seconds_per_paced_gib": paced,
+        "cpu_seconds_per_complete_gib": complete, "bare_sendfile_growing_beside_paced": bare, "load": load,
     });
     Ok(Figures { name: "hop", method: METHOD.to_owned(), columns: vec!["what".into(), "figure".into()], rows, json })
 }
@@ -207,15 +213,16 @@ impl Bench {
         Ok(Latencies { first, last })
     }
 
-    /// The CPU time of the first node's process for a growing layer, and for the same layer when it is complete.
-    fn cpu(&mut self) -> Result<(Duration, Duration)> {
+    /// The CPU time of the first node's process for a growing layer, for the same layer when it is complete, read as fast, and for that read
+    /// without a pause.
+    fn cpu(&mut self) -> Result<[Duration; 3]> {
         let mut ingest = self.begin(LARGE)?;
         let step = vec![0x5a; STEP];
         thread::sleep(Duration::from_millis(100));
         ingest.data.write_all(&step)?;
         let stream = self.ask(0, &ingest.digest)?;
         let before = self.cpu_time()?;
-        let client = thread::spawn(move || read(stream));
+        let client = thread::spawn(move || read(stream, Duration::ZERO));
         for _ in 1..LARGE {
             ingest.data.write_all(&step)?;
             thread::sleep(LARGE_PAUSE);
@@ -227,12 +234,18 @@ impl Bench {
         fs::remove_dir_all(&ingest.folder)?;
 
         thread::sleep(Duration::from_millis(100));
-        let stream = self.ask(0, &ingest.digest)?;
-        let before = self.cpu_time()?;
-        read(stream)?;
-        let complete = self.cpu_time()? - before;
+        let paced = self.cpu_to_read(&ingest.digest, LARGE_PAUSE)?;
+        let complete = self.cpu_to_read(&ingest.digest, Duration::ZERO)?;
         fs::remove_file(&ingest.blob)?;
-        Ok((growing, complete))
+        Ok([growing, paced, complete])
+    }
+
+    /// The CPU time of the first node's process for a client that reads a complete blob and pauses after each step.
+    fn cpu_to_read(&self, digest: &str, pause: Duration) -> Result<Duration> {
+        let stream = self.ask(0, digest)?;
+        let before = self.cpu_time()?;
+        read(stream, pause)?;
+        Ok(self.cpu_time()? - before)
     }
 
     /// User and system time of the first node's process, from its threads' run times in nanoseconds: the ticks of `/proc/PID/stat` are
@@ -252,13 +265,57 @@ fn containerd(binaries: &Binaries, node: &Node) -> Result<Containerd> {
     Containerd::start(binaries, node, &Options::default())
 }
 
-fn read(mut stream: TcpStream) -> Result<()> {
+/// Reads a large layer, with a pause after each step.
+fn read(mut stream: TcpStream, pause: Duration) -> Result<()> {
     let mut buffer = vec![0; STEP];
-    let mut left = LARGE * STEP;
-    while left > 0 {
-        let n = stream.read(&mut buffer[..STEP.min(left)])?;
-        ensure!(n > 0, "the body ended {left} bytes early");
-        left -= n;
+    for step in 0..LARGE {
+        stream.read_exact(&mut buffer).with_context(|| format!("the body ended in its MiB {step}"))?;
+        if !pause.is_zero() {
+            thread::sleep(pause);
+        }
     }
     Ok(())
+}
+
+/// How much more CPU time sending in steps takes than sending as the client takes it, of sendfile(2) alone.
+fn bare_ratio() -> Result<f64> {
+    let file = tempfile::tempfile()?;
+    file.set_len((LARGE * STEP) as u64)?;
+    let mut ratios = Vec::new();
+    for _ in 0..ROUNDS {
+        let in_steps = bare(&file, LARGE_PAUSE, Duration::ZERO)?.as_secs_f64();
+        ratios.push(in_steps / bare(&file, Duration::ZERO, LARGE_PAUSE)?.as_secs_f64());
+    }
+    ratios.sort_by(f64::total_cmp);
+    Ok(ratios[ROUNDS / 2])
+}
+
+/// The CPU time of a thread that sends a file and pauses after each step, to a client that pauses too.
+fn bare(file: &File, pause: Duration, clients: Duration) -> Result<Duration> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let stream = TcpStream::connect(listener.local_addr()?)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    let client = thread::spawn(move || read(stream, clients));
+    let (server, _) = listener.accept()?;
+    server.set_write_timeout(Some(LIMIT))?;
+    let before = own_cpu_time()?;
+    for step in 0..LARGE {
+        let (mut offset, end) = ((step * STEP) as u64, ((step + 1) * STEP) as u64);
+        while offset < end {
+            let left = usize::try_from(end - offset)?;
+            rustix::fs::sendfile(&server, file, Some(&mut offset), left)?;
+        }
+        if !pause.is_zero() {
+            thread::sleep(pause);
+        }
+    }
+    let took = own_cpu_time()?.saturating_sub(before);
+    client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+    Ok(took)
+}
+
+/// The run time of this thread.
+fn own_cpu_time() -> Result<Duration> {
+    let stat = fs::read_to_string("/proc/thread-self/schedstat")?;
+    Ok(Duration::from_nanos(stat.split(' ').next().context("no run time")?.parse()?))
 }

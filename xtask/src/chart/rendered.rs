@@ -158,7 +158,11 @@ fn containers_have_no_more_rights_than_they_need() {
         assert_eq!(count(part), containers, "{part}");
     }
     assert_eq!(count("drop:\n") + count("drop: [ALL]"), containers);
-    assert!(!["privileged:", "hostNetwork", "hostPID", "hostIPC", "add:"].iter().any(|part| objects.contains(part)));
+    assert!(!["privileged:", "hostNetwork", "hostPID", "hostIPC"].iter().any(|part| objects.contains(part)));
+    // Those that change containerd's configuration, whose files may be another user's: at the start, and after the uninstall.
+    let editors = objects.split("        - name: ").flat_map(|part| part.split("      - name: "));
+    let editors: Vec<&str> = editors.filter(|part| part.contains("add:\n")).collect();
+    assert!(matches!(editors[..], [one, other] if one.starts_with("configuration") && other.starts_with("cleanup\n")));
     // The pod that waits has a token, and is restricted altogether.
     assert_eq!((count("automountServiceAccountToken: true"), count("runAsNonRoot: true")), (1, 1));
     assert!(!objects.contains("serviceAccountToken:") && !objects.contains("ClusterRole"));
@@ -221,10 +225,59 @@ fn long_names_are_cut_to_what_kubernetes_takes() {
     let Some(helm) = helm() else { return };
     let long = Value::from("a".repeat(63));
     let objects = render(&helm, "1.34.0", &[("fullnameOverride", &long)]);
-    let services: Vec<&str> = objects.split("---\n").filter(|object| object.contains("kind: Service\n")).collect();
-    assert_eq!(services.len(), 4);
-    for service in services {
-        let name = service.lines().find_map(|line| line.strip_prefix("  name: ")).unwrap();
+    let of_kind = |kind: &str| -> Vec<&str> {
+        objects.split("---\n").filter(|object| object.contains(&format!("kind: {kind}\n"))).collect()
+    };
+    let (services, jobs) = (of_kind("Service"), of_kind("Job"));
+    assert_eq!((services.len(), jobs.len()), (4, 1));
+    for object in services.iter().chain(&jobs) {
+        let name = object.lines().find_map(|line| line.strip_prefix("  name: ")).unwrap();
         assert!(name.len() <= 63, "{name}");
+        // The command that repeats the cleanup names the Job.
+        assert!(!object.contains("kind: Job") || object.matches(&format!("job {name} ")).count() == 1, "{object}");
     }
+}
+
+#[test]
+fn what_the_api_server_refuses_is_not_asked_for() {
+    let Some(helm) = helm() else { return };
+    let yes = Value::Bool(true);
+    let objects = render(&helm, "1.34.0", &[("securityContext.privileged", &yes)]);
+    let mirror = objects.split("---\n").find(|object| object.contains("            - registry\n")).unwrap();
+    assert!(mirror.contains("privileged: true") && !mirror.contains("allowPrivilegeEscalation"), "{mirror}");
+    for path in ["nodeSelector", "priorityClassName"] {
+        let objects = render(&helm, "1.34.0", &[(path, &Value::Null)]);
+        assert!(!objects.contains("<no value>") && !objects.contains("priorityClassName:\n"), "{path}: {objects}");
+    }
+    for (path, value) in [
+        ("cleanup.deadline", Value::from("0h0s")),
+        ("cleanup.deadline", Value::from("soon")),
+        ("spegel.additionalMirrorTargets", serde_json::json!(["other.test:5000"])),
+    ] {
+        let output = run(&helm, "1.34.0", &[(path, &value)]);
+        assert!(!output.status.success(), "{path}={value}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(path.split('.').next_back().unwrap()), "{path}");
+    }
+}
+
+/// Helm fills in no new values then.
+#[test]
+fn reused_values_of_an_older_chart_are_refused_with_what_to_do() {
+    let Some(helm) = helm() else { return };
+    let output = run(&helm, "1.34.0", &[("startupTaint", &Value::Null)]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("--reset-then-reuse-values"), "{said}");
+}
+
+#[test]
+fn an_upgrade_that_leaves_containerd_alone_still_cleans_up() {
+    let Some(helm) = helm() else { return };
+    let template = |more: &[&str]| {
+        let mut command = Command::new(&helm);
+        command.args(["template", "spegel"]).arg(chart()).args(["--kube-version", "1.34.0"]);
+        command.args(["--set", "spegel.containerdMirrorAdd=false"]).args(more);
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
+    };
+    assert!(!template(&[]).contains("helm.sh/hook: post-delete"));
+    assert!(template(&["--is-upgrade"]).contains("helm.sh/hook: post-delete"));
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
@@ -37,10 +37,14 @@ pub(super) struct Load {
 // === impl Images ===
 
 impl Images {
+    /// Images whose names begin with `prefix` and the time: a node that knew a name of an earlier round would answer for it,
+    /// with what it had then.
+    ///
     /// # Errors
-    /// The disk's.
+    /// The disk's, or the clock's.
     pub(super) fn new(prefix: &str) -> Result<Self> {
-        Ok(Self { folder: tempfile::tempdir()?, prefix: prefix.to_owned(), made: 0 })
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?;
+        Ok(Self { folder: tempfile::tempdir()?, prefix: format!("{prefix}-{}", now.as_secs()), made: 0 })
     }
 
     /// Pushes an image of one program and one layer of `bytes`, and returns its name.

@@ -79,8 +79,11 @@ impl Client {
         let send = async {
             let mut stream = self.open_stream(to, Purpose::Members).await?;
             let mut buffer = Vec::new();
-            messages.iter().for_each(|message| frame(message, &mut buffer));
-            stream.write_all(&buffer).await?;
+            for message in messages {
+                buffer.clear();
+                frame(message, &mut buffer);
+                stream.write_all(&buffer).await?;
+            }
             close_and_wait(stream).await
         };
         timeout(BULK_TIMEOUT, send).await.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
@@ -108,14 +111,14 @@ impl Client {
 
     pub(super) async fn open_stream(&self, to: &Contact, purpose: Purpose) -> io::Result<Stream> {
         let (reply, stream) = oneshot::channel();
-        let open = Open { peer: to.peer, purpose, addresses: to.addresses.clone(), reply };
+        let open = Open { to: to.clone(), purpose, reply };
         self.open.send(open).await.map_err(|_| io::Error::from(ErrorKind::NotConnected))?;
         stream.await.map_err(|_| ErrorKind::NotConnected.into())
     }
 
     fn enqueue(&self, to: &Contact, request: Request) -> io::Result<()> {
         let mut links = self.links();
-        let request = match links.get(&to.peer) {
+        let request = match links.get(&to.peer()) {
             Some(link) => match link.try_send(request) {
                 Ok(()) => return Ok(()),
                 Err(mpsc::error::TrySendError::Full(_)) => return Err(ErrorKind::WouldBlock.into()),
@@ -125,7 +128,7 @@ impl Client {
         };
         let (link, requests) = mpsc::channel(MAX_QUEUE);
         link.try_send(request).map_err(|_| io::Error::from(ErrorKind::WouldBlock))?;
-        links.insert(to.peer, link);
+        links.insert(to.peer(), link);
         tokio::spawn(self.clone().serve_link(to.clone(), requests));
         Ok(())
     }
@@ -150,7 +153,7 @@ impl Client {
             }
             batch.retain(|request| !request.reply.is_closed());
             if let Err(error) = self.exchange(&to, &mut stream, &mut batch).await {
-                tracing::debug!(peer = %to.peer, %error, "request failed");
+                tracing::debug!(peer = %to.peer(), %error, "request failed");
                 stream = None;
                 batch.clear();
             }

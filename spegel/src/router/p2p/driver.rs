@@ -1,6 +1,6 @@
 //! The task that owns the swarm: who enters and leaves the table, which records are kept, and how this node stands.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,11 +20,11 @@ use super::behaviour::{Behaviour, BehaviourEvent, MEMBERS, PROTOCOL};
 use super::joining::{Answer, Joining, Target};
 use super::keys::ContentId;
 use super::links::{Arrival, Links};
-use super::members::{self, Action, Card, Membership, Message};
+use super::members::{self, Action, Believed, Membership, Message};
 use super::memory::Memory;
 use super::metrics::{Direction, Reason, RouterMetrics};
 use super::records::SharedRecords;
-use super::table::{Contact, SharedTable, Traits};
+use super::table::{Contact, SharedTable};
 use crate::router::{Member, Members, Peer, Readiness};
 
 /// How often expired records are dropped.
@@ -55,8 +55,10 @@ pub(super) struct Driver {
     /// How busy the registry is said to be.
     pub(super) loads: watch::Receiver<Option<u8>>,
     pub(super) members: watch::Sender<Members>,
-    /// Those of the last list that was shown.
-    pub(super) known: HashSet<PeerId>,
+    /// The last list that was shown.
+    pub(super) shown: BTreeMap<PeerId, Member>,
+    /// The connected peers that speak the member protocol.
+    pub(super) speakers: HashSet<PeerId>,
     pub(super) registry_port: u16,
     pub(super) metrics: RouterMetrics,
     pub(super) remembered: Option<Memory>,
@@ -76,8 +78,8 @@ impl Driver {
     pub(super) async fn run(mut self, cancelled: CancellationToken) {
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut second = tokio::time::interval(members::TICK);
-        second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut often = tokio::time::interval(members::TICK);
+        often.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let multicast = tokio::time::sleep(MDNS_SETTLES);
         tokio::pin!(multicast);
         let mut waited = false;
@@ -96,7 +98,7 @@ impl Driver {
                     self.dial_named();
                 }
                 Some(arrival) = self.arrived.recv() => self.on_arrival(arrival),
-                _ = second.tick() => self.membership.tick(Instant::now()),
+                _ = often.tick() => self.membership.tick(Instant::now()),
                 Ok(()) = self.loads.changed() => {
                     let load = *self.loads.borrow_and_update();
                     load.into_iter().for_each(|load| self.membership.set_load(load));
@@ -108,6 +110,7 @@ impl Driver {
                     }
                     self.records.lock().sweep(now);
                     self.redialled.retain(|_, at| now.duration_since(*at) < REDIAL_PAUSE);
+                    self.advertiser.grown(self.shown.len());
                     self.measure();
                 }
             }
@@ -148,10 +151,10 @@ impl Driver {
             SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }))
                 if info.protocols.contains(&PROTOCOL) =>
             {
-                self.introduced(peer_id, &info.listen_addrs);
                 if info.protocols.contains(&MEMBERS) && self.swarm.is_connected(&peer_id) {
-                    self.membership.connected(Instant::now(), peer_id);
+                    self.speakers.insert(peer_id);
                 }
+                self.introduced(peer_id, &info.listen_addrs);
             }
             SwarmEvent::Behaviour(BehaviourEvent::Opener(inbound)) => self.links.accept(inbound),
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad_event(event),
@@ -199,6 +202,8 @@ impl Driver {
             kad::Event::RoutingUpdated { peer, is_new_peer, addresses, old_peer, .. } => {
                 if let Some(old) = old_peer {
                     self.leave_table(&old);
+                    self.membership.parted(&old);
+                    self.links.forget(&old);
                 }
                 // One that waited for a place in its bucket; who gets one at once has been entered already.
                 if is_new_peer && self.swarm.is_connected(&peer) {
@@ -256,10 +261,14 @@ impl Driver {
         if addresses.is_empty() {
             return;
         }
-        if self.table.write().insert(Contact { peer, addresses: addresses.into() }) {
+        if self.table.write().insert(Contact::new(peer, &addresses)) {
             tracing::debug!(%peer, "joined");
             self.swarm.behaviour_mut().opener.pin(peer, true);
             self.advertiser.newcomer(peer);
+            // Others are answered, and not kept connected for the sake of the member list.
+            if self.speakers.contains(&peer) {
+                self.membership.connected(Instant::now(), peer);
+            }
         }
     }
 
@@ -279,6 +288,7 @@ impl Driver {
             return self.advertiser.newcomer(peer);
         }
         self.links.forget(&peer);
+        self.speakers.remove(&peer);
         let now = Instant::now();
         let Some(contact) = self.leave_table(&peer) else { return self.membership.parted(&peer) };
         tracing::debug!(%peer, "connection ended");
@@ -289,7 +299,7 @@ impl Driver {
             return;
         }
         self.redialled.insert(peer, now);
-        self.dial(Target { peer: Some(peer), addresses: contact.addresses.to_vec() });
+        self.dial(Target { peer: Some(peer), addresses: contact.addresses().to_vec() });
     }
 
     fn not_reached(&mut self, peer: Option<PeerId>, error: &DialError) {
@@ -358,7 +368,10 @@ impl Driver {
                 self.metrics.0.message(Direction::Received, message.kind(), 1);
                 let now = Instant::now();
                 self.on_offer(now, peer, &message);
-                self.membership.receive(now, peer, message);
+                // What was read after the connection's end makes nobody a neighbour.
+                if self.swarm.is_connected(&peer) {
+                    self.membership.receive(now, peer, message);
+                }
             }
         }
     }
@@ -384,10 +397,10 @@ impl Driver {
             match action {
                 Action::Send(peer, message) => {
                     self.metrics.0.message(Direction::Sent, message.kind(), 1);
+                    let table = self.table.read();
                     // One that is connected and not in the table has no address of interest.
-                    let contact = self.table.read().find(&peer).cloned();
-                    let contact = contact.unwrap_or_else(|| Contact { peer, addresses: Arc::default() });
-                    self.links.send(&contact, message);
+                    let contact = table.find(&peer).cloned().unwrap_or_else(|| Contact::new(peer, &[]));
+                    self.links.send(&contact, message, table.contains(&peer));
                 }
                 Action::Probe(peer) => {
                     let addresses = self.membership.card(&peer).map(|card| card.addresses.clone());
@@ -395,40 +408,44 @@ impl Driver {
                 }
             }
         }
-        if self.membership.take_changed() {
-            self.show_members();
+        let changes = self.membership.take_changes();
+        if !changes.is_empty() {
+            self.show_members(changes);
         }
     }
 
-    fn show_members(&mut self) {
-        let contact = |card: &Card| Contact { peer: card.peer, addresses: card.addresses.as_slice().into() };
-        let traits = |card: &Card| Traits { zone: card.zone.as_deref().map(Arc::from), load: card.load };
-        self.table.write().set_members(self.membership.others().map(|card| (contact(card), traits(card))));
-        let shown: Members = self.membership.others().map(|card| self.show(card)).collect();
+    fn show_members(&mut self, changes: BTreeMap<PeerId, Option<Arc<Believed>>>) {
+        let mut table = self.table.write();
         let mut records = self.records.lock();
-        let (now, before): (HashSet<PeerId>, _) =
-            (self.membership.others().map(|card| card.peer).collect(), &self.known);
-        before.difference(&now).for_each(|gone| records.forget(gone));
-        now.difference(before).for_each(|back| records.recall(back));
-        drop(records);
-        self.known = now;
-        self.members.send_replace(shown);
+        for (peer, change) in changes {
+            if let Some(card) = change {
+                table.set_member(card.contact.clone(), Arc::clone(&card.traits));
+                if self.shown.insert(peer, self.show(&card)).is_none() {
+                    records.recall(&peer);
+                }
+            } else {
+                table.remove_member(&peer);
+                self.shown.remove(&peer);
+                records.forget(&peer);
+            }
+        }
+        drop((table, records));
+        self.members.send_replace(self.shown.values().cloned().collect());
     }
 
-    fn show(&self, card: &Card) -> Member {
+    fn show(&self, Believed { card, traits, .. }: &Believed) -> Member {
         let registry = |address: &SocketAddr| SocketAddr::new(address.ip(), self.registry_port);
         let mut addresses: Vec<SocketAddr> = card.addresses.iter().map(registry).collect();
         addresses.dedup();
-        let id = card.peer.to_base58().into();
-        let peer = Peer { id, addresses, zone: card.zone.as_deref().map(Arc::from), load: card.load };
+        let peer = Peer { id: card.peer.to_base58().into(), addresses, zone: traits.zone.clone(), load: card.load };
         Member { peer, version: card.version }
     }
 
     fn measure(&mut self) {
         let figures = &self.metrics.0;
         let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        figures.members.set(count(self.known.len()));
-        figures.peers.set(count(self.table.read().contacts().count()));
+        figures.members.set(count(self.shown.len()));
+        figures.peers.set(count(self.table.read().connected()));
         figures.records.set(count(self.records.lock().foreign_count()));
         (0..self.membership.take_refused()).for_each(|_| figures.refuse(Reason::Card));
         self.advertiser.measure();

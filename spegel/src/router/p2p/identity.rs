@@ -10,6 +10,8 @@ use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
 use ed25519_dalek::pkcs8::{DecodePrivateKey, EncodePrivateKey, KeypairBytes};
 use libp2p::identity::Keypair;
 
+use crate::bootstrap::RememberedPeers;
+
 /// The name of the key's file within the data directory.
 const FILE: &str = "private.key";
 
@@ -59,7 +61,7 @@ impl Identity {
             move |source| IdentityError::Io { action, path, source }
         };
         match read(&path) {
-            Ok(text) => return parse(&path, &text),
+            Ok(text) => return Self::parse(&path, &text),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(failed("read", &path)(error)),
         }
@@ -68,11 +70,11 @@ impl Identity {
         write(&path, &encode(&path, &key)?).map_err(failed("write", &path))?;
         // What is on disk counts, so that two processes that start at once agree on one identity.
         let text = read(&path).map_err(failed("read", &path))?;
-        parse(&path, &text)
+        Self::parse(&path, &text)
     }
 
-    /// Removes what [`load_or_create`](Self::load_or_create) keeps in this directory, and the directory if nothing else is in it.
-    /// Returns the removed file, nothing if there was none.
+    /// Removes what [`load_or_create`](Self::load_or_create) keeps in this directory, the peers that are remembered beside it, and the
+    /// directory if nothing else is in it. Returns the removed file, nothing if there was none.
     pub fn forget(data_dir: &Path) -> Result<Option<PathBuf>, IdentityError> {
         let path = data_dir.join(FILE);
         let removed = match fs::remove_file(&path) {
@@ -80,6 +82,11 @@ impl Identity {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => None,
             Err(source) => return Err(IdentityError::Io { action: "remove", path, source }),
         };
+        RememberedPeers::forget(data_dir).map_err(|source| IdentityError::Io {
+            action: "remove the peers remembered in",
+            path: data_dir.to_owned(),
+            source,
+        })?;
         for entry in fs::read_dir(data_dir).into_iter().flatten().flatten() {
             // Of a write that was interrupted.
             let name = entry.file_name();
@@ -91,6 +98,22 @@ impl Identity {
         // It may hold other things, or be a mount point.
         let _ = fs::remove_dir(data_dir);
         Ok(removed)
+    }
+
+    /// An identity in the form that its file has.
+    pub(super) fn parse(path: &Path, text: &str) -> Result<Self, IdentityError> {
+        let wrong = |reason: String| IdentityError::NotAKey { path: path.to_owned(), reason };
+        let key = SigningKey::from_pkcs8_pem(text).map_err(|error| wrong(error.to_string()))?;
+        Keypair::ed25519_from_bytes(key.to_bytes()).map(Identity).map_err(|error| wrong(error.to_string()))
+    }
+
+    /// The form that its file has.
+    pub(super) fn to_pem(&self) -> Result<String, IdentityError> {
+        let path = Path::new(FILE);
+        let wrong = |reason: String| IdentityError::NotAKey { path: path.to_owned(), reason };
+        let secret = self.0.clone().try_into_ed25519().map_err(|error| wrong(error.to_string()))?;
+        let secret: [u8; 32] = secret.secret().as_ref().try_into().map_err(|_| wrong("its length".to_owned()))?;
+        encode(path, &SigningKey::from_bytes(&secret))
     }
 
     /// The identity's text form, as peers know it.
@@ -113,12 +136,6 @@ fn read(path: &Path) -> io::Result<String> {
         return Err(io::Error::new(ErrorKind::InvalidData, "the file is too large to be a key"));
     }
     Ok(text)
-}
-
-fn parse(path: &Path, text: &str) -> Result<Identity, IdentityError> {
-    let wrong = |reason: String| IdentityError::NotAKey { path: path.to_owned(), reason };
-    let key = SigningKey::from_pkcs8_pem(text).map_err(|error| wrong(error.to_string()))?;
-    Keypair::ed25519_from_bytes(key.to_bytes()).map(Identity).map_err(|error| wrong(error.to_string()))
 }
 
 /// Without the public half, which is the form that every reader of PKCS#8 accepts.
@@ -196,6 +213,8 @@ mod tests {
         assert_eq!(Identity::forget(&data).unwrap(), None);
         Identity::load_or_create(&data).unwrap();
         fs::write(data.join("private.key.17"), "half a key").unwrap();
+        RememberedPeers::new(&data).remember(&[]).unwrap();
+        fs::write(data.join("peers.json.part"), "[").unwrap();
         assert_eq!(Identity::forget(&data).unwrap(), Some(data.join(FILE)));
         assert!(!data.exists());
         Identity::load_or_create(&data).unwrap();

@@ -303,7 +303,7 @@ mod tests {
         let third = Target { peer: Some(id), addresses: vec!["10.0.0.3:7".parse().unwrap()] };
         let dials = joining.to_dial(&table);
         assert!(dials.len() == 2 && dials.contains(&second) && dials.contains(&third), "{dials:?}");
-        table.insert(Contact { peer: id, addresses: Arc::default() });
+        table.insert(Contact::new(id, &[]));
         assert_eq!(joining.to_dial(&table), [second]);
         joining.is_us("10.0.0.2:5001".parse().unwrap());
         assert_eq!(joining.to_dial(&table), []);

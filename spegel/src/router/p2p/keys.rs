@@ -1,5 +1,7 @@
 //! Keys as the network knows them, and where they and the peers lie in its key space.
 
+use std::ops::RangeInclusive;
+
 use libp2p::PeerId;
 use sha2::{Digest as _, Sha256};
 
@@ -74,6 +76,33 @@ impl Position {
         }
         Distance(distance)
     }
+
+    /// How many bits both begin with alike: 256 if they are the same.
+    pub(super) fn common_bits(&self, other: &Self) -> usize {
+        let differing = self.0.iter().zip(&other.0).enumerate().find(|(_, (a, b))| a != b);
+        differing.map_or(256, |(at, (a, b))| at * 8 + (a ^ b).leading_zeros() as usize)
+    }
+
+    /// All positions that begin with the first `bits` bits of this one.
+    pub(super) fn around(&self, bits: usize) -> RangeInclusive<Self> {
+        let (mut low, mut high) = (self.0, self.0);
+        if let Some(byte) = low.get_mut(bits / 8) {
+            let rest = 0xff_u8 >> (bits % 8);
+            *byte &= !rest;
+            high[bits / 8] |= rest;
+            low[bits / 8 + 1..].fill(0);
+            high[bits / 8 + 1..].fill(0xff);
+        }
+        Self(low)..=Self(high)
+    }
+
+    /// All positions that begin with the first `bits` bits of this one and differ in the next. Every one of them is nearer than any
+    /// that shares fewer bits. `bits` is less than 256.
+    pub(super) fn branch(&self, bits: usize) -> RangeInclusive<Self> {
+        let mut other = *self;
+        other.0[bits / 8] ^= 0x80 >> (bits % 8);
+        other.around(bits + 1)
+    }
 }
 
 #[cfg(test)]
@@ -105,6 +134,26 @@ mod tests {
         assert_eq!(ContentId::from_multihash(&bytes[..33]), None);
         assert_eq!(ContentId::from_multihash(&[&bytes[..], &[0]].concat()), None);
         assert_eq!(ContentId::from_multihash(b""), None);
+    }
+
+    #[test]
+    fn branches_divide_the_key_space_by_distance() {
+        let target = id().position();
+        let (mut before, mut last) = (0, None);
+        for bits in (0..256).rev() {
+            let branch = target.branch(bits);
+            for end in [branch.start(), branch.end()] {
+                assert_eq!(target.common_bits(end), bits);
+            }
+            let mut ends = [branch.start(), branch.end()].map(|end| end.distance(&target));
+            ends.sort();
+            assert!(last.is_none_or(|last| last < ends[0]), "nearer than a branch before it");
+            last = Some(ends[1]);
+            before += 1;
+        }
+        assert_eq!((before, target.common_bits(&target)), (256, 256));
+        assert_eq!(target.around(256), target..=target);
+        assert_eq!(target.around(0), Position([0; 32])..=Position([0xff; 32]));
     }
 
     #[test]

@@ -17,13 +17,16 @@ use super::table::Contact;
 use super::wire::read_frame;
 
 /// Larger messages are refused. A comparison of 20,000 members has 400 KB.
-const MAX_MESSAGE: usize = 1024 * 1024;
+pub(super) const MAX_MESSAGE: usize = 1024 * 1024;
 
 /// How many messages wait to be written to one neighbour. More are dropped, which comparing lists makes up for.
 const MAX_QUEUE: usize = 64;
 
 /// How long writing one message may take.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a stream is kept open to a peer that is no neighbour and is only answered: an open one keeps its connection.
+const STREAM_IDLE: Duration = Duration::from_secs(30);
 
 /// How many streams one peer may have open to us: one for the list, others for offers.
 const MAX_INBOUND: usize = 8;
@@ -40,9 +43,16 @@ pub(super) enum Arrival {
 /// All streams.
 pub(super) struct Links {
     client: Client,
-    outbound: HashMap<PeerId, mpsc::Sender<Message>>,
+    outbound: HashMap<PeerId, Outbound>,
     inbound: HashMap<PeerId, usize>,
     arrivals: mpsc::Sender<Arrival>,
+}
+
+/// The stream that we write to one peer.
+struct Outbound {
+    messages: mpsc::Sender<Message>,
+    /// Whether it stays open unused.
+    kept: bool,
 }
 
 // === impl Links ===
@@ -52,10 +62,10 @@ impl Links {
         Self { client, outbound: HashMap::new(), inbound: HashMap::new(), arrivals }
     }
 
-    /// Queues a message for a neighbour.
-    pub(super) fn send(&mut self, to: &Contact, message: Message) {
-        let message = match self.outbound.get(&to.peer) {
-            Some(link) => match link.try_send(message) {
+    /// Queues a message for a peer. The stream to a neighbour is kept open, and the connection with it.
+    pub(super) fn send(&mut self, to: &Contact, message: Message, keep: bool) {
+        let message = match self.outbound.get(&to.peer()).filter(|link| link.kept || !keep) {
+            Some(link) => match link.messages.try_send(message) {
                 Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => return,
                 Err(mpsc::error::TrySendError::Closed(message)) => message,
             },
@@ -64,16 +74,16 @@ impl Links {
         let (link, messages) = mpsc::channel(MAX_QUEUE);
         // It is empty.
         let _ = link.try_send(message);
-        self.outbound.insert(to.peer, link);
+        self.outbound.insert(to.peer(), Outbound { messages: link, kept: keep });
         let (client, to) = (self.client.clone(), to.clone());
         tokio::spawn(async move {
-            if let Err(error) = write(&client, &to, messages).await {
-                tracing::debug!(peer = %to.peer, %error, "the member stream ended");
+            if let Err(error) = write(&client, &to, messages, keep).await {
+                tracing::debug!(peer = %to.peer(), %error, "the member stream ended");
             }
         });
     }
 
-    /// The last connection to a peer ended.
+    /// A peer is no neighbour any more, or the last connection to it ended.
     pub(super) fn forget(&mut self, peer: &PeerId) {
         self.outbound.remove(peer);
     }
@@ -109,10 +119,20 @@ impl Links {
     }
 }
 
-async fn write(client: &Client, to: &Contact, mut messages: mpsc::Receiver<Message>) -> io::Result<()> {
+async fn write(client: &Client, to: &Contact, mut messages: mpsc::Receiver<Message>, keep: bool) -> io::Result<()> {
     let mut stream = timeout(WRITE_TIMEOUT, client.open_stream(to, Purpose::Members)).await??;
     let mut buffer = Vec::new();
-    while let Some(message) = messages.recv().await {
+    loop {
+        let message = if keep {
+            messages.recv().await
+        } else {
+            timeout(STREAM_IDLE, messages.recv()).await.unwrap_or_else(|_| {
+                // What came meanwhile is sent all the same.
+                messages.close();
+                messages.try_recv().ok()
+            })
+        };
+        let Some(message) = message else { break };
         buffer.clear();
         frame(&message, &mut buffer);
         let written = async {

@@ -1,9 +1,7 @@
 //! The walk towards a key: whom to ask next, and when it is over. Messages and a clock go in, questions come out.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-
-use libp2p::PeerId;
 
 use super::keys::{Distance, Position};
 use super::table::{Contact, REPLICAS};
@@ -20,11 +18,11 @@ const MAX_CANDIDATES: usize = 128;
 /// One walk. It has arrived when the nearest [`REPLICAS`] peers that it knows have answered or failed.
 #[derive(Debug)]
 pub(super) struct Walk {
-    local: PeerId,
+    local: Position,
     target: Position,
     candidates: BTreeMap<Distance, Candidate>,
     /// Those that were asked or told us nothing: they are not asked again when others name them.
-    failed: HashSet<PeerId>,
+    failed: BTreeSet<Distance>,
 }
 
 #[derive(Clone, Debug)]
@@ -45,8 +43,9 @@ enum State {
 // === impl Walk ===
 
 impl Walk {
-    pub(super) fn new(local: PeerId, target: Position, known: Vec<Contact>) -> Self {
-        let mut walk = Self { local, target, candidates: BTreeMap::new(), failed: HashSet::new() };
+    /// A walk of the node at `local`, which is never asked itself.
+    pub(super) fn new(local: Position, target: Position, known: Vec<Contact>) -> Self {
+        let mut walk = Self { local, target, candidates: BTreeMap::new(), failed: BTreeSet::new() };
         walk.learn(known, 1);
         walk
     }
@@ -69,7 +68,7 @@ impl Walk {
     }
 
     /// A peer answered, and named others nearer to the key.
-    pub(super) fn answered(&mut self, peer: &PeerId, closer: Vec<Contact>) {
+    pub(super) fn answered(&mut self, peer: &Contact, closer: Vec<Contact>) {
         let hops = self.hops(peer).saturating_add(1);
         if let Some(candidate) = self.candidates.get_mut(&self.distance(peer)) {
             candidate.state = State::Answered;
@@ -78,15 +77,16 @@ impl Walk {
     }
 
     /// How many peers in a row were asked to have this one's answer.
-    pub(super) fn hops(&self, peer: &PeerId) -> u8 {
+    pub(super) fn hops(&self, peer: &Contact) -> u8 {
         self.candidates.get(&self.distance(peer)).map_or(1, |candidate| candidate.hops)
     }
 
     /// A peer could not be asked, or did not answer: the next nearest takes its place.
-    pub(super) fn failed(&mut self, peer: &PeerId) {
-        self.candidates.remove(&self.distance(peer));
+    pub(super) fn failed(&mut self, peer: &Contact) {
+        let distance = self.distance(peer);
+        self.candidates.remove(&distance);
         if self.failed.len() < MAX_CANDIDATES {
-            self.failed.insert(*peer);
+            self.failed.insert(distance);
         }
     }
 
@@ -104,14 +104,15 @@ impl Walk {
         asked.filter(|left| !left.is_zero()).min()
     }
 
-    fn distance(&self, peer: &PeerId) -> Distance {
-        Position::of_peer(peer).distance(&self.target)
+    fn distance(&self, peer: &Contact) -> Distance {
+        peer.position().distance(&self.target)
     }
 
     fn learn(&mut self, contacts: Vec<Contact>, hops: u8) {
         for contact in contacts {
-            if contact.peer != self.local && !contact.addresses.is_empty() && !self.failed.contains(&contact.peer) {
-                let distance = self.distance(&contact.peer);
+            let distance = self.distance(&contact);
+            let usable = *contact.position() != self.local && !contact.addresses().is_empty();
+            if usable && !self.failed.contains(&distance) {
                 self.candidates.entry(distance).or_insert(Candidate { contact, state: State::New, hops });
             }
         }
@@ -125,17 +126,17 @@ impl Walk {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use std::collections::HashMap;
-    use std::sync::Arc;
+    use std::collections::{HashMap, HashSet};
 
+    use libp2p::PeerId;
     use proptest::prelude::*;
 
     use super::*;
     use crate::router::p2p::keys::ContentId;
 
     fn contacts(count: usize) -> Vec<Contact> {
-        let contact = |_| Contact { peer: PeerId::random(), addresses: Arc::from(["10.0.0.1:1".parse().unwrap()]) };
-        (0..count).map(contact).collect()
+        let address = ["10.0.0.1:1".parse().unwrap()];
+        (0..count).map(|_| Contact::new(PeerId::random(), &address)).collect()
     }
 
     fn target() -> Position {
@@ -143,11 +144,11 @@ mod tests {
     }
 
     fn walk(known: Vec<Contact>) -> Walk {
-        Walk::new(PeerId::random(), target(), known)
+        Walk::new(Position::of_peer(&PeerId::random()), target(), known)
     }
 
-    fn ask_all(walk: &mut Walk, now: Instant) -> Vec<PeerId> {
-        std::iter::from_fn(|| walk.next(now)).map(|contact| contact.peer).collect()
+    fn ask_all(walk: &mut Walk, now: Instant) -> Vec<Contact> {
+        std::iter::from_fn(|| walk.next(now)).collect()
     }
 
     #[test]
@@ -187,8 +188,8 @@ mod tests {
         let now = Instant::now();
         let mut asked = HashSet::new();
         while let Some(contact) = walk.next(now) {
-            assert!(asked.insert(contact.peer), "asked twice");
-            walk.failed(&contact.peer);
+            assert!(asked.insert(contact.peer()), "asked twice");
+            walk.failed(&contact);
             walk.learn(known.clone(), 2);
         }
         assert_eq!(asked.len(), 40);
@@ -200,12 +201,11 @@ mod tests {
         let known = contacts(1);
         let mut walk = walk(known.clone());
         let mut named = contacts(1000);
-        named[0].peer = walk.local;
-        named[1].addresses = Arc::default();
-        walk.answered(&known[0].peer, named.clone());
+        walk.local = *named[0].position();
+        named[1] = Contact::new(PeerId::random(), &[]);
+        walk.answered(&known[0], named.clone());
         assert!(walk.candidates.len() <= MAX_CANDIDATES);
-        let excluded = [named[0].peer, named[1].peer];
-        assert!(walk.candidates.values().all(|candidate| !excluded.contains(&candidate.contact.peer)));
+        assert!(walk.candidates.values().all(|candidate| !named[..2].contains(&candidate.contact)));
     }
 
     proptest! {
@@ -215,20 +215,20 @@ mod tests {
         #[test]
         fn it_arrives_at_the_nearest(count in 30..120usize, dead in proptest::collection::hash_set(0..119usize, 0..8)) {
             let mut all = contacts(count);
-            all.sort_by_key(|contact| Position::of_peer(&contact.peer).distance(&target()));
-            let rank: HashMap<PeerId, usize> = all.iter().enumerate().map(|(rank, c)| (c.peer, rank)).collect();
+            all.sort_by_key(|contact| contact.position().distance(&target()));
+            let rank: HashMap<PeerId, usize> = all.iter().enumerate().map(|(rank, c)| (c.peer(), rank)).collect();
             let living: Vec<usize> = (0..count).filter(|rank| !dead.contains(rank)).collect();
             let start = *living.last().unwrap();
             let mut walk = walk(vec![all[start].clone()]);
             let now = Instant::now();
             let mut answered = HashSet::new();
             while let Some(contact) = walk.next(now) {
-                let rank = rank[&contact.peer];
+                let rank = rank[&contact.peer()];
                 if dead.contains(&rank) {
-                    walk.failed(&contact.peer);
+                    walk.failed(&contact);
                 } else {
                     answered.insert(rank);
-                    walk.answered(&contact.peer, all[rank.saturating_sub(30)..rank.max(30)].to_vec());
+                    walk.answered(&contact, all[rank.saturating_sub(30)..rank.max(30)].to_vec());
                 }
             }
             prop_assert!(walk.is_over());

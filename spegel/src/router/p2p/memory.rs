@@ -63,7 +63,8 @@ impl Memory {
 /// A peer as bootstrap sources name it.
 pub(super) fn remember(contact: &Contact) -> BootstrapPeer {
     let address = |at: &std::net::SocketAddr| BootstrapAddress { ip: at.ip(), port: Some(at.port()) };
-    BootstrapPeer { id: Some(contact.peer.to_base58()), addresses: contact.addresses.iter().map(address).collect() }
+    let addresses = contact.addresses().iter().map(address).collect();
+    BootstrapPeer { id: Some(contact.peer().to_base58()), addresses }
 }
 
 #[cfg(test)]

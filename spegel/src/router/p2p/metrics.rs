@@ -166,6 +166,12 @@ impl Figures {
         self.messages.get_or_create(&MessageLabels { direction, kind }).inc_by(count);
     }
 
+    /// How many messages of a kind were sent.
+    #[cfg(test)]
+    pub(super) fn sent(&self, kind: &'static str) -> u64 {
+        self.messages.get_or_create(&MessageLabels { direction: "sent", kind }).get()
+    }
+
     pub(super) fn refuse(&self, reason: Reason) {
         let reason = match reason {
             Reason::Undecodable => "undecodable",

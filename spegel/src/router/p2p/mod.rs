@@ -6,6 +6,7 @@
 mod addresses;
 mod advertise;
 mod behaviour;
+pub(crate) mod checks;
 mod client;
 mod driver;
 mod holdings;
@@ -20,6 +21,7 @@ mod metrics;
 mod network_key;
 mod opener;
 mod per_ip;
+mod quest;
 mod records;
 mod results;
 mod search;
@@ -28,7 +30,7 @@ mod simulation;
 mod table;
 mod wire;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -247,7 +249,8 @@ impl P2pRouter {
             arrived,
             loads,
             members: members.clone(),
-            known: HashSet::new(),
+            shown: BTreeMap::new(),
+            speakers: HashSet::new(),
             registry_port: settings.registry_port,
             metrics: settings.metrics,
             called: HashMap::new(),
@@ -290,7 +293,8 @@ impl P2pRouter {
     /// The peers that are connected now, with the addresses of their routers.
     pub fn peers(&self) -> Vec<Peer> {
         let table = self.table.read();
-        let peer = |contact: &table::Contact| Peer::new(contact.peer.to_base58().into(), contact.addresses.to_vec());
+        let peer =
+            |contact: &table::Contact| Peer::new(contact.peer().to_base58().into(), contact.addresses().to_vec());
         table.contacts().map(peer).collect()
     }
 

@@ -25,8 +25,13 @@ impl NetworkKey {
     /// # Errors
     /// It cannot be read or is no key.
     pub fn load(path: &Path) -> Result<Self, NetworkKeyError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| NetworkKeyError { path: path.to_owned(), reason: error.to_string() })?;
+        Self::parse(path, &text)
+    }
+
+    pub(super) fn parse(path: &Path, text: &str) -> Result<Self, NetworkKeyError> {
         let wrong = |reason: String| NetworkKeyError { path: path.to_owned(), reason };
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
         // The parser wants no space around, and an editor leaves a line's end.
         text.trim().parse().map(Self).map_err(|error: libp2p::pnet::KeyParseError| wrong(error.to_string()))
     }

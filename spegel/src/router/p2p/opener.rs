@@ -5,8 +5,6 @@
 //! remembers every connection that there ever was.)
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -25,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::addresses::multiaddr;
 use super::behaviour::{MEMBERS, PROTOCOL};
+use super::table::Contact;
 
 /// How long opening a stream on an open connection may take.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(2);
@@ -45,10 +44,9 @@ pub(super) enum Purpose {
 /// Asks for a stream. Dropping the sender says that there is none.
 #[derive(Debug)]
 pub(super) struct Open {
-    pub(super) peer: PeerId,
+    /// Whom, and where to dial it if it is not connected.
+    pub(super) to: Contact,
     pub(super) purpose: Purpose,
-    /// Where to dial it if it is not connected.
-    pub(super) addresses: Arc<[SocketAddr]>,
     pub(super) reply: oneshot::Sender<Stream>,
 }
 
@@ -136,7 +134,8 @@ impl Opener {
         }
     }
 
-    fn open(&mut self, Open { peer, purpose, addresses, reply }: Open) {
+    fn open(&mut self, Open { to, purpose, reply }: Open) {
+        let peer = to.peer();
         if let Some(connection) = self.connected.get(&peer).and_then(Connections::preferred) {
             return self.tell(peer, connection, Command::Open(purpose, reply));
         }
@@ -147,7 +146,7 @@ impl Opener {
         if waiting.len() == 1 {
             let opts = DialOpts::peer_id(peer)
                 .condition(PeerCondition::DisconnectedAndNotDialing)
-                .addresses(addresses.iter().copied().map(multiaddr).collect())
+                .addresses(to.addresses().iter().copied().map(multiaddr).collect())
                 .allocate_new_port()
                 .build();
             self.events.push_back(ToSwarm::Dial { opts });

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use libp2p::PeerId;
 use libp2p::kad::store::{Error as StoreError, RecordStore};
 use libp2p::kad::{ProviderRecord, Record, RecordKey};
-use rand::seq::IteratorRandom;
+use rand::Rng;
+use rand::seq::{IteratorRandom as _, SliceRandom as _};
 
 use super::addresses::multiaddr;
 use super::holdings::Holdings;
@@ -87,6 +88,13 @@ impl Records {
         self.foreign.len()
     }
 
+    /// What the records of others take now, in bytes.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> usize {
+        let provider = size_of::<Provider>() + size_of::<(PeerId, u32)>() + 2 * size_of::<SocketAddr>();
+        self.foreign.memory() + self.providers.len() * provider
+    }
+
     /// Keeps what `peer` told about itself. One peer may fill half of the store at most; beyond that it is not heard.
     pub(super) fn add(&mut self, now: Instant, id: ContentId, peer: PeerId, addresses: &[SocketAddr]) -> bool {
         if peer == self.local || addresses.is_empty() || self.limits.foreign == 0 {
@@ -110,12 +118,12 @@ impl Records {
     }
 
     /// Others that offer `id`, in random order, not more than are told to one who asks.
-    pub(super) fn others(&self, now: Instant, id: &ContentId) -> Vec<(PeerId, Arc<[SocketAddr]>)> {
+    pub(super) fn others(&self, now: Instant, id: &ContentId, rng: &mut impl Rng) -> Vec<(PeerId, Arc<[SocketAddr]>)> {
         let oldest = self.oldest_valid(now);
         let valid = self.foreign.of(id).filter(|held| oldest.is_none_or(|oldest| held.told >= oldest));
         let alive = valid.map(|held| &self.providers[held.provider as usize]).filter(|provider| !provider.gone);
-        let mut chosen = alive.choose_multiple(&mut rand::rng(), MAX_TOLD);
-        rand::seq::SliceRandom::shuffle(chosen.as_mut_slice(), &mut rand::rng());
+        let mut chosen = alive.choose_multiple(rng, MAX_TOLD);
+        chosen.shuffle(rng);
         chosen.into_iter().map(|provider| (provider.peer, provider.addresses.clone())).collect()
     }
 
@@ -258,7 +266,7 @@ impl RecordStore for SharedRecords {
         let record = |peer, addresses: &[SocketAddr]| {
             ProviderRecord::new(key.clone(), peer, addresses.iter().copied().map(multiaddr).collect())
         };
-        let others = records.others(Instant::now(), &id);
+        let others = records.others(Instant::now(), &id, &mut rand::rng());
         let mut told: Vec<_> = others.iter().map(|(peer, addresses)| record(*peer, addresses)).collect();
         // Without addresses kad would fill in every listener's, loopback included.
         if records.offers(&id) && !records.own_addresses.is_empty() {

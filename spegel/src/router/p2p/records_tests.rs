@@ -17,7 +17,7 @@ fn store(foreign: usize, now: Instant) -> Records {
 }
 
 fn peers(records: &Records, now: Instant, n: u16) -> HashSet<PeerId> {
-    records.others(now, &id(n)).into_iter().map(|(peer, _)| peer).collect()
+    records.others(now, &id(n), &mut rand::rng()).into_iter().map(|(peer, _)| peer).collect()
 }
 
 #[test]
@@ -45,7 +45,7 @@ fn telling_again_renews() {
     records.add(start + Duration::from_secs(90), id(1), peer, &[address(2)]);
     let later = start + Duration::from_secs(150);
     records.sweep(later);
-    assert_eq!(records.others(later, &id(1))[0].1[..], [address(2)]);
+    assert_eq!(records.others(later, &id(1), &mut rand::rng())[0].1[..], [address(2)]);
 }
 
 #[test]
@@ -115,8 +115,9 @@ fn an_answer_is_bounded_and_changes() {
     let now = Instant::now();
     let mut records = store(1000, now);
     (0..200).for_each(|n| assert!(records.add(now, id(1), PeerId::random(), &[address(n)])));
-    let answers: HashSet<Vec<PeerId>> =
-        (0..10).map(|_| records.others(now, &id(1)).into_iter().map(|(peer, _)| peer).collect()).collect();
+    let answers: HashSet<Vec<PeerId>> = (0..10)
+        .map(|_| records.others(now, &id(1), &mut rand::rng()).into_iter().map(|(peer, _)| peer).collect())
+        .collect();
     assert!(answers.iter().all(|answer| answer.len() == MAX_TOLD));
     assert!(answers.len() > 1, "shuffled");
 }
@@ -190,7 +191,7 @@ proptest! {
         }
         prop_assert!(offered.iter().all(|key| records.offers(&id(*key))));
         for key in 0..40 {
-            for (peer, _) in records.others(now, &id(key)) {
+            for (peer, _) in records.others(now, &id(key), &mut rand::rng()) {
                 let told = told.get(&(key, peer)).copied();
                 prop_assert!(told.is_some_and(|told| now.duration_since(told) <= Duration::from_secs(101)));
             }

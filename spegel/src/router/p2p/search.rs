@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -14,17 +14,14 @@ use tokio::sync::mpsc;
 
 use super::addresses::Scope;
 use super::client::Client;
-use super::keys::ContentId;
-use super::lookup::Walk;
+use super::keys::{ContentId, Position};
 use super::metrics::{Outcome, RouterMetrics};
+use super::quest::{Answer, Quest, Step};
 use super::records::SharedRecords;
 use super::results::Results;
 use super::table::{Contact, SharedTable, Traits};
 use super::wire::{Kind, Message, WirePeer};
 use crate::router::Peer;
-
-/// How long one search may take. Whoever asked has mostly stopped listening by then.
-const SEARCH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How many providers one search yields.
 const MAX_FOUND: usize = 64;
@@ -89,8 +86,8 @@ impl Searches {
             found.iter().for_each(|peer| search.deliver(Some(peer.clone())));
             return receiver;
         }
-        for (peer, addresses) in context.records.lock().others(Instant::now(), &id) {
-            search.deliver(context.peer(peer, &addresses));
+        for (peer, addresses) in context.records.lock().others(Instant::now(), &id, &mut rand::rng()) {
+            search.deliver(context.peer_at(peer, &addresses));
         }
         let known = context.table.read().closest(&id.position());
         if !known.is_empty() && running.len() < MAX_SEARCHES {
@@ -102,43 +99,38 @@ impl Searches {
     }
 
     async fn run(self, id: ContentId, known: Vec<Contact>, search: Arc<Mutex<Search>>) {
-        let start = Instant::now();
-        let Context { local, ref scope, .. } = self.0.context;
-        let mut walk = Walk::new(local, id.position(), known);
+        let context = &self.0.context;
+        let mut quest = Quest::new(Instant::now(), Position::of_peer(&context.local), id.position(), known);
         let mut asking = FuturesUnordered::new();
-        let figures = self.0.context.metrics.0.clone();
         let outcome = loop {
-            let now = Instant::now();
-            while let Some(contact) = walk.next(now) {
-                asking.push(self.ask(contact, id));
-            }
-            let Some(left) = SEARCH_TIMEOUT.checked_sub(start.elapsed()) else { break Outcome::TimedOut };
-            if walk.is_over() {
-                break Outcome::None;
-            }
+            let until = match quest.step(Instant::now()) {
+                Step::Ask(contact) => {
+                    asking.push(self.ask(contact, id));
+                    continue;
+                }
+                Step::Wait(until) => until,
+                Step::Over(outcome) => break outcome,
+            };
             if self.end_if_abandoned(&id, &search) {
                 break Outcome::Abandoned;
             }
-            let wait = walk.patience(now).map_or(left, |patience| patience.min(left));
             tokio::select! {
                 Some((contact, answer)) = asking.next() => match answer {
                     Ok(answer) => {
-                        if !answer.provider_peers.is_empty() && lock(&search).found.is_empty() {
-                            figures.hops.observe(f64::from(walk.hops(&contact.peer)));
+                        for found in quest.answered(&contact, answer) {
+                            lock(&search).deliver(context.peer(&found));
                         }
-                        for Contact { peer, addresses } in contacts(scope, &answer.provider_peers) {
-                            lock(&search).deliver(self.0.context.peer(peer, &addresses));
-                        }
-                        walk.answered(&contact.peer, contacts(scope, &answer.closer_peers));
                     }
                     Err(error) => {
-                        tracing::debug!(peer = %contact.peer, %error, "did not answer");
-                        walk.failed(&contact.peer);
+                        tracing::debug!(peer = %contact.peer(), %error, "did not answer");
+                        quest.failed(&contact);
                     }
                 },
-                () = tokio::time::sleep(wait) => {}
+                () = tokio::time::sleep_until(until.into()) => {}
             }
         };
+        let figures = &context.metrics.0;
+        quest.hops().into_iter().for_each(|hops| figures.hops.observe(f64::from(hops)));
         let mut running = self.running();
         let found = lock(&search).found.clone();
         figures.lookup(if found.is_empty() { outcome } else { Outcome::Found });
@@ -149,10 +141,15 @@ impl Searches {
         running.remove(&id);
     }
 
-    async fn ask(&self, contact: Contact, id: ContentId) -> (Contact, io::Result<Message>) {
+    async fn ask(&self, contact: Contact, id: ContentId) -> (Contact, io::Result<Answer>) {
         let request = Message::request(Kind::GetProviders, &id.multihash());
         let answer = self.0.client.request(&contact, request).await;
-        (contact, answer)
+        let scope = &self.0.context.scope;
+        let read = |message: Message| Answer {
+            providers: contacts(scope, &message.provider_peers),
+            closer: contacts(scope, &message.closer_peers),
+        };
+        (contact, answer.map(read))
     }
 
     /// Under the lock that joining takes, so that nobody joins a search that is ending.
@@ -179,13 +176,13 @@ fn lock(search: &Mutex<Search>) -> MutexGuard<'_, Search> {
 }
 
 /// The usable ones of the peers in an answer.
-fn contacts(scope: &Scope, named: &[WirePeer]) -> Vec<Contact> {
+pub(super) fn contacts(scope: &Scope, named: &[WirePeer]) -> Vec<Contact> {
     let contact = |named: &WirePeer| {
         let peer = PeerId::from_bytes(&named.id).ok()?;
         let addresses: Vec<Multiaddr> =
             named.addrs.iter().filter_map(|bytes| Multiaddr::try_from(bytes.clone()).ok()).collect();
         let addresses = scope.filter(&addresses);
-        (!addresses.is_empty()).then(|| Contact { peer, addresses: addresses.into() })
+        (!addresses.is_empty()).then(|| Contact::new(peer, &addresses))
     };
     named.iter().take(MAX_NAMED).filter_map(contact).collect()
 }
@@ -193,8 +190,12 @@ fn contacts(scope: &Scope, named: &[WirePeer]) -> Vec<Contact> {
 // === impl Context ===
 
 impl Context {
+    fn peer(&self, found: &Contact) -> Option<Peer> {
+        self.peer_at(found.peer(), found.addresses())
+    }
+
     /// A provider as the rooms above know it, unless it is this node. Every node's registry has the same port.
-    fn peer(&self, peer: PeerId, router: &[SocketAddr]) -> Option<Peer> {
+    fn peer_at(&self, peer: PeerId, router: &[SocketAddr]) -> Option<Peer> {
         if peer == self.local {
             return None;
         }

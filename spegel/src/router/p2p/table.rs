@@ -1,7 +1,9 @@
 //! The peers that can be asked: those that are connected, and the members beyond them.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::ops::Bound::{Excluded, Unbounded};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use libp2p::PeerId;
@@ -11,26 +13,15 @@ use super::keys::Position;
 /// How many peers keep the records of a key, and so how many are told and asked: Kademlia's k, as everywhere in libp2p.
 pub(super) const REPLICAS: usize = 20;
 
-/// A peer and where its router listens.
+/// A peer, where it lies in the key space, and where its router listens. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Contact {
-    pub(super) peer: PeerId,
-    pub(super) addresses: Arc<[SocketAddr]>,
-}
+pub(super) struct Contact(Arc<Inner>);
 
-#[derive(Debug)]
-struct Entry {
+#[derive(Debug, PartialEq, Eq)]
+struct Inner {
+    peer: PeerId,
     position: Position,
-    contact: Contact,
-}
-
-/// The driver's view of who is there, which searches and the advertiser read: the peers that are connected and in kad's table, and
-/// the members that are known beyond these. The former are bounded by the buckets of kad's table, the latter by the member list.
-#[derive(Debug, Default)]
-pub(super) struct Table {
-    connected: HashMap<PeerId, Entry>,
-    members: HashMap<PeerId, Entry>,
-    traits: HashMap<PeerId, Traits>,
+    addresses: Box<[SocketAddr]>,
 }
 
 /// What a member says of itself beyond where it is.
@@ -40,90 +31,190 @@ pub(super) struct Traits {
     pub(super) load: Option<u8>,
 }
 
+/// The driver's view of who is there, which searches and the advertiser read: the peers that are connected and in kad's table, and
+/// the members that are known beyond these. The former are bounded by the buckets of kad's table, the latter by the member list.
+/// In the order of the key space, in which the nearest to a position are found without looking at the others.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    known: BTreeMap<Position, Entry>,
+    connected: usize,
+    members: usize,
+}
+
+/// One peer. At least one of both is there.
+#[derive(Debug, Default)]
+struct Entry {
+    connected: Option<Contact>,
+    member: Option<(Contact, Arc<Traits>)>,
+}
+
+// === impl Contact ===
+
+impl Contact {
+    pub(super) fn new(peer: PeerId, addresses: &[SocketAddr]) -> Self {
+        Self(Arc::new(Inner { peer, position: Position::of_peer(&peer), addresses: addresses.into() }))
+    }
+
+    pub(super) fn peer(&self) -> PeerId {
+        self.0.peer
+    }
+
+    pub(super) fn position(&self) -> &Position {
+        &self.0.position
+    }
+
+    pub(super) fn addresses(&self) -> &[SocketAddr] {
+        &self.0.addresses
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    /// What a connection says of its peer is newer than what its card says.
+    fn contact(&self) -> Option<&Contact> {
+        self.connected.as_ref().or(self.member.as_ref().map(|(contact, _)| contact))
+    }
+}
+
 // === impl Table ===
 
 impl Table {
     /// Adds a connected peer, or changes its addresses. True if it is new.
     pub(super) fn insert(&mut self, contact: Contact) -> bool {
-        let position = Position::of_peer(&contact.peer);
-        self.connected.insert(contact.peer, Entry { position, contact }).is_none()
+        let entry = self.known.entry(*contact.position()).or_default();
+        let new = entry.connected.replace(contact).is_none();
+        self.connected += usize::from(new);
+        new
     }
 
+    /// A peer is no longer connected.
     pub(super) fn remove(&mut self, peer: &PeerId) -> Option<Contact> {
-        self.connected.remove(peer).map(|entry| entry.contact)
+        let position = Position::of_peer(peer);
+        let entry = self.known.get_mut(&position)?;
+        let left = entry.connected.take()?;
+        self.connected -= 1;
+        if entry.member.is_none() {
+            self.known.remove(&position);
+        }
+        Some(left)
     }
 
-    /// Replaces the members.
-    pub(super) fn set_members(&mut self, members: impl IntoIterator<Item = (Contact, Traits)>) {
-        let mut before = std::mem::take(&mut self.members);
-        self.traits.clear();
-        for (contact, traits) in members {
-            self.traits.insert(contact.peer, traits);
-            let position = before.remove(&contact.peer).map(|entry| entry.position);
-            let position = position.unwrap_or_else(|| Position::of_peer(&contact.peer));
-            self.members.insert(contact.peer, Entry { position, contact });
+    /// Adds a member, or replaces what is known of it.
+    pub(super) fn set_member(&mut self, contact: Contact, traits: Arc<Traits>) {
+        let entry = self.known.entry(*contact.position()).or_default();
+        self.members += usize::from(entry.member.replace((contact, traits)).is_none());
+    }
+
+    /// A member is gone.
+    pub(super) fn remove_member(&mut self, peer: &PeerId) {
+        let position = Position::of_peer(peer);
+        let Some(entry) = self.known.get_mut(&position) else { return };
+        self.members -= usize::from(entry.member.take().is_some());
+        if entry.connected.is_none() {
+            self.known.remove(&position);
         }
+    }
+
+    /// How many members there are.
+    #[cfg(test)]
+    pub(super) fn members(&self) -> usize {
+        self.members
     }
 
     /// Whether the peer speaks the member protocol.
     pub(super) fn is_member(&self, peer: &PeerId) -> bool {
-        self.members.contains_key(peer)
+        self.entry(peer).is_some_and(|entry| entry.member.is_some())
     }
 
     /// What is known of a peer beyond its addresses.
     pub(super) fn traits(&self, peer: &PeerId) -> Traits {
-        self.traits.get(peer).cloned().unwrap_or_default()
+        let member = self.entry(peer).and_then(|entry| entry.member.as_ref());
+        member.map(|(_, traits)| Traits::clone(traits)).unwrap_or_default()
     }
 
     /// A peer that is connected or a member.
     pub(super) fn find(&self, peer: &PeerId) -> Option<&Contact> {
-        self.get(peer).or_else(|| self.members.get(peer).map(|entry| &entry.contact))
+        self.entry(peer).and_then(Entry::contact)
     }
 
     /// Whether nobody is connected.
     pub(super) fn is_empty(&self) -> bool {
-        self.connected.is_empty()
+        self.connected == 0
     }
 
     /// Whether the peer is connected.
     pub(super) fn contains(&self, peer: &PeerId) -> bool {
-        self.connected.contains_key(peer)
+        self.entry(peer).is_some_and(|entry| entry.connected.is_some())
     }
 
     /// Whether a connected peer has this address.
     pub(super) fn has_address(&self, address: &SocketAddr) -> bool {
-        self.connected.values().any(|entry| entry.contact.addresses.contains(address))
-    }
-
-    /// The connected peer of this identity.
-    pub(super) fn get(&self, peer: &PeerId) -> Option<&Contact> {
-        self.connected.get(peer).map(|entry| &entry.contact)
+        self.contacts().any(|contact| contact.addresses().contains(address))
     }
 
     /// The connected peers.
     pub(super) fn contacts(&self) -> impl Iterator<Item = &Contact> {
-        self.connected.values().map(|entry| &entry.contact)
+        self.known.values().filter_map(|entry| entry.connected.as_ref())
+    }
+
+    /// How many peers are connected.
+    pub(super) fn connected(&self) -> usize {
+        self.connected
     }
 
     /// The known peers nearest to a position, in no order.
     pub(super) fn closest(&self, target: &Position) -> Vec<Contact> {
-        let mut ranked: Vec<_> = self.all().map(|entry| (entry.position.distance(target), entry)).collect();
-        if ranked.len() > REPLICAS {
-            ranked.select_nth_unstable_by_key(REPLICAS, |(distance, _)| *distance);
-            ranked.truncate(REPLICAS);
+        let mut found: Vec<Contact> = Vec::with_capacity(REPLICAS);
+        found.extend(self.known.get(target).and_then(Entry::contact).cloned());
+        // Who shares the most bits with the target stands beside it.
+        let below = self.known.range(..target).next_back();
+        let above = self.known.range((Excluded(target), Unbounded)).next();
+        let Some(most) = below.into_iter().chain(above).map(|(at, _)| target.common_bits(at)).max() else {
+            return found;
+        };
+        for bits in (0..=most).rev() {
+            let room = REPLICAS - found.len();
+            let branch = self.known.range(target.branch(bits)).filter_map(|(_, entry)| entry.contact());
+            let mut branch: Vec<&Contact> = branch.collect();
+            if branch.len() > room {
+                branch.select_nth_unstable_by_key(room, |contact| contact.position().distance(target));
+                branch.truncate(room);
+            }
+            found.extend(branch.into_iter().cloned());
+            if found.len() == REPLICAS {
+                break;
+            }
         }
-        ranked.into_iter().map(|(_, entry)| entry.contact.clone()).collect()
+        found
     }
 
-    /// Whether a connected peer is one of the nearest to a position.
-    pub(super) fn is_among_closest(&self, peer: &PeerId, target: &Position) -> bool {
-        let Some(own) = self.connected.get(peer).map(|entry| entry.position.distance(target)) else { return false };
-        self.all().filter(|entry| entry.position.distance(target) < own).take(REPLICAS).count() < REPLICAS
+    /// Whether everyone that is known is near to every key.
+    pub(super) fn is_small(&self) -> bool {
+        self.known.len() <= REPLICAS
     }
 
-    fn all(&self) -> impl Iterator<Item = &Entry> {
-        let apart = self.members.iter().filter(|(peer, _)| !self.connected.contains_key(*peer));
-        self.connected.values().chain(apart.map(|(_, entry)| entry))
+    /// Where the keys lie that a peer may be among the nearest to. For all others there are as many as are told that share more of
+    /// their positions.
+    pub(super) fn region(&self, peer: &PeerId) -> Vec<RangeInclusive<Position>> {
+        let own = Position::of_peer(peer);
+        let mut region = Vec::new();
+        for bits in 0..256 {
+            if self.known.range(own.around(bits)).all(|(at, _)| *at == own) {
+                // Nobody else is there.
+                region.push(own.around(bits));
+                break;
+            }
+            let branch = own.branch(bits);
+            if self.known.range(branch.clone()).take(REPLICAS).count() < REPLICAS {
+                region.push(branch);
+            }
+        }
+        region
+    }
+
+    fn entry(&self, peer: &PeerId) -> Option<&Entry> {
+        self.known.get(&Position::of_peer(peer))
     }
 }
 
@@ -147,52 +238,63 @@ impl SharedTable {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::router::p2p::keys::ContentId;
 
     fn contact() -> Contact {
-        Contact { peer: PeerId::random(), addresses: Arc::from(["10.0.0.1:5001".parse().unwrap()]) }
+        Contact::new(PeerId::random(), &["10.0.0.1:5001".parse().unwrap()])
+    }
+
+    fn sorted(mut contacts: Vec<Contact>, target: &Position) -> Vec<Contact> {
+        contacts.sort_by_key(|contact| contact.position().distance(target));
+        contacts
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn closest_are_those_that_sorting_gives(connected in 0..60usize, both in 0..30usize, apart in 0..200usize) {
+            let mut table = Table::default();
+            let contacts: Vec<Contact> = (0..connected + both + apart).map(|_| contact()).collect();
+            for contact in &contacts[..connected + both] {
+                prop_assert!(table.insert(contact.clone()));
+                prop_assert!(!table.insert(contact.clone()), "once only");
+            }
+            for contact in &contacts[connected..] {
+                table.set_member(contact.clone(), Arc::default());
+            }
+            let target = Position::of_peer(&PeerId::random());
+            let wanted = sorted(contacts.clone(), &target);
+            prop_assert_eq!(sorted(table.closest(&target), &target), &wanted[..REPLICAS.min(wanted.len())]);
+            if let Some(first) = contacts.first() {
+                let region = table.region(&first.peer());
+                let inside = region.iter().any(|range| range.contains(&target));
+                prop_assert!(inside || !table.closest(&target).contains(first), "near, and outside of the region");
+                let found = table.closest(first.position());
+                prop_assert!(found.contains(first), "the target itself");
+            }
+            prop_assert_eq!((table.connected(), table.members()), (connected + both, both + apart));
+        }
     }
 
     #[test]
-    fn closest_are_those_that_sorting_gives() {
+    fn who_leaves_one_way_stays_the_other() {
         let mut table = Table::default();
-        let contacts: Vec<Contact> = (0..100).map(|_| contact()).collect();
-        for contact in &contacts {
-            assert!(table.insert(contact.clone()));
-            assert!(!table.insert(contact.clone()), "once only");
-        }
-        let target = ContentId::of(&format!("sha256:{:064x}", 1).parse().unwrap()).position();
-        let mut sorted = contacts;
-        sorted.sort_by_key(|contact| Position::of_peer(&contact.peer).distance(&target));
-        let mut closest = table.closest(&target);
-        closest.sort_by_key(|contact| Position::of_peer(&contact.peer).distance(&target));
-        assert_eq!(closest, sorted[..REPLICAS]);
-        for (rank, contact) in sorted.iter().enumerate() {
-            assert_eq!(table.is_among_closest(&contact.peer, &target), rank < REPLICAS);
-        }
-        assert!(!table.is_among_closest(&PeerId::random(), &target));
-    }
-
-    #[test]
-    fn members_count_once_whether_connected_or_not() {
-        let mut table = Table::default();
-        let contacts: Vec<Contact> = (0..60).map(|_| contact()).collect();
-        for contact in &contacts[..30] {
-            table.insert(contact.clone());
-        }
-        table.set_members(contacts[20..].iter().map(|contact| (contact.clone(), Traits::default())));
-        let target = Position::of_peer(&PeerId::random());
-        let mut sorted = contacts.clone();
-        sorted.sort_by_key(|contact| Position::of_peer(&contact.peer).distance(&target));
-        let mut closest = table.closest(&target);
-        closest.sort_by_key(|contact| Position::of_peer(&contact.peer).distance(&target));
-        assert_eq!(closest, sorted[..REPLICAS]);
-        for (rank, contact) in sorted.iter().enumerate() {
-            let near = rank < REPLICAS && table.contains(&contact.peer);
-            assert_eq!(table.is_among_closest(&contact.peer, &target), near);
-        }
-        table.set_members([]);
-        assert!(!table.is_member(&contacts[25].peer) && table.contains(&contacts[25].peer));
+        let (one, two) = (contact(), contact());
+        table.insert(one.clone());
+        table.set_member(one.clone(), Arc::default());
+        table.set_member(two.clone(), Arc::new(Traits { zone: None, load: Some(3) }));
+        assert_eq!(table.traits(&two.peer()).load, Some(3));
+        assert_eq!(table.remove(&one.peer()), Some(one.clone()));
+        assert_eq!(table.remove(&one.peer()), None);
+        assert!(table.is_empty() && table.is_member(&one.peer()) && !table.contains(&one.peer()));
+        table.remove_member(&one.peer());
+        assert_eq!((table.find(&one.peer()), table.find(&two.peer())), (None, Some(&two)));
+        table.insert(two.clone());
+        table.remove_member(&two.peer());
+        assert!(table.contains(&two.peer()) && !table.is_member(&two.peer()));
+        assert_eq!((table.connected(), table.members()), (1, 0));
     }
 }

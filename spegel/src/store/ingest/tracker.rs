@@ -13,6 +13,10 @@ use crate::zerocopy::Progress;
 /// other when it commits; a close without the other is an abort.
 const COMMIT: Duration = Duration::from_millis(250);
 
+/// So many times the stall bound is the longest that a file may not grow, however slowly it has grown before. containerd writes in steps of
+/// up to 1 MiB, which at the default bound is 35 KB a second.
+const SLOWEST: u32 = 6;
+
 /// How many ingests are known at a time.
 pub(super) const MAX_KNOWN: usize = 4096;
 
@@ -36,6 +40,9 @@ struct Reception {
     is_new: bool,
     /// None as long as its `data` was not seen.
     sight: Option<Sight>,
+    /// When it was first seen, or grew last, and the longest that it has lately taken from one step to the next.
+    changed_at: Option<Instant>,
+    pace: Duration,
     /// While it grows.
     live: Option<Live>,
     /// It was made a moment ago and its writer has neither written nor left.
@@ -46,6 +53,7 @@ struct Reception {
 struct Live {
     progress: watch::Sender<Progress>,
     grown_at: Instant,
+    pace: Duration,
     closed_at: Option<Instant>,
 }
 
@@ -63,7 +71,7 @@ pub(super) struct Growth {
 #[derive(Debug)]
 pub(super) struct Tracker {
     receptions: HashMap<Box<str>, Reception>,
-    /// How long a file may not grow until it is given up.
+    /// How long a file may not grow until it is given up, unless it has grown in steps that took long before.
     stall: Duration,
 }
 
@@ -79,7 +87,16 @@ impl Tracker {
         if self.receptions.len() >= MAX_KNOWN {
             return false;
         }
-        let reception = Reception { reference, total, is_new, sight: None, live: None, is_awaited: is_new };
+        let reception = Reception {
+            reference,
+            total,
+            is_new,
+            sight: None,
+            changed_at: None,
+            pace: Duration::ZERO,
+            live: None,
+            is_awaited: is_new,
+        };
         self.receptions.entry(folder.into()).or_insert(reception);
         true
     }
@@ -92,6 +109,7 @@ impl Tracker {
     pub(super) fn saw(&mut self, folder: &str, sight: Sight, now: Instant) -> Option<Digest> {
         let reception = self.receptions.get_mut(folder)?;
         let was_live = reception.live.is_some();
+        reception.changed_at.get_or_insert(now);
         match reception.sight.replace(sight) {
             // What another process left behind, and what was there before we looked, may grow no more.
             None if !reception.is_new => {}
@@ -190,14 +208,17 @@ impl Reception {
         let Some(total) = self.total.filter(|total| position <= *total && self.reference.kind == Kind::Blob) else {
             return self.give_up();
         };
+        let took = self.changed_at.replace(now).map_or(Duration::ZERO, |before| now.duration_since(before));
+        self.pace = took.max(self.pace / 2);
         let progress = Progress { position, ended: position == total };
         match &mut self.live {
             Some(live) => {
                 live.progress.send_replace(progress);
-                (live.grown_at, live.closed_at) = (now, None);
+                (live.grown_at, live.pace, live.closed_at) = (now, self.pace, None);
             }
             None => {
-                self.live = Some(Live { progress: watch::Sender::new(progress), grown_at: now, closed_at: None });
+                let progress = watch::Sender::new(progress);
+                self.live = Some(Live { progress, grown_at: now, pace: self.pace, closed_at: None });
             }
         }
     }
@@ -214,7 +235,7 @@ impl Reception {
 
 impl Live {
     fn deadline(&self, stall: Duration) -> Instant {
-        let stalled = self.grown_at + stall;
+        let stalled = self.grown_at + stall.max((2 * self.pace).min(SLOWEST * stall));
         self.closed_at.map_or(stalled, |closed| stalled.min(closed + COMMIT))
     }
 }

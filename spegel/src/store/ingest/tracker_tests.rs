@@ -116,6 +116,33 @@ fn what_stands_still_is_withdrawn_and_offered_again_when_it_goes_on() {
     assert_eq!(now_at(&growth), (MIB, true), "who was sent away stays so");
 }
 
+/// At 100 KB/s a step of 1 MiB takes ten seconds: that is slow, and no stall.
+#[test]
+fn who_has_grown_slowly_may_go_on_so() {
+    let mut fixture = Fixture::with_layer("a");
+    let step = 2 * STALL;
+    for n in 1..5 {
+        assert_eq!(fixture.wait(step), [], "{n}");
+        fixture.saw("a", n * MIB);
+    }
+    assert_eq!(fixture.wait(2 * step - Duration::from_millis(1)), []);
+    assert_eq!(fixture.wait(Duration::from_millis(1)), [digest()], "twice as long is too long");
+    // Soon forgotten once it is fast.
+    for n in 5..10 {
+        fixture.saw("a", n * MIB);
+    }
+    assert_eq!(fixture.wait(STALL).len(), 1);
+}
+
+#[test]
+fn no_step_may_take_longer_than_the_slowest() {
+    let mut fixture = Fixture::with_layer("a");
+    fixture.now += 100 * STALL;
+    fixture.saw("a", MIB);
+    assert_eq!(fixture.wait(SLOWEST * STALL - Duration::from_millis(1)), []);
+    assert_eq!(fixture.wait(Duration::from_millis(1)), [digest()]);
+}
+
 #[test]
 fn a_writer_that_closes_without_a_commit_has_given_up() {
     let mut fixture = Fixture::with_layer("a");

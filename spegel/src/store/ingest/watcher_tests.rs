@@ -255,13 +255,13 @@ fn the_end_of_the_watcher_ends_what_is_followed() {
 fn many_pulls_at_once_are_all_told_within_bounds() {
     let content = Content::new(PATIENCE * 10);
     let count = MAX_WATCHES as u64 + 200;
-    let mut ingests: Vec<Ingest> = Vec::new();
-    for n in 1..=count {
+    let begin = |n| {
         let ingest = content.begin(n, "k8s.io", Some(3000));
         // The descriptor is ours, not the watcher's.
-        ingests.push(Ingest { data: fs::File::open("/dev/null").unwrap(), ..ingest });
-        content.wait("the first sight", || content.receptions.lock().knows(&format!("{n:064x}")));
-    }
+        Ingest { data: fs::File::open("/dev/null").unwrap(), ..ingest }
+    };
+    let ingests: Vec<Ingest> = (1..=count).map(begin).collect();
+    content.wait("the first sight of all", || content.receptions.lock().folders().count() as u64 == count);
     let append = |ingest: &Ingest, bytes: usize| {
         let mut data = fs::File::options().append(true).open(ingest.path.join("data")).unwrap();
         data.write_all(&vec![1; bytes]).unwrap();

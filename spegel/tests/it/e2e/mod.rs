@@ -13,6 +13,7 @@ mod cri;
 mod faults;
 mod layers;
 mod many;
+mod mdns;
 mod pulls;
 mod receiving;
 mod signals;

@@ -36,7 +36,10 @@ fn snapshot(root: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(root).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() {
+        if path.is_symlink() {
+            let target = fs::read_link(&path).unwrap();
+            found.insert(path, Some(target.into_os_string().into_encoded_bytes()));
+        } else if path.is_dir() {
             found.extend(snapshot(&path));
             found.insert(path, None);
         } else {
@@ -311,7 +314,10 @@ fn malformed_settings() {
     configuration.mirror_targets.clear();
     assert!(matches!(write(&configuration), Err(HostsError::NoTarget)));
     assert!(snapshot(root.path()).is_empty());
-    remove(&root.path().join("absent")).unwrap();
+    assert!(remove(&root.path().join("absent")).unwrap().is_empty());
+    put(root.path(), "file", "");
+    let error = remove(&root.path().join("file")).unwrap_err();
+    assert!(error.to_string().contains("not a directory"), "{error}");
 }
 
 /// TOML refuses a table that is told twice, and containerd would then ignore the file.
@@ -344,17 +350,148 @@ fn a_linked_file_is_kept_and_comes_back() {
     assert_eq!(get(dir.path(), "common.toml"), "[host.'http://old:5000']\n");
 }
 
+/// What an administrator may have put in the place of a file, none of which can be read, and none of which is ours.
+fn put_unreadable(root: &Path) {
+    for name in ["10.0.0.5:5000", "Upper", "fifo.test", "folder.test", "large.test"] {
+        fs::create_dir_all(root.join(name)).unwrap();
+    }
+    std::os::unix::fs::symlink("/nonexistent/shared.toml", root.join("10.0.0.5:5000/hosts.toml")).unwrap();
+    std::os::unix::fs::symlink("hosts.toml", root.join("Upper/hosts.toml")).unwrap();
+    fs::create_dir(root.join("folder.test/hosts.toml")).unwrap();
+    fs::write(root.join("large.test/hosts.toml"), vec![b'#'; 2 << 20]).unwrap();
+}
+
 #[test]
-fn what_is_no_file_is_refused_and_stays() {
+fn what_cannot_be_read_keeps_nobody_from_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put_unreadable(root);
+    let before = snapshot(root);
+    write(&setting(root, &[])).unwrap();
+    body(root, "_default/hosts.toml");
+    remove(root).unwrap();
+    assert_eq!(snapshot(root), before);
+
+    // One that is to be replaced is kept, whatever it is.
+    write(&setting(root, &["http://10.0.0.5:5000", "folder.test", "large.test"])).unwrap();
+    body(root, "folder.test/hosts.toml");
+    remove(root).unwrap();
+    assert_eq!(snapshot(root), before);
+    assert_eq!(fs::read_link(root.join("10.0.0.5:5000/hosts.toml")).unwrap(), Path::new("/nonexistent/shared.toml"));
+    assert!(fs::read_dir(root).unwrap().all(|entry| !entry.unwrap().file_name().to_str().unwrap().contains("spegel")));
+}
+
+#[test]
+fn hosts_that_are_to_be_kept_and_cannot_be_read_are_an_error_before_anything_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("_default/hosts.toml");
     fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let prepending = Configuration { prepend_existing: true, ..setting(dir.path(), &[]) };
     std::os::unix::fs::symlink("not-mounted-yet.toml", &path).unwrap();
-    let error = write(&setting(dir.path(), &[])).unwrap_err();
+    let error = write(&prepending).unwrap_err();
     assert!(error.to_string().contains("a link whose target is not there"), "{error}");
     assert!(path.symlink_metadata().unwrap().is_symlink());
     fs::remove_file(&path).unwrap();
     rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-    let error = write(&setting(dir.path(), &[])).unwrap_err();
+    let error = write(&prepending).unwrap_err();
     assert!(error.to_string().contains("not a file"), "{error}");
+}
+
+/// One directory that cannot be changed does not keep a mirror that is gone in the others.
+#[test]
+fn the_others_are_taken_back_where_one_cannot_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put(root, "a.test/hosts.toml", "# first\n");
+    let configuration = setting(root, &["a.test", "b.test"]);
+    write(&configuration).unwrap();
+    // A file in the way of the copy that is to be set aside.
+    put(root, "a.test/hosts.toml", &(get(root, "a.test/hosts.toml") + "# mine\n"));
+    fs::remove_dir_all(root.join("_backup/a.test")).unwrap();
+    put(root, "_backup/a.test", "");
+    let error = remove(root).unwrap_err();
+    assert!(error.to_string().contains("a.test"), "{error}");
+    assert!(!root.join("b.test").exists());
+}
+
+/// Our own backup is no sign of the Go program.
+#[test]
+fn a_file_of_the_go_programs_shape_beside_our_backup_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put(root, "_default/hosts.toml", "server = 'https://corp.test'\n");
+    let configuration = setting(root, &[]);
+    write(&configuration).unwrap();
+    put(root, "corp.test/hosts.toml", BY_GO);
+    write(&configuration).unwrap();
+    assert_eq!(get(root, "corp.test/hosts.toml"), BY_GO);
+    remove(root).unwrap();
+    assert_eq!(get(root, "corp.test/hosts.toml"), BY_GO);
+    assert_eq!(get(root, "_default/hosts.toml"), "server = 'https://corp.test'\n");
+}
+
+#[test]
+fn a_backup_of_somebody_else_is_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put(root, "_backup/old.test/hosts.toml", "# from last year\n");
+    put(root, "a.test/hosts.toml", "# mine\n");
+    let before = snapshot(root);
+    write(&setting(root, &["a.test", "old.test"])).unwrap();
+    assert_eq!(get(root, "_backup/old.test/hosts.toml"), "# from last year\n");
+    assert_eq!(get(root, "_backup.spegel/a.test/hosts.toml"), "# mine\n");
+    remove(root).unwrap();
+    assert_eq!(snapshot(root), before);
+}
+
+#[test]
+fn a_file_of_the_go_program_that_was_edited_is_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    install_by_go(root);
+    let edited = BY_GO.to_owned() + "\n[host.'https://second.test']\nskip_verify = true\n";
+    put(root, "a.test/hosts.toml", &edited);
+    let report = remove(root).unwrap();
+    assert_eq!(get(root, "a.test/hosts.toml"), "# mine\n");
+    assert_eq!(report.set_aside.len(), 1);
+    assert_eq!(fs::read_to_string(&report.set_aside[0]).unwrap(), edited);
+    // With what it kept of an administrator's it is the Go program's own.
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    install_by_go(root);
+    put(root, "_backup/a.test/hosts.toml", "[host.\"https://second.test\"]\n  skip_verify = true\n");
+    put(root, "a.test/hosts.toml", &edited);
+    assert_eq!(remove(root).unwrap().set_aside, Vec::<PathBuf>::new());
+    assert!(get(root, "a.test/hosts.toml").starts_with("[host.\""));
+}
+
+#[test]
+fn a_line_before_ours_does_not_keep_the_mirror() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    write(&setting(root, &["a.test"])).unwrap();
+    put(root, "a.test/hosts.toml", &("# managed by a tool\n".to_owned() + &get(root, "a.test/hosts.toml")));
+    let report = remove(root).unwrap();
+    assert_eq!((report.removed.len(), report.set_aside.len()), (1, 1));
+    assert!(!root.join("a.test").exists());
+
+    // Who took our line away made it his.
+    write(&setting(root, &["b.test"])).unwrap();
+    put(root, "b.test/hosts.toml", &body(root, "b.test/hosts.toml"));
+    assert_eq!(remove(root).unwrap().foreign_mirrors, [root.join("b.test/hosts.toml")]);
+}
+
+#[test]
+fn a_directory_under_two_names_is_written_once() {
+    for (name, link) in [("shared", "b.test"), ("shared", "z.test")] {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        put(root, &format!("{name}/hosts.toml"), "# mine\n");
+        std::os::unix::fs::symlink(name, root.join(link)).unwrap();
+        write(&setting(root, &[link])).unwrap();
+        body(root, &format!("{link}/hosts.toml"));
+        remove(root).unwrap();
+        assert_eq!(get(root, &format!("{name}/hosts.toml")), "# mine\n");
+        assert!(root.join(link).is_symlink() && !root.join("_backup").exists());
+    }
 }

@@ -131,7 +131,7 @@ fn answer(stream: TcpStream, config: Arc<rustls::ServerConfig>, state: &Mutex<St
     let length = body.len();
     write!(
         stream,
-        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+        "HTTP/1.1 {status}\r\ndate: Tue, 01 Jan 2030 02:00:00 GMT\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
     )?;
     stream.conn.send_close_notify();
     stream.flush()

@@ -400,3 +400,43 @@ async fn a_file_that_gets_shorter_ends_in_order_and_is_withdrawn() {
     let observer = network.join("observer", "127.0.0.1:1".parse().unwrap());
     assert!(observer.lookup(&Key::Digest(digest)).recv().await.is_none());
 }
+
+/// A directory stands for a file that the disk does not give: opened it can be, and read it cannot.
+#[tokio::test]
+async fn content_that_the_disk_does_not_give_ends_in_order_and_is_withdrawn() {
+    let network = MemoryNetwork::new();
+    let a = Node::join(&network, "a");
+    let digest = digest_of(b"not this");
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("something"), "in it").unwrap();
+    let unreadable = Arc::new(std::fs::File::open(folder.path()).unwrap());
+    assert!(unreadable.metadata().unwrap().len() > 0);
+    a.shelf.blobs.lock().unwrap().insert(digest.clone(), unreadable);
+    a.announce(Key::Digest(digest.clone()));
+    let mirrored = [("X-Spegel-Mirrored", "true")];
+    let reply = a.ask("GET", &target(&digest), &mirrored).await;
+    assert!(reply.orderly && reply.body.is_empty(), "{reply:?}");
+    let deadline = Instant::now() + super::PATIENCE;
+    while a.ask("GET", &target(&digest), &mirrored).await.status != 404 {
+        assert!(Instant::now() < deadline, "still given");
+    }
+    let observer = network.join("observer", "127.0.0.1:1".parse().unwrap());
+    assert!(observer.lookup(&Key::Digest(digest)).recv().await.is_none());
+}
+
+/// Clients leave early all the time: that is not the disk's fault.
+#[tokio::test]
+async fn a_client_that_leaves_early_does_not_make_content_damaged() {
+    let network = MemoryNetwork::new();
+    let a = Node::join(&network, "a");
+    let bytes = noise(29, 8 << 20);
+    let digest = a.offer(&bytes);
+    for _ in 0..3 {
+        let mut stream = tokio::net::TcpStream::connect(a.address()).await.unwrap();
+        let request = format!("GET {} HTTP/1.1\r\nHost: a\r\nX-Spegel-Mirrored: true\r\n\r\n", target(&digest));
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.read_exact(&mut vec![0; 1 << 20]).await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(a.ask("GET", &target(&digest), &[("X-Spegel-Mirrored", "true")]).await.body == bytes);
+}

@@ -1,6 +1,7 @@
 //! Tests of `registry` and `mirror` together, through real sockets: nodes with a store in memory, joined by a memory router.
 #![allow(clippy::unwrap_used)]
 
+mod choosing;
 mod hostile;
 mod local;
 mod peers;

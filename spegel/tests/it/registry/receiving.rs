@@ -286,3 +286,23 @@ async fn a_stall_is_judged_by_the_growth_of_who_receives_it() {
     assert!(reply.orderly && reply.body == still.bytes[..MIB], "{} bytes", reply.body.len());
     assert!(start.elapsed() < stall * 15, "{:?}", start.elapsed());
 }
+
+/// containerd writes in steps of 1 MiB: at a low rate each takes longer than the stall bound, and the file looks still meanwhile.
+#[tokio::test]
+async fn who_receives_slowly_is_waited_for_from_step_to_step() {
+    let network = MemoryNetwork::new();
+    let stall = Duration::from_millis(200);
+    let a = Node::join(&network, "a");
+    let hasty = MirrorSettings { stall, ..MirrorSettings::default() };
+    let b = Node::with(&network, "b", Setup { mirror: Some(hasty), ..Setup::default() });
+    let writer = Writer::at(&a, &noise(13, 4 * MIB));
+    writer.write_to(MIB);
+    let pulled = pull(&b, "b", &writer.target);
+    for n in 2..=4 {
+        tokio::time::sleep(stall * 3).await;
+        assert!(!pulled.is_finished(), "given up before step {n}");
+        writer.write_to(n * MIB);
+    }
+    let reply = pulled.await.unwrap();
+    assert!(reply.status == 200 && reply.body == writer.bytes, "{} bytes", reply.body.len());
+}

@@ -1,10 +1,13 @@
 //! How a node refuses a client that it has given something: what fails a pull of containerd is never said.
 
 use spegel::oci::Key;
+use spegel::registry::Strain;
 use spegel::router::MemoryNetwork;
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{Node, digest_of, noise, rogue};
 
@@ -114,6 +117,41 @@ async fn a_parallel_fetch_is_kept_to_one_request() {
     }
 }
 
+/// What runs goes on, what comes is sent elsewhere, and all is well again once it has passed.
+#[tokio::test]
+async fn a_node_that_is_about_to_run_out_refuses_new_work_until_that_has_passed() {
+    let node = Node::join(&MemoryNetwork::new(), "a");
+    let bytes = noise(5, 24 << 20);
+    let (given, other) = (node.shelf.put(&bytes), node.shelf.put(b"other"));
+    let target = |digest: &spegel::oci::Digest| format!("/v2/app/blobs/{digest}?ns=registry.test");
+    for (strain, word) in [(Strain::Memory, "memory"), (Strain::Descriptors, "open files")] {
+        assert_eq!(node.get("/readyz").await.status, 200);
+        let mut under_way = tokio::net::TcpStream::connect(node.address()).await.unwrap();
+        let request = format!("GET {} HTTP/1.1\r\nHost: a\r\nX-Spegel-Node: n\r\n\r\n", target(&given));
+        under_way.write_all(request.as_bytes()).await.unwrap();
+        under_way.read_exact(&mut [0; 1000]).await.unwrap();
+
+        assert_eq!(node.registry.set_strain(Some(strain)), None);
+        let ready = node.get("/readyz").await;
+        assert!(ready.status == 503 && String::from_utf8(ready.body).unwrap().contains(word));
+        assert_eq!(node.get("/livez").await.status, 200);
+        assert_eq!(node.get(&target(&other)).await.status, 503);
+        assert_eq!(node.ask("GET", &target(&other), &[("X-Spegel-Mirrored", "true")]).await.status, 503);
+        let next = [("Range", "bytes=500-"), ("X-Spegel-Node", "n")];
+        let reply = node.ask("GET", &target(&given), &next).await;
+        assert_eq!(
+            (reply.status, reply.body.len(), reply.orderly),
+            (206, 0, true),
+            "an error status would fail its pull"
+        );
+        under_way.read_exact(&mut vec![0; 23 << 20]).await.expect("what is under way goes on");
+
+        assert_eq!(node.registry.set_strain(None), Some(strain));
+        // As a peer, which is promised nothing by it.
+        assert!(node.ask("GET", &target(&other), &[("X-Spegel-Mirrored", "true")]).await.body == b"other");
+    }
+}
+
 #[tokio::test]
 async fn a_connection_too_many_is_sent_elsewhere_in_the_same_way() {
     let node = Node::join(&MemoryNetwork::new(), "a");
@@ -130,6 +168,8 @@ async fn a_connection_too_many_is_sent_elsewhere_in_the_same_way() {
     assert_eq!(turn_away(&given).await, 206, "an error status would fail the pull");
     assert_eq!(turn_away(&given).await, 503, "a second empty body would, too");
     assert_eq!(turn_away(&other).await, 503);
+    let (parts, ()) = http::Request::get("/readyz").body(()).unwrap().into_parts();
+    assert_eq!(node.registry.turn_away(&parts, Ipv4Addr::LOCALHOST.into()).await.status().as_u16(), 503);
     // Others are served meanwhile.
     assert_eq!(node.get(&target(&other)).await.status, 200);
 }

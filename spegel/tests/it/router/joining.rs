@@ -186,3 +186,39 @@ async fn addresses_follow_the_settings() {
     sleep(Duration::from_millis(500)).await;
     assert_ne!(*c.router.readiness().borrow(), Readiness::Connected);
 }
+
+/// One node is reached by IPv6 alone, one by IPv4 alone, and one by both: each finds what it can reach, and the latter is told of with
+/// both of its addresses.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_families_make_one_network() {
+    let network = Loopback::new();
+    if TcpListener::bind("[::1]:0").is_err() {
+        println!("skipped: no IPv6 on this machine's loopback");
+        return;
+    }
+    let v4 = network.address(1);
+    let start = |listen: &[SocketAddr], named: &[SocketAddr]| {
+        let mut settings = network.settings(v4);
+        settings.listen = listen.to_vec();
+        let named: Vec<String> = named.iter().map(SocketAddr::to_string).collect();
+        settings.bootstrap = vec![Arc::new(StaticBootstrap::new(&named).unwrap())];
+        let router = P2pRouter::start(settings, &CancellationToken::new()).unwrap();
+        let registry = SocketAddr::new(listen[0].ip(), 5000);
+        let listens = router.listen_addresses().to_vec();
+        (Node { id: router.peer_id().clone(), router, registry, _membership: Box::new(()) }, listens)
+    };
+    let (both, listens) = start(&[SocketAddr::from((v4, 0)), "[::1]:0".parse().unwrap()], &[]);
+    let (six, _) = start(&["[::1]:0".parse().unwrap()], &listens[1..]);
+    let (four, _) = start(&[SocketAddr::from((network.address(2), 0))], &listens[..1]);
+    for (node, n) in [(&both, 1), (&six, 2), (&four, 3)] {
+        reaches(node, Readiness::Connected).await;
+        node.router.announce(Change::Added(vec![key(n)]));
+    }
+    for node in [&six, &four] {
+        let found = until(node, &key(1), "the key of the one with both", |peers| !peers.is_empty()).await;
+        let ips: Vec<_> = found[0].addresses.iter().map(SocketAddr::ip).collect();
+        assert_eq!(ips, [std::net::IpAddr::from(v4), "::1".parse().unwrap()]);
+    }
+    let found = until(&both, &key(2), "the key of the one with IPv6", |peers| !peers.is_empty()).await;
+    assert_eq!(found[0].addresses[0].ip().to_string(), "::1");
+}

@@ -4,13 +4,16 @@
 //! later version adds are skipped by this one, which is what its number is for.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use libp2p::identity::{Keypair, PublicKey};
 use libp2p::{Multiaddr, PeerId};
 use prost::Message as _;
 
 use super::super::addresses::{Scope, multiaddr};
 use super::super::keys::{ContentId, Position};
+use super::super::table::{Contact, Traits};
 
 /// What this program speaks.
 pub(in super::super) const VERSION: u32 = 1;
@@ -31,24 +34,28 @@ pub(in super::super) const MAX_KEYS: usize = 2_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(in super::super) struct Tag(pub(super) u64);
 
+/// The name of one piece of news, in four bytes. Two with one name are taken for the same until lists are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct NewsId(pub(super) u32);
+
 /// One message. What is absent is not said.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(in super::super) struct Message {
-    /// What somebody has news of.
-    #[prost(message, repeated, tag = "1")]
-    pub(super) rumours: Vec<Rumour>,
-    /// The tags whose cards are asked for, eight bytes each.
-    #[prost(fixed64, repeated, tag = "2")]
-    pub(super) wanted: Vec<u64>,
+    /// The names of what the sender has heard lately.
+    #[prost(fixed32, repeated, tag = "1")]
+    pub(super) news: Vec<u32>,
+    /// The names of the news that the sender asks for.
+    #[prost(fixed32, repeated, tag = "2")]
+    pub(super) wanted: Vec<u32>,
     /// Cards, asked for or not.
     #[prost(message, repeated, tag = "3")]
     pub(super) cards: Vec<SignedCard>,
     /// That the cards are old news, for one who compared its list.
     #[prost(bool, tag = "4")]
     pub(super) old_news: bool,
-    /// A sum over the sender's whole list: who has another compares.
-    #[prost(fixed64, optional, tag = "5")]
-    pub(super) sum: Option<u64>,
+    /// A sum over the sender's list: who has another compares.
+    #[prost(message, optional, tag = "5")]
+    pub(super) sum: Option<Sum>,
     /// The sums of the parts of the sender's list.
     #[prost(fixed32, repeated, tag = "6")]
     pub(super) parts: Vec<u32>,
@@ -61,6 +68,22 @@ pub(in super::super) struct Message {
     /// Content that the sender offers no more: hashes of 32 bytes each.
     #[prost(bytes = "vec", tag = "9")]
     pub(in super::super) withdrawn: Vec<u8>,
+    /// Who is said to be gone, and what a comparison found.
+    #[prost(message, repeated, tag = "10")]
+    pub(super) rumours: Vec<Rumour>,
+    /// That the names of news are an answer to others, and need none.
+    #[prost(bool, tag = "11")]
+    pub(super) answer: bool,
+}
+
+/// A sum over a list, but for what is on its way just now.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub(super) struct Sum {
+    #[prost(fixed64, tag = "1")]
+    pub(super) value: u64,
+    /// Cards that were made from then on, for a minute, do not count; from 0 on: all count. Milliseconds since 1970.
+    #[prost(uint64, tag = "2")]
+    pub(super) from: u64,
 }
 
 /// That there is a newer card, or that its member is gone.
@@ -95,10 +118,10 @@ pub(in super::super) struct Offer {
 /// A card as its member signed it. Others pass it on and cannot change it.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(in super::super) struct SignedCard {
-    #[prost(bytes = "vec", tag = "1")]
-    pub(super) card: Vec<u8>,
-    #[prost(bytes = "vec", tag = "2")]
-    pub(super) signature: Vec<u8>,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(in super::super) card: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(super) signature: Bytes,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -131,12 +154,27 @@ pub(in super::super) struct Card {
     pub(in super::super) load: Option<u8>,
 }
 
+/// A card that its member has signed, and what others need of it.
+#[derive(Debug)]
+pub(in super::super) struct Believed {
+    pub(in super::super) card: Card,
+    pub(in super::super) contact: Contact,
+    pub(in super::super) traits: Arc<Traits>,
+    pub(super) tag: Tag,
+    pub(super) signed: SignedCard,
+}
+
 /// Makes and reads cards: with signatures in the network, without in simulations.
 pub(in super::super) trait Signer: Send {
     /// Signs the bytes.
     fn sign(&self, bytes: &[u8]) -> Vec<u8>;
     /// Whether the peer has signed the bytes.
     fn verify(&self, peer: &PeerId, bytes: &[u8], signature: &[u8]) -> bool;
+    /// Reads a card, if it is to be believed.
+    fn read(&self, signed: SignedCard, scope: &Scope) -> Option<Arc<Believed>> {
+        let card = Card::read(&signed, scope, self)?;
+        Some(Arc::new(Believed::new(card, signed)))
+    }
 }
 
 impl Signer for Keypair {
@@ -159,9 +197,44 @@ impl Tag {
         Self(position.prefix())
     }
 
+    /// The name of the news that this member has a card of that time, or is gone.
+    pub(super) fn news(self, stamp: u64, gone: bool) -> NewsId {
+        // The lower half is the list's sum of parts.
+        #[allow(clippy::cast_possible_truncation, reason = "half of it is meant")]
+        NewsId((self.mixed(stamp) ^ u64::from(gone).wrapping_neg()) as u32)
+    }
+
+    /// A number for this card of this member in the sums of a list.
+    pub(super) fn mixed(self, stamp: u64) -> u64 {
+        mix(self.0 ^ mix(stamp))
+    }
+
     /// Which of the 256 parts of a list it belongs to.
     pub(super) fn part(self) -> usize {
         usize::from(self.0.to_be_bytes()[0])
+    }
+}
+
+/// The finalizer of splitmix64: every bit of the result depends on every bit of the number.
+fn mix(mut n: u64) -> u64 {
+    n = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    n ^ (n >> 31)
+}
+
+// === impl Believed ===
+
+impl Believed {
+    pub(in super::super) fn new(card: Card, signed: SignedCard) -> Self {
+        let contact = Contact::new(card.peer, &card.addresses);
+        let traits = Arc::new(Traits { zone: card.zone.as_deref().map(Arc::from), load: card.load });
+        Self { tag: Tag::of(contact.position()), card, contact, traits, signed }
+    }
+
+    /// The name of the news of this card.
+    pub(super) fn news(&self) -> NewsId {
+        self.tag.news(self.card.stamp, false)
     }
 }
 
@@ -178,12 +251,12 @@ impl Card {
             load: self.load.map_or(0, |load| u32::from(load) + 1),
         };
         let card = wire.encode_to_vec();
-        SignedCard { signature: signer.sign(&card), card }
+        SignedCard { signature: signer.sign(&card).into(), card: card.into() }
     }
 
     /// A card that its member signed, with the believable ones of its addresses; nothing of any other.
-    pub(in super::super) fn read(signed: &SignedCard, scope: &Scope, signer: &dyn Signer) -> Option<Self> {
-        let wire = WireCard::decode(signed.card.as_slice()).ok()?;
+    pub(in super::super) fn read(signed: &SignedCard, scope: &Scope, signer: &(impl Signer + ?Sized)) -> Option<Self> {
+        let wire = WireCard::decode(&*signed.card).ok()?;
         let peer = PeerId::from_bytes(&wire.id).ok()?;
         if wire.zone.len() > MAX_ZONE || wire.addrs.len() > MAX_ADDRESSES {
             return None;
@@ -230,8 +303,9 @@ impl Message {
             _ if !self.cards.is_empty() => "cards",
             _ if self.compare.is_some() => "compare",
             _ if !self.parts.is_empty() => "parts",
-            _ if !self.wanted.is_empty() => "want",
             _ if !self.rumours.is_empty() => "rumours",
+            _ if !self.wanted.is_empty() => "want",
+            _ if !self.news.is_empty() => "news",
             _ => "sum",
         }
     }

@@ -1,46 +1,53 @@
 //! The member protocol: nodes that speak it keep the full list of each other. Messages and a clock go in, messages come out.
 //!
-//! News is told to a few neighbours each second by name only; who has not heard it asks for the card. What is missed that way is
-//! found by comparing lists with one neighbour every ten seconds, first by one sum, then by 256. A neighbour is a member with whom
-//! there is a connection anyhow: this protocol makes none, but for one look a minute at a member that nobody may be connected to.
+//! A node that has heard news tells one neighbour every few seconds, by names of four bytes, hears what that one has heard, and each
+//! asks the other for what it did not know; so each piece of news comes to each node about once. What is missed that way is found by
+//! comparing lists with a neighbour, first by one sum, then by 256; while nothing is found, ever more seldom. A neighbour is a member
+//! with whom there is a connection anyhow: this protocol makes none, but for one look a minute at a member that nobody may be
+//! connected to.
 //!
 //! A card is signed by its member, and only its member can make a newer one. Anybody can say that a member is gone, which those
 //! connected to it do not believe, and which it answers with a newer card.
 
 mod budget;
+mod list;
 mod message;
-#[cfg(test)]
-mod simulation;
+mod news;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use libp2p::PeerId;
-use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use rand::seq::IteratorRandom as _;
+use rand::{Rng as _, SeedableRng as _};
 
 use super::addresses::Scope;
 use super::keys::Position;
 
 use budget::Budget;
-pub(super) use message::{Card, MAX_KEYS, Message, Signer, ids};
-use message::{Compare, Rumour, SignedCard, Tag, VERSION};
+use list::{List, MAX_MEMBERS, ON_ITS_WAY, PARTS};
+pub(super) use message::{Believed, Card, MAX_KEYS, Message, SignedCard, Signer, ids};
+use message::{Compare, NewsId, Rumour, Tag, VERSION};
+use news::News;
 
 /// How often [`Membership::tick`] is to be called.
-pub(super) const TICK: Duration = Duration::from_secs(1);
+pub(super) const TICK: Duration = Duration::from_millis(500);
 
-/// How many neighbours are told news each second. Four reach all but two of a hundred nodes; comparing reaches the rest.
-const FANOUT: usize = 4;
+/// How often a neighbour is told news while there is some, varied by a quarter. With as many who tell as are told, news comes to
+/// three thousand nodes in ten rounds, and in six if a hundred hear it at first.
+const ROUND: Duration = Duration::from_millis(2_500);
 
-/// How many pieces of news one message has.
-const MAX_RUMOURS: usize = 32;
+/// How often lists are compared: soon after a difference was found, then ever more seldom, varied by a quarter.
+const FIRST_COMPARISON: Duration = Duration::from_secs(10);
+const LAST_COMPARISON: Duration = Duration::from_secs(120);
 
-/// How often lists are compared.
-const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
+/// How long after there was news lists are compared at the latest.
+const AFTER_NEWS: Duration = Duration::from_secs(45);
 
 /// How long a comparison may take before another is begun.
 const COMPARE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -54,21 +61,22 @@ const SECOND_TRY: Duration = Duration::from_secs(1);
 /// After how many failed contacts a member is gone.
 const MAX_FAILURES: u8 = 2;
 
-/// How long it is remembered that a member is gone, so that nobody's old card brings it back.
-const GONE_KEPT: Duration = Duration::from_secs(600);
-
-/// How long a card is waited for before another neighbour is asked.
+/// How long news is waited for before another neighbour is asked for it.
 const WANT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Bounds on what a peer can make grow.
-const MAX_MEMBERS: usize = 20_000;
-const MAX_GONE: usize = 20_000;
-const MAX_NEWS: usize = 4_096;
+/// How often a member that is said to be gone says otherwise.
+const DEFENCE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How much is asked for at once.
 const MAX_ASKED: usize = 4_096;
 
-/// What news may cost, in bytes a second, and how much may be saved up. What is too much waits.
-const RATE: usize = 700;
-const BURST: usize = 8_000;
+/// What news may cost, in bytes a second, and how much at once: that of 3,000 members, should all restart. What is too much waits
+/// until lists are compared.
+const NEWS_RATE: usize = 400;
+const NEWS_BURST: usize = 600_000;
+
+/// What a piece of news has in bytes: a card of an address or two.
+const NEWS_SIZE: usize = 160;
 
 /// What one neighbour may make us send it in cards: a list of 3,000 at once, and then a fifth of that a minute.
 const CARDS_BURST: usize = 1_500_000;
@@ -77,12 +85,11 @@ const CARDS_RATE: usize = 5_000;
 /// How many bytes of cards one message has.
 const CARDS_CHUNK: usize = 60_000;
 
-/// The number of parts of a list.
-const PARTS: usize = 256;
-
-/// By how many percent the load has to change to be news, and how long is waited between two such.
+/// By how many percent the load has to change to be news, and how long is waited between two such. In a large network longer, so that
+/// there is no more than one such piece of news a second.
 const LOAD_STEP: u8 = 20;
 const LOAD_INTERVAL: Duration = Duration::from_secs(30);
+const LOAD_INTERVAL_EACH: Duration = Duration::from_secs(1);
 
 /// What the caller is to do.
 #[derive(Clone, Debug, PartialEq)]
@@ -107,62 +114,40 @@ pub(super) struct Membership {
     local: PeerId,
     own_tag: Tag,
     own: Own,
-    told_load: (Option<u8>, Option<Instant>),
+    told_load: Option<u8>,
+    announced: Instant,
+    /// That it was said that this node, with a card of that time, is gone.
+    doubted: Option<u64>,
     scope: Scope,
     signer: Box<dyn Signer>,
     rng: StdRng,
     /// The clock's start, in both of its forms.
     epoch: (Instant, u64),
-    members: HashMap<Tag, Known>,
-    sums: Sums,
-    gone: HashMap<Tag, (u64, Instant)>,
-    neighbours: HashMap<PeerId, Neighbour>,
-    news: VecDeque<Rumour>,
-    asked: HashMap<Tag, (u64, Instant)>,
+    list: List,
+    news: News,
+    neighbours: BTreeMap<PeerId, Neighbour>,
+    asked: BTreeMap<NewsId, Instant>,
     second_tries: Vec<(Instant, PeerId)>,
     budget: Budget,
-    compared: Option<Instant>,
-    comparing: Option<(PeerId, Instant)>,
+    next_round: Instant,
+    comparison: Comparison,
     probed: Instant,
     actions: VecDeque<Action>,
-    changed: bool,
     /// Cards that were not believed.
     refused: u64,
 }
 
-struct Known {
-    card: Card,
-    signed: SignedCard,
-    failures: u8,
-}
-
 struct Neighbour {
     budget: Budget,
+    /// One of those that are told news and compared with. The others are answered.
+    chosen: bool,
 }
 
-struct Sums {
-    whole: u64,
-    parts: Vec<u32>,
-}
-
-// === impl Sums ===
-
-impl Sums {
-    /// Adds an entry, or takes it out again.
-    fn toggle(&mut self, tag: Tag, stamp: u64) {
-        let mixed = mix(tag.0 ^ mix(stamp));
-        self.whole ^= mixed;
-        // The upper half, as the lower of the whole would do as well.
-        self.parts[tag.part()] ^= (mixed >> 32) as u32;
-    }
-}
-
-/// The finalizer of splitmix64: every bit of the result depends on every bit of the number.
-fn mix(mut n: u64) -> u64 {
-    n = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    n ^ (n >> 31)
+/// When lists are compared, and with whom that is under way.
+struct Comparison {
+    next: Option<Instant>,
+    pause: Duration,
+    with: Option<(PeerId, Instant, u64)>,
 }
 
 // === impl Membership ===
@@ -182,25 +167,24 @@ impl Membership {
         let mut membership = Self {
             local,
             own_tag: Tag::of(&Position::of_peer(&local)),
-            told_load: (own.load, None),
+            told_load: own.load,
+            announced: now,
+            doubted: None,
             own,
             scope,
             signer,
             rng: StdRng::seed_from_u64(seed),
             epoch: (now, unix),
-            members: HashMap::new(),
-            sums: Sums { whole: 0, parts: vec![0; PARTS] },
-            gone: HashMap::new(),
-            neighbours: HashMap::new(),
-            news: VecDeque::new(),
-            asked: HashMap::new(),
+            list: List::default(),
+            news: News::default(),
+            neighbours: BTreeMap::new(),
+            asked: BTreeMap::new(),
             second_tries: Vec::new(),
-            budget: Budget::new(RATE, BURST, now),
-            compared: None,
-            comparing: None,
+            budget: Budget::new(NEWS_RATE, NEWS_BURST, now),
+            next_round: now,
+            comparison: Comparison { next: None, pause: FIRST_COMPARISON, with: None },
             probed: now,
             actions: VecDeque::new(),
-            changed: false,
             refused: 0,
         };
         membership.announce(now, 0);
@@ -208,13 +192,14 @@ impl Membership {
     }
 
     /// The members but this node.
+    #[cfg(test)]
     pub(super) fn others(&self) -> impl Iterator<Item = &Card> {
-        self.members.values().map(|known| &known.card).filter(|card| card.peer != self.local)
+        self.list.members().map(|known| &known.card).filter(|card| card.peer != self.local)
     }
 
     /// A member's card.
     pub(super) fn card(&self, peer: &PeerId) -> Option<&Card> {
-        self.members.get(&Tag::of(&Position::of_peer(peer))).map(|known| &known.card)
+        self.list.get(Tag::of(&Position::of_peer(peer))).map(|known| &known.card)
     }
 
     /// How many cards were not believed since this was last asked.
@@ -222,9 +207,11 @@ impl Membership {
         std::mem::take(&mut self.refused)
     }
 
-    /// Whether the list has changed since this was last asked.
-    pub(super) fn take_changed(&mut self) -> bool {
-        std::mem::take(&mut self.changed)
+    /// What has changed of others since this was last asked: each with its newest card, or nothing if it is gone.
+    pub(super) fn take_changes(&mut self) -> BTreeMap<PeerId, Option<Arc<Believed>>> {
+        let mut changes = self.list.take_changes();
+        changes.remove(&self.local);
+        changes
     }
 
     /// What is to be done, until it gives nothing.
@@ -245,22 +232,17 @@ impl Membership {
         self.own.load = Some(load.min(100));
     }
 
-    /// There is a connection to a peer that speaks the protocol.
+    /// There is a connection that will last to a peer that speaks the protocol.
     pub(super) fn connected(&mut self, now: Instant, peer: PeerId) {
-        let neighbour = || Neighbour { budget: Budget::new(CARDS_RATE, CARDS_BURST, now) };
-        self.neighbours.entry(peer).or_insert_with(neighbour);
-        if let Some(known) = self.members.get_mut(&Tag::of(&Position::of_peer(&peer))) {
+        self.neighbour(now, peer).chosen = true;
+        if let Some(known) = self.list.get_mut(Tag::of(&Position::of_peer(&peer))) {
             known.failures = 0;
         }
         // It hears of us at once, and a node that knows nobody asks it for everything.
-        if let Some(own) = self.members.get(&self.own_tag).filter(|own| !own.card.addresses.is_empty()) {
-            let cards = vec![own.signed.clone()];
-            let sum = self.compared.is_none().then_some(self.sums.whole);
-            if sum.is_some() {
-                self.compared = Some(now);
-                self.comparing = Some((peer, now));
-            }
-            self.actions.push_back(Action::Send(peer, Message { cards, sum, ..Message::default() }));
+        let own = self.list.get(self.own_tag).filter(|own| !own.card.addresses.is_empty());
+        if let Some(own) = own.map(|own| own.signed.clone()) {
+            let sum = self.comparison.next.is_none().then(|| self.begin_comparing(now, peer, 0)).flatten();
+            self.send(peer, Message { cards: vec![own], sum, ..Message::default() });
         }
     }
 
@@ -282,105 +264,288 @@ impl Membership {
         if self.neighbours.contains_key(peer) || tag == self.own_tag {
             return;
         }
-        let Some(known) = self.members.get_mut(&tag) else { return };
+        let Some(known) = self.list.get_mut(tag) else { return };
         known.failures += 1;
         if known.failures >= MAX_FAILURES {
-            let stamp = known.card.stamp;
+            let stamp = known.card.card.stamp;
             self.bury(now, tag, stamp);
-            self.spread(Rumour { tag: tag.0, stamp, gone: true });
         } else if self.second_tries.len() < MAX_ASKED {
             self.second_tries.push((now + SECOND_TRY, *peer));
         }
     }
 
-    /// What is to be done each second.
+    /// What is to be done twice a second.
     pub(super) fn tick(&mut self, now: Instant) {
-        self.gone.retain(|_, (_, at)| now.duration_since(*at) < GONE_KEPT);
-        self.asked.retain(|_, (_, at)| now.duration_since(*at) < WANT_TIMEOUT);
+        self.list.sweep(now);
+        self.news.sweep(now);
+        self.asked.retain(|_, at| now.duration_since(*at) < WANT_TIMEOUT);
+        self.defend(now);
         self.tell_load(now);
         self.tell_news(now);
-        self.begin_comparing(now);
+        self.compare_in_time(now);
         self.probe(now);
     }
 
-    /// A neighbour's message.
+    /// The message of a peer to which there is a connection.
     pub(super) fn receive(&mut self, now: Instant, from: PeerId, message: Message) {
-        let mut wanted = Vec::new();
-        for rumour in message.rumours.iter().take(MAX_MEMBERS) {
-            self.hear(now, from, rumour, &mut wanted);
+        // Who speaks unasked has this node in its table, and keeps the connection. To be told news is not left to those who have it in
+        // theirs: a node that came late is in few.
+        let unasked = message.sum.is_some() || !message.news.is_empty() || !message.cards.is_empty();
+        self.neighbour(now, from).chosen |= unasked && !message.answer;
+        let mut answer = Message { answer: true, ..Message::default() };
+        self.hear(now, &message, &mut answer);
+        for rumour in message.rumours.iter().take(MAX_MEMBERS).filter(|rumour| rumour.gone) {
+            self.hear_of_death(now, from, rumour);
         }
         for signed in message.cards {
             self.take_card(now, signed, !message.old_news);
         }
-        if !wanted.is_empty() {
-            self.actions.push_back(Action::Send(from, Message { wanted, ..Message::default() }));
+        let mut cards = Vec::new();
+        for name in message.wanted.into_iter().take(MAX_ASKED).map(NewsId) {
+            self.news.was_new(name);
+            self.answer_want(name, &mut cards, &mut answer.rumours);
         }
-        if !message.wanted.is_empty() {
-            let cards = message.wanted.iter().filter_map(|tag| self.members.get(&Tag(*tag)));
-            let cards = cards.map(|known| known.signed.clone()).collect();
-            self.send_cards(now, from, cards, false);
-        }
-        if message.sum.is_some_and(|sum| sum != self.sums.whole) {
-            self.actions
-                .push_back(Action::Send(from, Message { parts: self.sums.parts.clone(), ..Message::default() }));
+        if let Some(theirs) = message.sum.filter(|theirs| *theirs != self.list.sum(now, theirs.from)) {
+            answer.parts = self.list.parts(now, theirs.from);
         }
         if message.parts.len() == PARTS {
-            self.compare(now, from, &message.parts);
+            answer.compare = self.compare(now, from, &message.parts);
         }
+        self.answer(now, from, answer, cards);
         if let Some(compare) = message.compare {
             self.answer_comparison(now, from, &compare);
         }
     }
 
-    fn announce(&mut self, now: Instant, at_least: u64) {
+    fn neighbour(&mut self, now: Instant, peer: PeerId) -> &mut Neighbour {
+        let neighbour = || Neighbour { budget: Budget::new(CARDS_RATE, CARDS_BURST, now), chosen: false };
+        self.neighbours.entry(peer).or_insert_with(neighbour)
+    }
+
+    fn any_neighbour(&mut self) -> Option<PeerId> {
+        let chosen = self.neighbours.iter().filter(|(_, neighbour)| neighbour.chosen);
+        chosen.map(|(peer, _)| *peer).choose(&mut self.rng)
+    }
+
+    fn vary(&mut self, pause: Duration) -> Duration {
+        pause.mul_f64(self.rng.random_range(0.75..1.25))
+    }
+
+    fn send(&mut self, to: PeerId, message: Message) {
+        self.actions.push_back(Action::Send(to, message));
+    }
+
+    fn unix(&self, now: Instant) -> u64 {
         let since = u64::try_from(now.saturating_duration_since(self.epoch.0).as_millis()).unwrap_or(0);
-        let before = self.members.get(&self.own_tag).map_or(0, |known| known.card.stamp);
-        let stamp = (self.epoch.1 + since).max(before + 1).max(at_least);
+        self.epoch.1 + since
+    }
+
+    // --- This node's own card ---
+
+    fn announce(&mut self, now: Instant, at_least: u64) {
+        let before = self.list.stamp(self.own_tag).unwrap_or(0);
+        let stamp = self.unix(now).max(before + 1).max(at_least);
         let Own { addresses, zone, load } = self.own.clone();
-        self.told_load = (load, Some(now));
+        (self.told_load, self.announced, self.doubted) = (load, now, None);
         let card = Card { peer: self.local, stamp, addresses, zone, version: VERSION, load };
         let signed = card.sign(&*self.signer);
-        self.put(card, signed);
-        self.spread(Rumour { tag: self.own_tag.0, stamp, gone: false });
+        self.put(now, Arc::new(Believed::new(card, signed)), true);
+    }
+
+    fn defend(&mut self, now: Instant) {
+        if let Some(stamp) = self.doubted.filter(|_| now.duration_since(self.announced) >= DEFENCE_INTERVAL) {
+            self.announce(now, stamp.saturating_add(1));
+        }
     }
 
     fn tell_load(&mut self, now: Instant) {
-        let (told, at) = self.told_load;
-        let changed = match (told, self.own.load) {
+        let changed = match (self.told_load, self.own.load) {
             (Some(told), Some(load)) => told.abs_diff(load) >= LOAD_STEP,
             (told, load) => told != load,
         };
-        if changed && at.is_none_or(|at| now.duration_since(at) >= LOAD_INTERVAL) {
+        let members = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
+        let pause = LOAD_INTERVAL.max(LOAD_INTERVAL_EACH.saturating_mul(members));
+        if changed && now.duration_since(self.announced) >= pause {
             self.announce(now, 0);
         }
     }
 
+    // --- News ---
+
     fn tell_news(&mut self, now: Instant) {
-        if self.news.is_empty() || self.neighbours.is_empty() {
+        if now < self.next_round || !self.news.is_hot() {
             return;
         }
-        let count = self.news.len().min(MAX_RUMOURS);
-        // With its framing a rumour has twenty bytes.
-        if !self.budget.spend(now, count * 20 * FANOUT.min(self.neighbours.len())) {
-            return;
+        let Some(peer) = self.any_neighbour() else { return };
+        self.next_round = now + self.vary(ROUND);
+        let news = numbers(&self.news.tell(&[]));
+        self.send(peer, Message { news, ..Message::default() });
+    }
+
+    /// The names of news: what of it is new here is asked for, and what is new here and not among it is told.
+    fn hear(&mut self, now: Instant, message: &Message, answer: &mut Message) {
+        let theirs: Vec<NewsId> = message.news.iter().take(MAX_ASKED).copied().map(NewsId).collect();
+        for name in &theirs {
+            let known = self.news.about(*name).is_some() || self.list.named(*name).is_some();
+            if !known
+                && !self.asked.contains_key(name)
+                && self.asked.len() < MAX_ASKED
+                && self.budget.spend(now, NEWS_SIZE)
+            {
+                self.asked.insert(*name, now);
+                answer.wanted.push(name.0);
+            }
         }
-        let rumours: Vec<Rumour> = self.news.drain(..count).collect();
-        for peer in self.neighbours.keys().copied().choose_multiple(&mut self.rng, FANOUT) {
-            self.actions.push_back(Action::Send(peer, Message { rumours: rumours.clone(), ..Message::default() }));
+        if !theirs.is_empty() && !message.answer {
+            answer.news = numbers(&self.news.tell(&theirs));
         }
     }
 
-    fn begin_comparing(&mut self, now: Instant) {
-        let due = self.compared.is_none_or(|at| now.duration_since(at) >= COMPARE_INTERVAL);
-        if !due {
+    /// The newest that is known of whom the news is about.
+    fn answer_want(&self, name: NewsId, cards: &mut Vec<SignedCard>, rumours: &mut Vec<Rumour>) {
+        let Some(tag) = self.news.about(name).or(self.list.named(name)) else { return };
+        if let Some(card) = self.list.get(tag) {
+            cards.push(card.signed.clone());
+        } else if let Some(stamp) = self.list.gone(tag) {
+            rumours.push(Rumour { tag: tag.0, stamp, gone: true });
+        }
+    }
+
+    fn hear_of_death(&mut self, now: Instant, from: PeerId, rumour: &Rumour) {
+        let tag = Tag(rumour.tag);
+        self.asked.remove(&tag.news(rumour.stamp, true));
+        let Some(known) = self.list.get(tag) else {
+            if self.list.gone(tag).is_none_or(|stamp| stamp < rumour.stamp) {
+                self.list.bury(now, tag, rumour.stamp);
+            }
+            return;
+        };
+        let (stamp, peer) = (known.card.stamp, known.card.peer);
+        if rumour.stamp < stamp {
             return;
         }
-        if let Some(peer) = self.neighbours.keys().copied().choose(&mut self.rng) {
-            self.compared = Some(now);
-            self.comparing = Some((peer, now));
-            let sum = Some(self.sums.whole);
-            self.actions.push_back(Action::Send(peer, Message { sum, ..Message::default() }));
+        if tag == self.own_tag {
+            // A member that is said to be gone says otherwise.
+            self.doubted = Some(rumour.stamp);
+            self.defend(now);
+        } else if self.neighbours.contains_key(&peer) {
+            // We know better, and it should know what is said of it.
+            if peer != from {
+                self.send(peer, Message { rumours: vec![*rumour], ..Message::default() });
+            }
+        } else {
+            self.bury(now, tag, rumour.stamp);
         }
+    }
+
+    fn take_card(&mut self, now: Instant, signed: SignedCard, is_news: bool) {
+        let Some(card) = self.signer.read(signed, &self.scope) else {
+            self.refused += 1;
+            return;
+        };
+        self.asked.remove(&card.news());
+        if card.tag == self.own_tag {
+            // Of before a restart, or of a clock that ran ahead.
+            if self.list.stamp(card.tag).is_none_or(|own| card.card.stamp > own) {
+                self.announce(now, card.card.stamp.saturating_add(1));
+            }
+        } else if self.list.lacks(card.tag, card.card.stamp) {
+            if !is_news {
+                self.comparison.pause = FIRST_COMPARISON;
+            }
+            self.put(now, card, is_news);
+        }
+    }
+
+    fn put(&mut self, now: Instant, card: Arc<Believed>, is_news: bool) {
+        if is_news {
+            self.spread(now, card.news(), card.tag);
+        }
+        self.list.put(card);
+    }
+
+    fn bury(&mut self, now: Instant, tag: Tag, stamp: u64) {
+        if self.list.bury(now, tag, stamp) {
+            self.spread(now, tag.news(stamp, true), tag);
+        }
+    }
+
+    /// Few miss what is passed on like this: they are looked for once it has come round.
+    fn spread(&mut self, now: Instant, name: NewsId, tag: Tag) {
+        self.news.spread(now, name, tag);
+        let soon = now + self.vary(AFTER_NEWS);
+        self.comparison.next = self.comparison.next.map(|next| next.min(soon));
+    }
+
+    /// As far as what this neighbour may cost allows.
+    fn answer(&mut self, now: Instant, to: PeerId, mut message: Message, cards: Vec<SignedCard>) {
+        let mut size = 0;
+        for card in cards {
+            let bytes = card.card.len() + card.signature.len() + 8;
+            if !self.neighbour(now, to).budget.spend(now, bytes) {
+                break;
+            }
+            if size + bytes > CARDS_CHUNK {
+                size = 0;
+                let rest = Message { old_news: message.old_news, answer: true, ..Message::default() };
+                let full = std::mem::replace(&mut message, rest);
+                self.send(to, full);
+            }
+            size += bytes;
+            message.cards.push(card);
+        }
+        let empty = Message { old_news: message.old_news, answer: true, ..Message::default() };
+        if message != empty {
+            self.send(to, message);
+        }
+    }
+
+    // --- Comparisons, and looks at members ---
+
+    fn compare_in_time(&mut self, now: Instant) {
+        if self.comparison.next.is_some_and(|next| now < next) {
+            return;
+        }
+        let Some(peer) = self.any_neighbour() else { return };
+        let on_its_way = u64::try_from(ON_ITS_WAY.as_millis()).unwrap_or(0);
+        let sum = self.begin_comparing(now, peer, self.unix(now).saturating_sub(on_its_way));
+        self.send(peer, Message { sum, ..Message::default() });
+    }
+
+    fn begin_comparing(&mut self, now: Instant, peer: PeerId, from: u64) -> Option<message::Sum> {
+        let pause = self.vary(self.comparison.pause);
+        self.comparison.pause = (self.comparison.pause * 2).min(LAST_COMPARISON);
+        self.comparison.next = Some(now + pause);
+        self.comparison.with = Some((peer, now, from));
+        Some(self.list.sum(now, from))
+    }
+
+    /// Only with the one that was asked: anybody else would make us tell our whole list.
+    fn compare(&mut self, now: Instant, from: PeerId, theirs: &[u32]) -> Option<Compare> {
+        let (_, _, since) =
+            self.comparison.with.take_if(|(peer, at, _)| *peer == from && now.duration_since(*at) < COMPARE_TIMEOUT)?;
+        let ours = self.list.parts(now, since);
+        let differing = ours.iter().zip(theirs).enumerate().filter(|(_, (ours, theirs))| ours != theirs);
+        let parts: Vec<u32> = differing.filter_map(|(part, _)| u32::try_from(part).ok()).collect();
+        let rumours = self.list.rumours_of(&parts);
+        (!parts.is_empty()).then_some(Compare { parts, rumours })
+    }
+
+    fn answer_comparison(&mut self, now: Instant, from: PeerId, theirs: &Compare) {
+        let mut answer = Message { old_news: true, answer: true, ..Message::default() };
+        for rumour in theirs.rumours.iter().take(MAX_MEMBERS) {
+            let (tag, name) = (Tag(rumour.tag), Tag(rumour.tag).news(rumour.stamp, false));
+            if let Some(stamp) = self.list.gone(tag).filter(|stamp| *stamp >= rumour.stamp) {
+                answer.rumours.push(Rumour { stamp, gone: true, ..*rumour });
+            } else if self.list.lacks(tag, rumour.stamp)
+                && self.asked.len() < MAX_ASKED
+                && self.asked.insert(name, now).is_none()
+            {
+                answer.wanted.push(name.0);
+            }
+        }
+        let missing = self.list.missing_in(&theirs.parts, &theirs.rumours);
+        self.answer(now, from, answer, missing.iter().map(|card| card.signed.clone()).collect());
     }
 
     fn probe(&mut self, now: Instant) {
@@ -389,180 +554,14 @@ impl Membership {
         self.second_tries.retain(|(at, _)| *at > now);
         if now.duration_since(self.probed) >= PROBE_INTERVAL {
             self.probed = now;
-            let apart = self.members.values().map(|known| known.card.peer);
+            let apart = self.list.members().map(|known| known.card.peer);
             let apart = apart.filter(|peer| *peer != self.local && !self.neighbours.contains_key(peer));
             due.extend(apart.choose(&mut self.rng));
         }
         self.actions.extend(due.into_iter().map(Action::Probe));
     }
-
-    fn hear(&mut self, now: Instant, from: PeerId, rumour: &Rumour, wanted: &mut Vec<u64>) {
-        let tag = Tag(rumour.tag);
-        let known = self.members.get(&tag).map(|known| (known.card.stamp, known.card.peer));
-        if rumour.gone {
-            match known {
-                Some((stamp, _)) if rumour.stamp < stamp => {}
-                // A member that is said to be gone says otherwise.
-                Some(_) if tag == self.own_tag => self.announce(now, rumour.stamp.saturating_add(1)),
-                // We know better, and it should know what is said of it.
-                Some((_, peer)) if self.neighbours.contains_key(&peer) && peer != from => {
-                    let message = Message { rumours: vec![*rumour], ..Message::default() };
-                    self.actions.push_back(Action::Send(peer, message));
-                }
-                Some(_) => {
-                    self.bury(now, tag, rumour.stamp);
-                    self.spread(*rumour);
-                }
-                None if self.gone.get(&tag).is_none_or(|(stamp, _)| *stamp < rumour.stamp) => {
-                    self.bury(now, tag, rumour.stamp);
-                }
-                None => {}
-            }
-            return;
-        }
-        let newer = known.is_none_or(|(stamp, _)| stamp < rumour.stamp)
-            && self.gone.get(&tag).is_none_or(|(stamp, _)| *stamp < rumour.stamp);
-        let asked = self.asked.get(&tag).is_some_and(|(stamp, _)| *stamp >= rumour.stamp);
-        if newer && !asked && self.asked.len() < MAX_ASKED {
-            self.asked.insert(tag, (rumour.stamp, now));
-            wanted.push(tag.0);
-        }
-    }
-
-    fn take_card(&mut self, now: Instant, signed: SignedCard, is_news: bool) {
-        let Some(card) = Card::read(&signed, &self.scope, &*self.signer) else {
-            self.refused += 1;
-            return;
-        };
-        let tag = Tag::of(&Position::of_peer(&card.peer));
-        self.asked.remove(&tag);
-        if tag == self.own_tag {
-            // Of before a restart, or of a clock that ran ahead.
-            let own = self.members.get(&tag).map_or(0, |known| known.card.stamp);
-            if card.stamp > own {
-                self.announce(now, card.stamp.saturating_add(1));
-            }
-            return;
-        }
-        let stale = self.members.get(&tag).is_some_and(|known| known.card.stamp >= card.stamp)
-            || self.gone.get(&tag).is_some_and(|(stamp, _)| *stamp >= card.stamp);
-        if stale || (self.members.len() >= MAX_MEMBERS && !self.members.contains_key(&tag)) {
-            return;
-        }
-        let rumour = Rumour { tag: tag.0, stamp: card.stamp, gone: false };
-        self.put(card, signed);
-        if is_news {
-            self.spread(rumour);
-        }
-    }
-
-    fn compare(&mut self, now: Instant, from: PeerId, theirs: &[u32]) {
-        // Only the one that was asked: anybody else would make us tell our whole list.
-        let asked = self.comparing.is_some_and(|(peer, at)| peer == from && now.duration_since(at) < COMPARE_TIMEOUT);
-        if !asked {
-            return;
-        }
-        self.comparing = None;
-        let differing = self.sums.parts.iter().zip(theirs).enumerate().filter(|(_, (ours, theirs))| ours != theirs);
-        let parts: Vec<u32> = differing.filter_map(|(part, _)| u32::try_from(part).ok()).collect();
-        if parts.is_empty() {
-            return;
-        }
-        let rumours = self.rumours_of(&parts);
-        let compare = Some(Compare { parts, rumours });
-        self.actions.push_back(Action::Send(from, Message { compare, ..Message::default() }));
-    }
-
-    fn answer_comparison(&mut self, now: Instant, from: PeerId, theirs: &Compare) {
-        let told: HashMap<u64, u64> = theirs.rumours.iter().map(|rumour| (rumour.tag, rumour.stamp)).collect();
-        let mut wanted = Vec::new();
-        let mut rumours = Vec::new();
-        for rumour in theirs.rumours.iter().take(MAX_MEMBERS) {
-            match self.gone.get(&Tag(rumour.tag)) {
-                Some((stamp, _)) if *stamp >= rumour.stamp => {
-                    rumours.push(Rumour { stamp: *stamp, gone: true, ..*rumour });
-                }
-                _ => self.hear(now, from, &Rumour { gone: false, ..*rumour }, &mut wanted),
-            }
-        }
-        let parts = parts_of(&theirs.parts);
-        let missing = self
-            .members
-            .iter()
-            .filter(|(tag, known)| parts[tag.part()] && told.get(&tag.0).is_none_or(|stamp| *stamp < known.card.stamp));
-        let cards = missing.map(|(_, known)| known.signed.clone()).collect();
-        self.send_cards(now, from, cards, true);
-        if !wanted.is_empty() || !rumours.is_empty() {
-            self.actions.push_back(Action::Send(from, Message { wanted, rumours, ..Message::default() }));
-        }
-    }
-
-    fn rumours_of(&self, parts: &[u32]) -> Vec<Rumour> {
-        let parts = parts_of(parts);
-        let inside = self.members.iter().filter(|(tag, _)| parts[tag.part()]);
-        inside.map(|(tag, known)| Rumour { tag: tag.0, stamp: known.card.stamp, gone: false }).collect()
-    }
-
-    /// As far as what this neighbour may cost allows.
-    fn send_cards(&mut self, now: Instant, to: PeerId, cards: Vec<SignedCard>, old_news: bool) {
-        let Some(neighbour) = self.neighbours.get_mut(&to) else { return };
-        let mut chunk = Vec::new();
-        let mut size = 0;
-        let actions = &mut self.actions;
-        let mut send = |cards: Vec<SignedCard>| {
-            if !cards.is_empty() {
-                actions.push_back(Action::Send(to, Message { cards, old_news, ..Message::default() }));
-            }
-        };
-        for card in cards {
-            let bytes = card.card.len() + card.signature.len() + 8;
-            if !neighbour.budget.spend(now, bytes) {
-                break;
-            }
-            size += bytes;
-            chunk.push(card);
-            if size >= CARDS_CHUNK {
-                size = 0;
-                send(std::mem::take(&mut chunk));
-            }
-        }
-        send(chunk);
-    }
-
-    fn put(&mut self, card: Card, signed: SignedCard) {
-        let tag = Tag::of(&Position::of_peer(&card.peer));
-        self.sums.toggle(tag, card.stamp);
-        if let Some(old) = self.members.insert(tag, Known { card, signed, failures: 0 }) {
-            self.sums.toggle(tag, old.card.stamp);
-        }
-        self.changed = true;
-    }
-
-    fn bury(&mut self, now: Instant, tag: Tag, stamp: u64) {
-        if let Some(old) = self.members.remove(&tag) {
-            self.sums.toggle(tag, old.card.stamp);
-            self.changed = true;
-        }
-        if self.gone.len() < MAX_GONE || self.gone.contains_key(&tag) {
-            self.gone.insert(tag, (stamp, now));
-        }
-    }
-
-    /// The newer of two pieces of news about one member is enough.
-    fn spread(&mut self, rumour: Rumour) {
-        self.news.retain(|older| older.tag != rumour.tag);
-        if self.news.len() < MAX_NEWS {
-            self.news.push_back(rumour);
-        }
-    }
 }
 
-fn parts_of(numbers: &[u32]) -> [bool; PARTS] {
-    let mut parts = [false; PARTS];
-    for part in numbers.iter().filter_map(|part| usize::try_from(*part).ok()) {
-        if let Some(part) = parts.get_mut(part) {
-            *part = true;
-        }
-    }
-    parts
+fn numbers(names: &[NewsId]) -> Vec<u32> {
+    names.iter().map(|name| name.0).collect()
 }

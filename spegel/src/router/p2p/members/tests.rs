@@ -4,63 +4,78 @@ use libp2p::identity::Keypair;
 use proptest::prelude::*;
 use prost::Message as _;
 
+use super::super::simulation::{Kind, Network, NoSigner, SILENCE, scope};
+use super::list::{MAX_GONE, PARTS};
 use super::message::{Card, SignedCard};
-use super::simulation::{NoSigner, SILENCE, Simulation, scope};
 use super::*;
 
-fn network(seed: u64, size: usize) -> Simulation {
-    let mut simulation = Simulation::new(seed);
+fn network(seed: u64, size: usize) -> Network {
+    let mut network = Network::new(seed, false);
     for _ in 0..size {
-        simulation.join();
-        simulation.run(Duration::from_millis(20));
+        network.join(Kind::Member);
+        network.run(Duration::from_millis(20));
     }
-    simulation.run(Duration::from_secs(60));
-    simulation
+    network.run(Duration::from_secs(90));
+    network
+}
+
+fn others(network: &Network) -> impl Iterator<Item = usize> + '_ {
+    network.nodes.values().map(|node| node.membership.as_ref().unwrap().others().count())
 }
 
 /// The aims of the member list: who joins or dies is known, or forgotten, by 99 of 100 within half a minute, and a node sends and
 /// receives less than a kilobyte a second with one change a second.
 fn check_aims(seed: u64, size: usize) {
-    let mut simulation = network(seed, size);
-    let complete = simulation.nodes.values().map(|node| node.membership.others().count()).min().unwrap();
-    assert_eq!(complete, size - 1, "after a minute everyone knows everyone");
+    let mut network = network(seed, size);
+    assert_eq!(others(&network).min(), Some(size - 1), "after a minute and a half everyone knows everyone");
 
-    simulation.reset();
-    simulation.run(Duration::from_secs(60));
-    let at_rest = simulation.traffic() / 60;
+    network.reset_traffic();
+    network.run(Duration::from_secs(120));
+    let at_rest = network.member_bytes() / 120.0;
 
-    let newcomer = simulation.join();
-    let joined = simulation.seconds_until(&newcomer, true, 0.99);
-    let victim = simulation.any();
-    simulation.kill(victim, SILENCE);
-    let died = simulation.seconds_until(&victim, false, 0.99);
-    assert!(joined <= 30 && died <= 30, "a join took {joined} s, a death {died} s");
+    let (mut joined, mut died) = (0.0_f64, 0.0_f64);
+    for _ in 0..5 {
+        let newcomer = network.join(Kind::Member);
+        joined = joined.max(network.seconds_until(&newcomer, true, 0.99));
+        let victim = network.any();
+        network.kill(victim, SILENCE);
+        died = died.max(network.seconds_until(&victim, false, 0.99));
+    }
+    let changing = changes(&mut network, Duration::from_secs(1));
+    let figures = [
+        ("a join known to 99 %, slowest of 5 (s)", joined),
+        ("a silent death known to 99 %, slowest of 5 (s)", died),
+        ("member list at rest, bytes/s a node, sent and received", at_rest),
+        ("member list with a change a second, bytes/s a node, sent and received", changing),
+    ];
+    println!("seed {seed}");
+    figures.iter().for_each(|(what, value)| println!("figure {size}|{what}|{value:.1}"));
+    assert!(joined <= 30.0 && died <= 30.0, "a join took {joined} s, a death {died} s");
+    assert!(at_rest < 50.0 && changing < 1_000.0, "{at_rest} and {changing} B/s");
+    network.run(Duration::from_secs(150));
+    let known: Vec<usize> = others(&network).collect();
+    assert!(known.iter().all(|known| *known == network.nodes.len() - 1), "lists differ at the end: {known:?}");
+}
 
-    simulation.reset();
-    for second in 0..60 {
-        if second % 2 == 0 {
-            simulation.join();
-        } else {
-            let victim = simulation.any();
-            simulation.kill(victim, Duration::from_millis(100));
+/// Nodes come and go in turn for two minutes, half of those who go without a word. What that costs a node, in bytes a second.
+fn changes(network: &mut Network, pause: Duration) -> f64 {
+    network.reset_traffic();
+    let mut passed = Duration::ZERO;
+    for n in 0.. {
+        match n % 4 {
+            1 | 3 => {
+                let victim = network.any();
+                network.kill(victim, if n % 4 == 1 { SILENCE } else { Duration::from_millis(100) });
+            }
+            _ => drop(network.join(Kind::Member)),
         }
-        simulation.run(Duration::from_secs(1));
+        network.run(pause);
+        passed += pause;
+        if passed >= Duration::from_secs(120) {
+            break;
+        }
     }
-    let changing = simulation.traffic() / 60;
-    println!(
-        "{size} nodes, seed {seed}: a join is known to 99 % after {joined} s, a silent death after {died} s, \
-         {at_rest} B/s a node at rest, {changing} B/s with one change a second"
-    );
-    for (what, value) in [
-        ("a join known to 99 % (s)", joined),
-        ("a silent death known to 99 % (s)", died),
-        ("member list at rest, bytes/s a node, sent and received", u32::try_from(at_rest).unwrap()),
-        ("member list with one change a second, bytes/s a node, sent and received", u32::try_from(changing).unwrap()),
-    ] {
-        println!("figure {size}|{what}|{value}");
-    }
-    // Sent and received together.
-    assert!(at_rest < 500 && changing < 2_000, "{at_rest} and {changing} B/s");
+    network.member_bytes() / passed.as_secs_f64()
 }
 
 #[test]
@@ -74,6 +89,26 @@ fn bench_members() {
     for size in [100, 1_000, 3_000] {
         check_aims(7, size);
     }
+}
+
+/// A network that was split is whole again some minutes after its halves meet, by comparing alone.
+#[test]
+fn lists_that_were_apart_become_one() {
+    let mut pair = Pair::new();
+    pair.pass(200);
+    let strangers: Vec<Keypair> = (0..300).map(|_| Keypair::generate_ed25519()).collect();
+    for (n, stranger) in strangers.iter().enumerate() {
+        let card = Card { peer: stranger.public().to_peer_id(), stamp: 1_000 + n as u64, ..own_card(&pair.a) };
+        let message = Message { cards: vec![card.sign(stranger)], old_news: true, ..Message::default() };
+        let node = if n % 2 == 0 { &mut pair.a } else { &mut pair.b };
+        node.receive(pair.now, PeerId::random(), message);
+    }
+    pair.pass(200);
+    assert_eq!((pair.a.others().count(), pair.b.others().count()), (301, 301));
+}
+
+fn own_card(node: &Membership) -> Card {
+    node.card(&node.local).unwrap().clone()
 }
 
 fn address(n: u8) -> SocketAddr {
@@ -125,10 +160,12 @@ impl Pair {
 
     fn pass(&mut self, seconds: u64) {
         for _ in 0..seconds {
-            self.now += TICK;
-            self.a.tick(self.now);
-            self.b.tick(self.now);
-            self.talk();
+            for _ in 0..2 {
+                self.now += TICK;
+                self.a.tick(self.now);
+                self.b.tick(self.now);
+                self.talk();
+            }
         }
     }
 }
@@ -195,7 +232,7 @@ fn whoever_is_said_to_be_gone_and_is_not_says_so() {
     pair.a.receive(pair.now, liar, Message { rumours: vec![lie], ..Message::default() });
     assert!(pair.a.card(&b).is_some(), "its neighbour does not believe it");
     pair.talk();
-    pair.pass(2);
+    pair.pass(6);
     assert!(pair.a.card(&b).unwrap().stamp > stamp, "and it made a newer card");
 
     // Whoever is not connected to it believes it until then.
@@ -213,7 +250,7 @@ fn whoever_is_said_to_be_gone_and_is_not_says_so() {
 fn an_old_card_does_not_bring_the_dead_back() {
     let mut pair = Pair::new();
     let b = pair.b.local;
-    let old = pair.a.members[&Tag::of(&Position::of_peer(&b))].signed.clone();
+    let old = pair.a.list.get(Tag::of(&Position::of_peer(&b))).unwrap().signed.clone();
     pair.a.disconnected(pair.now, &b);
     pair.a.failed(pair.now, &b);
     pair.a.receive(pair.now, PeerId::random(), Message { cards: vec![old], ..Message::default() });
@@ -239,7 +276,9 @@ fn only_its_member_can_make_a_card() {
     };
     assert!(!believe(card.sign(&thief)), "signed by another");
     let mut changed = card.sign(&victim);
-    changed.card[40] ^= 1;
+    let mut bytes = changed.card.to_vec();
+    bytes[40] ^= 1;
+    changed.card = bytes.into();
     assert!(!believe(changed), "changed since");
     let loopback = Card { addresses: vec!["127.0.0.1:5001".parse().unwrap()], ..card.clone() };
     assert!(!believe(loopback.sign(&victim)), "an address that is none here");
@@ -249,33 +288,72 @@ fn only_its_member_can_make_a_card() {
 
 #[test]
 fn what_a_peer_can_make_us_send_is_bounded() {
-    let mut simulation = network(3, 120);
-    let peer = simulation.any();
-    let now = simulation.now;
-    let node = &mut simulation.nodes.get_mut(&peer).unwrap().membership;
-    let asker = *node.neighbours.keys().next().unwrap();
-    let all: Vec<u64> = node.members.keys().map(|tag| tag.0).collect();
-    let mut bytes = 0;
-    for _ in 0..1_000 {
-        node.receive(now, asker, Message { wanted: all.clone(), ..Message::default() });
-        bytes += sent(node).iter().map(|(_, message)| message.encoded_len()).sum::<usize>();
+    let mut network = network(3, 120);
+    let peer = network.any();
+    let now = network.now;
+    let node = network.nodes.get_mut(&peer).unwrap().membership.as_mut().unwrap();
+    let all: Vec<u32> = node.list.members().map(|card| card.news().0).collect();
+    for asker in [*node.neighbours.keys().next().unwrap(), PeerId::random()] {
+        let mut bytes = 0;
+        for _ in 0..1_000 {
+            node.receive(now, asker, Message { wanted: all.clone(), ..Message::default() });
+            bytes += sent(node).iter().map(|(_, message)| message.encoded_len()).sum::<usize>();
+        }
+        assert!(bytes <= CARDS_BURST + CARDS_CHUNK, "{bytes} bytes");
     }
-    assert!(bytes <= CARDS_BURST + CARDS_CHUNK, "{bytes} bytes");
-    let stranger = PeerId::random();
-    node.receive(now, stranger, Message { wanted: all, ..Message::default() });
-    assert_eq!(sent(node), [], "nothing for one without a connection");
 }
 
 #[test]
 fn what_a_peer_makes_up_is_bounded() {
     let now = Instant::now();
     let mut node = node(&Keypair::generate_ed25519(), 1, now);
+    let mut wanted = 0;
     for batch in 0..20_u64 {
-        let rumours = (0..5_000).map(|n| Rumour { tag: mix(batch * 5_000 + n), stamp: 1, gone: n % 2 == 0 }).collect();
-        node.receive(now, PeerId::random(), Message { rumours, ..Message::default() });
-        sent(&mut node);
+        let rumours = (0..5_000).map(|n| Rumour { tag: batch * 5_000 + n, stamp: 1, gone: n % 2 == 0 }).collect();
+        let news = (0..5_000).map(|n| u32::try_from(batch * 5_000 + n).unwrap()).collect();
+        node.receive(now, PeerId::random(), Message { rumours, news, ..Message::default() });
+        wanted += sent(&mut node).iter().map(|(_, message)| message.wanted.len()).sum::<usize>();
     }
-    assert!(node.gone.len() <= MAX_GONE && node.asked.len() <= MAX_ASKED && node.news.len() <= MAX_NEWS);
+    let gone = (0..100_000).filter(|tag| node.list.gone(Tag(*tag)).is_some()).count();
+    assert!(gone <= MAX_GONE && node.asked.len() <= MAX_ASKED && wanted * NEWS_SIZE <= NEWS_BURST);
+    assert!(!node.news.is_hot() || node.news.tell(&[]).len() <= 1, "and none of it is passed on");
+}
+
+/// Whoever lies about a member again and again makes it defend itself now and then, and not each time.
+#[test]
+fn lies_are_answered_in_measure() {
+    let mut pair = Pair::new();
+    let (first, mut answers) = (own_card(&pair.b).stamp, 0);
+    for _ in 0..60 {
+        let before = own_card(&pair.b).stamp;
+        let lie = Rumour { tag: pair.b.own_tag.0, stamp: before, gone: true };
+        pair.b.receive(pair.now, PeerId::random(), Message { rumours: vec![lie], ..Message::default() });
+        pair.pass(1);
+        answers += usize::from(own_card(&pair.b).stamp > before);
+    }
+    assert!(own_card(&pair.b).stamp > first && (2..=13).contains(&answers), "{answers} answers");
+}
+
+#[test]
+fn sums_spare_what_is_on_its_way() {
+    let mut pair = Pair::new();
+    pair.pass(60);
+    let (now, from) = (pair.now, pair.a.unix(pair.now) - 30_000);
+    assert_eq!(pair.a.list.sum(now, from), pair.b.list.sum(now, from));
+    let young = Keypair::generate_ed25519();
+    let card = Card { peer: young.public().to_peer_id(), stamp: pair.a.unix(now), ..own_card(&pair.a) };
+    pair.a.receive(now, PeerId::random(), Message { cards: vec![card.sign(&young)], ..Message::default() });
+    assert_eq!(pair.a.list.sum(now, from), pair.b.list.sum(now, from), "a card of just now");
+    assert_ne!(pair.a.list.sum(now, 0), pair.b.list.sum(now, 0));
+    pair.talk();
+    pair.pass(60);
+    let (now, from) = (pair.now, pair.a.unix(pair.now) - 30_000);
+    assert_eq!(pair.b.list.len(), 3);
+    pair.b.list.bury(now, Tag::of(&Position::of_peer(&card.peer)), card.stamp);
+    assert_eq!(pair.a.list.sum(now, from), pair.b.list.sum(now, from), "a death of just now");
+    let later = now + ON_ITS_WAY;
+    assert_ne!(pair.a.list.sum(later, from), pair.b.list.sum(later, from));
+    assert_eq!(pair.a.list.parts(now, from).len(), PARTS);
 }
 
 #[test]
@@ -294,7 +372,7 @@ proptest! {
     fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         if let Ok(message) = Message::read(&bytes) {
             let mut node = Membership::new(
-                PeerId::random(), Own::default(), scope(), Box::new(NoSigner), 1, (Instant::now(), SystemTime::now()),
+                PeerId::random(), Own::default(), scope(), Box::new(NoSigner::default()), 1, (Instant::now(), SystemTime::now()),
             );
             node.connected(Instant::now(), PeerId::random());
             node.receive(Instant::now(), PeerId::random(), message);

@@ -1,0 +1,313 @@
+//! The router's bench under simulated time. `cargo xtask bench router` runs it and reads the lines that begin with `figure `.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use libp2p::PeerId;
+use prost::Message as _;
+use rand::Rng as _;
+use rand::seq::IteratorRandom as _;
+
+use super::super::keys::ContentId;
+use super::super::table::REPLICAS;
+use super::super::wire::{Kind as WireKind, Message as WireMessage};
+use super::lookups::{Connections, Outcomes};
+use super::{CONNECTION, FRAMING, Kind, Network, SILENCE, STREAM, id};
+
+const SEED: u64 = 20_260_801;
+const KEYS_PER_NODE: u32 = 2_000;
+/// How many nodes have each key.
+const PROVIDERS: u32 = 10;
+const LOOKUPS: usize = 600;
+
+/// A network with content, and what each node has of it.
+struct Cluster {
+    network: Network,
+    size: usize,
+    ids: Vec<ContentId>,
+    contents: BTreeMap<PeerId, Vec<ContentId>>,
+    /// Keys that nobody had at first.
+    next: u32,
+}
+
+fn figure(size: usize, what: &str, value: f64) {
+    println!("figure {size}|{what}|{value:.3}");
+}
+
+impl Cluster {
+    fn new(size: usize, kind: impl Fn(usize) -> Kind, keys: u32) -> Self {
+        let mut network = Network::new(SEED ^ size as u64, true);
+        for n in 0..size {
+            network.join(kind(n));
+            network.run(Duration::from_millis(20));
+        }
+        network.run(Duration::from_secs(90));
+        let providers = PROVIDERS.min(size as u32);
+        let ids: Vec<ContentId> = (0..size as u32 * keys / providers).map(id).collect();
+        let mut contents: BTreeMap<PeerId, Vec<ContentId>> = BTreeMap::new();
+        for id in &ids {
+            for peer in network.nodes.keys().copied().choose_multiple(&mut network.rng, providers as usize) {
+                contents.entry(peer).or_default().push(*id);
+            }
+        }
+        for (peer, ids) in &contents {
+            network.offer(*peer, ids.iter().copied());
+            network.run(Duration::from_millis(20));
+        }
+        network.run(Duration::from_secs(30));
+        Self { network, size, ids, contents, next: 1 << 30 }
+    }
+
+    fn figure(&self, what: &str, value: f64) {
+        figure(self.size, what, value);
+    }
+
+    fn fresh(&mut self) -> ContentId {
+        self.next += 1;
+        id(self.next)
+    }
+
+    fn lookups(&mut self) {
+        let mut warm = self.network.look_up_many(LOOKUPS, &self.ids, Connections::All);
+        self.figure("lookup p50, warm connections (ms)", warm.at(0.5));
+        self.figure("lookup p99, warm connections (ms)", warm.at(0.99));
+        let cold = self.network.look_up_many(LOOKUPS, &self.ids, Connections::None).at(0.99);
+        self.figure("lookup p99, cold connections (ms)", cold);
+        let mut real = self.network.look_up_many(LOOKUPS, &self.ids, Connections::AsTheyAre);
+        self.figure("lookup p99, connections as they are (ms)", real.at(0.99));
+        self.figure("lookups that find (share)", real.found());
+        assert!(warm.found() >= 0.999 && real.found() >= 0.999, "{} and {} found", warm.found(), real.found());
+    }
+
+    /// From when content is offered until somebody else finds it.
+    fn advertising(&mut self) {
+        let mut times = Outcomes::default();
+        for _ in 0..200 {
+            let (provider, id) = (self.network.any(), self.fresh());
+            let mut from = self.network.any();
+            while from == provider {
+                from = self.network.any();
+            }
+            let start = self.network.now;
+            self.network.offer(provider, [id]);
+            let first = loop {
+                let passed = self.network.now - start;
+                let outcome = self.network.look_up(&from, id, Connections::AsTheyAre);
+                if let Some(first) = outcome.first {
+                    break Some(passed + first);
+                }
+                if passed > Duration::from_secs(20) {
+                    break None;
+                }
+                self.network.run(Duration::from_millis(1));
+            };
+            times.add(first);
+        }
+        self.figure("new content found by another, p99 (ms)", times.at(0.99));
+        assert!(times.found() == 1.0 && times.at(0.99) < 1_000.0);
+    }
+
+    /// What advertising costs beside walking to each key for itself, and the member list at rest.
+    fn traffic(&mut self) {
+        let time = Duration::from_secs(120);
+        self.network.reset_traffic();
+        self.network.run(time);
+        let seconds = time.as_secs_f64();
+        let (messages, bytes) = self.network.offer_traffic();
+        self.figure("advertising 2,000 keys, messages/s a node", messages / seconds);
+        self.figure("advertising 2,000 keys, bytes/s a node", bytes / seconds);
+        let (each_messages, each_bytes) = self.key_by_key();
+        self.figure("the same key by key, messages/s a node", each_messages);
+        self.figure("the same key by key, bytes/s a node", each_bytes);
+        self.figure(
+            "member list with content at rest, bytes/s a node, sent and received",
+            self.network.member_bytes() / seconds,
+        );
+        assert!(self.size < 100 || 10.0 * bytes / seconds <= each_bytes, "more than a tenth of key by key");
+    }
+
+    /// A walk and twenty messages for each key within four fifths of its time to live; a fourth of them over new connections.
+    fn key_by_key(&self) -> (f64, f64) {
+        let told = REPLICAS.min(self.size - 1) as f64;
+        let keys = f64::from(KEYS_PER_NODE) / 720.0;
+        let request = WireMessage::request(WireKind::GetProviders, &self.ids[0].multihash()).encoded_len() + FRAMING;
+        // An answer names twenty peers of some sixty bytes.
+        let answer = told * 60.0 + FRAMING as f64;
+        let add = request + 60 + STREAM + CONNECTION / 4;
+        (keys * told * 3.0, keys * told * (request as f64 + answer + add as f64))
+    }
+
+    fn memory(&self) {
+        let nodes = self.network.nodes.values();
+        let (bytes, records): (usize, usize) = nodes
+            .fold((0, 0), |(bytes, records), node| (bytes + node.memory(), records + node.records.foreign_count()));
+        self.figure("records a node", (records / self.size) as f64);
+        self.figure("records, members and tables, memory a node (MB)", bytes as f64 / self.size as f64 / 1e6);
+    }
+
+    /// Nodes that come with content of their own: when they find what was there, and when all of theirs that is looked for is found.
+    fn newcomers(&mut self) {
+        let (mut find, mut found) = (Outcomes::default(), Outcomes::default());
+        for _ in 0..20 {
+            let own: Vec<ContentId> = (0..KEYS_PER_NODE).map(|_| self.fresh()).collect();
+            let start = self.network.now;
+            let peer = self.network.join(Kind::Member);
+            self.network.offer(peer, own.iter().copied());
+            let (mut finds, mut is_found) = (None, None);
+            while (finds.is_none() || is_found.is_none()) && self.network.now - start < Duration::from_secs(60) {
+                self.network.run(Duration::from_millis(20));
+                let passed = self.network.now - start;
+                if finds.is_none() {
+                    let wanted = *self.ids.iter().choose(&mut self.network.rng).unwrap();
+                    let outcome = self.network.look_up(&peer, wanted, Connections::AsTheyAre);
+                    finds = outcome.first.map(|first| passed + first);
+                }
+                if is_found.is_none() {
+                    is_found = self.all_found(&peer, &own).then_some(passed);
+                }
+            }
+            find.add(finds);
+            found.add(is_found);
+            self.contents.insert(peer, own);
+        }
+        self.figure("a new node finds, slowest of 20 (s)", find.at(1.0) / 1e3);
+        self.figure("all content of a new node is found, slowest of 20 (s)", found.at(1.0) / 1e3);
+        assert!(find.found() == 1.0 && found.found() == 1.0 && found.at(1.0) <= 3_000.0);
+    }
+
+    fn all_found(&mut self, provider: &PeerId, own: &[ContentId]) -> bool {
+        (0..20).all(|_| {
+            let id = *own.iter().choose(&mut self.network.rng).unwrap();
+            let from = self.network.any();
+            from == *provider || self.network.look_up(&from, id, Connections::AsTheyAre).first.is_some()
+        })
+    }
+
+    /// A twentieth of the nodes a minute vanishes without a word, and others with their content take their places.
+    fn churn(&mut self) {
+        let pause = Duration::from_secs_f64(60.0 / (0.05 * self.size as f64));
+        let (start, mut replaced) = (self.network.now, 0);
+        let mut outcomes = Outcomes::default();
+        self.network.reset_traffic();
+        while self.network.now - start < Duration::from_secs(600) {
+            while self.network.now - start >= pause * replaced {
+                replaced += 1;
+                let victim = self.network.any();
+                self.network.kill(victim, SILENCE);
+                let content = self.contents.remove(&victim).unwrap_or_default();
+                let peer = self.network.join(Kind::Member);
+                self.network.offer(peer, content.iter().copied());
+                self.contents.insert(peer, content);
+            }
+            let step = Duration::from_millis(self.network.rng.random_range(200..800));
+            self.network.run(step);
+            outcomes.add_all(self.network.look_up_many(2, &self.ids, Connections::AsTheyAre));
+        }
+        self.figure("5 % churn a minute for 10 minutes: found (share)", outcomes.found());
+        self.figure("5 % churn a minute for 10 minutes: lookup p99 (ms)", outcomes.at(0.99));
+        assert!(outcomes.found() >= 0.999, "{} found under churn", outcomes.found());
+    }
+
+    /// A fifth of the nodes vanishes without a word.
+    fn deaths(&mut self) {
+        let count = self.network.nodes.len() / 5;
+        for victim in self.network.nodes.keys().copied().choose_multiple(&mut self.network.rng, count) {
+            self.network.kill(victim, SILENCE);
+        }
+        let start = self.network.now;
+        let mut at_once = Outcomes::default();
+        while self.network.now - start < Duration::from_secs(10) {
+            at_once.add_all(self.network.look_up_many(12, &self.ids, Connections::AsTheyAre));
+            self.network.run(Duration::from_millis(200));
+        }
+        self.figure("20 % dead, first 10 s: found (share)", at_once.found());
+        self.figure("20 % dead, first 10 s: lookup p99 (ms)", at_once.at(0.99));
+        let mut after = self.network.look_up_many(LOOKUPS, &self.ids, Connections::AsTheyAre);
+        self.figure("20 % dead, after 10 s: found (share)", after.found());
+        self.figure("20 % dead, after 10 s: lookup p99 (ms)", after.at(0.99));
+        assert!(after.found() >= 0.999, "{} found after 10 s", after.found());
+        self.network.run(Duration::from_secs(30));
+        let mut noticed = self.network.look_up_many(LOOKUPS, &self.ids, Connections::AsTheyAre);
+        self.figure("20 % dead, after 40 s: lookup p99 (ms)", noticed.at(0.99));
+    }
+
+    /// Which provider of one key is named first.
+    fn hot_key(&mut self) {
+        let hot = self.fresh();
+        let count = 100.min(self.size / 2);
+        let providers = self.network.nodes.keys().copied().choose_multiple(&mut self.network.rng, count);
+        providers.iter().for_each(|peer| self.network.offer(*peer, [hot]));
+        self.network.run(Duration::from_secs(10));
+        let mut named: BTreeMap<PeerId, u32> = BTreeMap::new();
+        let lookups = 60 * count;
+        for _ in 0..lookups {
+            let from = self.network.nodes.keys().copied().filter(|peer| !providers.contains(peer));
+            let from = from.choose(&mut self.network.rng).unwrap();
+            let outcome = self.network.look_up(&from, hot, Connections::AsTheyAre);
+            *named.entry(outcome.provider.unwrap()).or_default() += 1;
+        }
+        let share = f64::from(*named.values().max().unwrap()) * count as f64 / lookups as f64;
+        self.figure("one hot key: largest share of its providers (x mean)", share);
+        assert!(named.len() == count && share <= 2.0, "{} of {count} named, {share} x the mean", named.len());
+    }
+}
+
+/// Half of the nodes do not speak the member protocol. Fewer keys: it is the ways to them that count.
+fn mixed(size: usize) {
+    let kind = |n: usize| if n.is_multiple_of(2) { Kind::Member } else { Kind::Plain };
+    let mut cluster = Cluster::new(size, kind, KEYS_PER_NODE / 10);
+    let mut outcomes = cluster.network.look_up_many(LOOKUPS, &cluster.ids, Connections::AsTheyAre);
+    figure(size, "half not members, 200 keys a node: found (share)", outcomes.found());
+    figure(size, "half not members, 200 keys a node: lookup p99 (ms)", outcomes.at(0.99));
+    assert!(outcomes.found() >= 0.999, "{} found in a mixed network", outcomes.found());
+}
+
+fn measure(size: usize) {
+    let start = Instant::now();
+    let mut cluster = Cluster::new(size, |_| Kind::Member, KEYS_PER_NODE);
+    let step = |what: &str| println!("{size} nodes: {what} after {:.1} s", start.elapsed().as_secs_f64());
+    step("together");
+    cluster.lookups();
+    cluster.advertising();
+    cluster.traffic();
+    cluster.memory();
+    step("traffic");
+    cluster.hot_key();
+    cluster.newcomers();
+    step("newcomers");
+    cluster.churn();
+    step("churn");
+    cluster.deaths();
+    step("deaths");
+    drop(cluster);
+    mixed(size);
+    step("done");
+}
+
+#[test]
+fn ten_nodes_meet_the_aims() {
+    measure(10);
+}
+
+/// What is printed twice is the same: whoever doubts a figure can look into it.
+#[test]
+fn a_seed_makes_a_run() {
+    let run = || {
+        let mut cluster = Cluster::new(30, |_| Kind::Member, 50);
+        let victim = cluster.network.any();
+        cluster.network.kill(victim, SILENCE);
+        cluster.network.run(Duration::from_secs(20));
+        let mut outcomes = cluster.network.look_up_many(100, &cluster.ids, Connections::AsTheyAre);
+        (outcomes.at(0.5), outcomes.at(0.99), cluster.network.member_bytes(), cluster.network.offer_traffic())
+    };
+    assert_eq!(run(), run());
+}
+
+#[test]
+#[ignore = "takes minutes; cargo xtask bench router runs it"]
+fn bench_router() {
+    println!("seed {SEED}");
+    for size in [10, 100, 1_000] {
+        measure(size);
+    }
+}
