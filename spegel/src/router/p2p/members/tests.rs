@@ -99,7 +99,8 @@ fn lists_that_were_apart_become_one() {
     let strangers: Vec<Keypair> = (0..300).map(|_| Keypair::generate_ed25519()).collect();
     for (n, stranger) in strangers.iter().enumerate() {
         let card = Card { peer: stranger.public().to_peer_id(), stamp: 1_000 + n as u64, ..own_card(&pair.a) };
-        let message = Message { cards: vec![card.sign(stranger)], old_news: true, ..Message::default() };
+        // An answer: whoever tells it is no neighbour with whom to compare.
+        let message = Message { cards: vec![card.sign(stranger)], old_news: true, answer: true, ..Message::default() };
         let node = if n % 2 == 0 { &mut pair.a } else { &mut pair.b };
         node.receive(pair.now, PeerId::random(), message);
     }
