@@ -21,7 +21,7 @@ pub(super) type Hook<'a> = &'a mut dyn FnMut(&'static str) -> io::Result<()>;
 const LEFTOVER: &str = ".hosts.toml.spegel";
 
 /// How the names of hidden directories end.
-const HIDDEN: &str = ".spegel";
+const HIDDEN: &str = ".made-by-spegel";
 
 /// The largest file that is read, in bytes: far beyond any configuration.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -317,6 +317,11 @@ impl<'a> Disk<'a> {
             return self.remove(&directory.join(name));
         }
         let hidden = hidden(directory);
+        if is_there(&hidden) {
+            // Another's, since ours are gone by now.
+            self.remove(&directory.join(name))?;
+            return self.remove_empty_directory(directory);
+        }
         self.rename(directory, &hidden)?;
         self.finish(&hidden, &[name])
     }

@@ -1,28 +1,34 @@
 //! What the Go program leaves below `config_path`, and taking it back.
 //!
 //! It moves everything that it finds there into `_backup`, whole, and then makes a directory with a `hosts.toml` for each registry. Its
-//! files have no mark: they are known by their shape, and only beside a `_backup` that is not ours. What is in a `_backup` that was once
-//! known as its is marked by a hidden file, so that an interrupted run is gone on with when its files are gone already.
+//! files have no mark: they are known by their shape, and only beside a `_backup`, which is never ours. Hidden files in it say how far an
+//! interrupted run had come.
 
 use std::path::{Path, PathBuf};
 
 use super::disk::{self, Content};
-use super::{BACKUP, HOSTS, HostsError, MADE, Run, render};
+use super::{HOSTS, HostsError, Run, is_backup, render};
 
-/// Stands in a `_backup` of the Go program whose content is being put back.
+/// Its directory of what was there before.
+pub(super) const BACKUP: &str = "_backup";
+/// Stands in it once its files are known as the Go program's, and are being removed.
 const TAKEN: &str = ".taken-over-by-spegel";
+/// Stands in it once they are removed, and what is in it is being put back: what looks like them from then on is an administrator's.
+pub(super) const RESTORING: &str = ".restored-by-spegel";
 
 /// Its `_backup`, if there is one.
 pub(super) fn backup(root: &Path) -> Result<Option<PathBuf>, HostsError> {
     let backup = root.join(BACKUP);
-    if !disk::is_real_directory(&backup) || disk::is_there(&backup.join(MADE)) {
+    if !disk::is_real_directory(&backup) {
         return Ok(None);
     }
-    if disk::is_there(&backup.join(TAKEN)) {
+    if [TAKEN, RESTORING].iter().any(|mark| disk::is_there(&backup.join(mark))) {
         return Ok(Some(backup));
     }
     for name in disk::directories(root)? {
-        if let Content::Bytes(content) = disk::read(&root.join(&name).join(HOSTS))?
+        let path = root.join(&name).join(HOSTS);
+        if !path.is_symlink()
+            && let Content::Bytes(content) = disk::read(&path)?
             && render::read_marker(&content).is_none()
             && render::is_of_go(&content, None).is_some()
         {
@@ -34,19 +40,23 @@ pub(super) fn backup(root: &Path) -> Result<Option<PathBuf>, HostsError> {
 
 /// Takes its files away, and puts back everything that it had moved into `backup`.
 pub(super) fn take_back(run: &mut Run<'_>, backup: &Path) -> Result<(), HostsError> {
-    run.disk.create_file(&backup.join(TAKEN))?;
-    for name in disk::directories(run.root)? {
-        if name != Path::new(BACKUP) {
-            remove_file(run, backup, &name)?;
+    if !disk::is_there(&backup.join(RESTORING)) {
+        run.disk.create_file(&backup.join(TAKEN))?;
+        for name in disk::directories(run.root)? {
+            if !is_backup(&name) {
+                remove_file(run, backup, &name)?;
+            }
         }
+        run.disk.create_file(&backup.join(RESTORING))?;
     }
+    run.disk.remove(&backup.join(TAKEN))?;
     for entry in disk::entries(backup)? {
-        if entry != TAKEN {
+        if entry != RESTORING {
             restore(run, &backup.join(&entry), &run.root.join(&entry))?;
         }
     }
-    if disk::entries(backup)?.iter().eq([TAKEN]) {
-        run.disk.remove_with_directory(backup, TAKEN)?;
+    if disk::entries(backup)?.iter().eq([RESTORING]) {
+        run.disk.remove_with_directory(backup, RESTORING)?;
     }
     Ok(())
 }
@@ -55,7 +65,7 @@ pub(super) fn take_back(run: &mut Run<'_>, backup: &Path) -> Result<(), HostsErr
 fn remove_file(run: &mut Run<'_>, backup: &Path, name: &Path) -> Result<(), HostsError> {
     let (directory, place) = (run.root.join(name), run.root.join(name).join(HOSTS));
     let Content::Bytes(content) = disk::read(&place)? else { return Ok(()) };
-    if render::read_marker(&content).is_some() {
+    if place.is_symlink() || render::read_marker(&content).is_some() {
         return Ok(());
     }
     let before = match disk::read_kept(&backup.join(name).join(HOSTS), &place)? {

@@ -2,9 +2,9 @@
 //!
 //! Below containerd's `config_path` each registry has a directory with a `hosts.toml`
 //! ([containerd's description](https://github.com/containerd/containerd/blob/main/docs/hosts.md)). Only files named
-//! `hosts.toml` are written, each with a first line by which it is known. One that was there before is kept in `_backup` beside the
-//! directories. Everything else, certificates too, stays where it is, so that relative paths hold. A `config_path` that had to be made,
-//! and a backup of ours, are known by a hidden file in them, and go with what was written if nothing else is in them.
+//! `hosts.toml` are written, each with a first line by which it is known. One that was there before is kept in `_backup.spegel` beside the
+//! directories. Everything else, certificates too, stays where it is, so that relative paths hold. A `config_path` that had to be made
+//! is known by a hidden file in it, and goes with what was written if nothing else is in it. A link is never ours, whatever it leads to.
 //! Of what an administrator has put there nothing need be readable: what cannot be read is not ours.
 
 mod disk;
@@ -24,13 +24,12 @@ use disk::{Content, Disk, Hook};
 /// The header by which a node's containerd tells the mirror whose it is. containerd sends it with each request to the mirror.
 pub const NODE_HEADER: &str = "X-Spegel-Node";
 
-/// The directory of what was there before, beside the registries' directories.
-const BACKUP: &str = "_backup";
-/// That directory where another's has its name.
-const OTHER_BACKUP: &str = "_backup.spegel";
+/// The directory of what was there before, beside the registries' directories. Not the Go program's `_backup`: where that is, it takes
+/// everything for backed up, and deletes the rest.
+const BACKUP: &str = "_backup.spegel";
 /// The file that containerd reads in a registry's directory.
 const HOSTS: &str = "hosts.toml";
-/// Stands in a `config_path` that was made by [`write()`], and in a backup of ours. containerd does not look at it.
+/// Stands in a `config_path` that was made by [`write()`]. containerd does not look at it.
 const MADE: &str = ".made-by-spegel";
 
 /// What to write.
@@ -117,6 +116,7 @@ pub enum HostsError {
 }
 
 /// What a file is to us.
+#[derive(Clone, Copy)]
 enum Found {
     /// Nothing is there.
     Nothing,
@@ -155,7 +155,7 @@ pub fn remove(config_path: &Path) -> Result<Report, HostsError> {
 fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, HostsError> {
     check(configuration)?;
     let root = &configuration.config_path;
-    let mut run = Run { disk: Disk::new(hook), root, backup: own_backup(root), report: Report::default() };
+    let mut run = Run { disk: Disk::new(hook), root, backup: root.join(BACKUP), report: Report::default() };
     let _alone = loop {
         run.make_root()?;
         // A cleanup may have taken it away again.
@@ -181,7 +181,7 @@ fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, H
 fn remove_with(config_path: &Path, hook: Hook<'_>) -> Result<Report, HostsError> {
     let Some(_alone) = disk::lock(config_path)? else { return Ok(Report::default()) };
     disk::check_directory(config_path)?;
-    let backup = own_backup(config_path);
+    let backup = config_path.join(BACKUP);
     let mut run = Run { disk: Disk::new(hook), root: config_path, backup, report: Report::default() };
     run.begin()?;
     run.withdraw(&BTreeSet::new())?;
@@ -205,15 +205,8 @@ fn check(configuration: &Configuration) -> Result<(), HostsError> {
     Ok(())
 }
 
-/// Where we keep what was there before. A `_backup` without our mark is another's.
-fn own_backup(root: &Path) -> PathBuf {
-    let (usual, other) = (root.join(BACKUP), root.join(OTHER_BACKUP));
-    let is_free = !disk::is_there(&usual) || disk::is_there(&usual.join(MADE));
-    if is_free && !disk::is_there(&other) { usual } else { other }
-}
-
 fn is_backup(name: &Path) -> bool {
-    [BACKUP, OTHER_BACKUP].iter().any(|backup| name == Path::new(backup))
+    [BACKUP, go::BACKUP].iter().any(|backup| name == Path::new(backup))
 }
 
 /// The directory that containerd would read for a registry: `host_port_` goes before `host:port`.
@@ -301,7 +294,9 @@ impl Run<'_> {
         let mut plan: Vec<Planned> = Vec::new();
         for registry in registries {
             let directory = directory_of(self.root, registry);
-            if plan.iter().any(|planned| planned.directory == directory) {
+            let is_planned =
+                |planned: &Planned| planned.directory == directory || self.is_one(&planned.directory, &directory);
+            if plan.iter().any(is_planned) {
                 continue;
             }
             let path = self.root.join(&directory).join(HOSTS);
@@ -323,10 +318,23 @@ impl Run<'_> {
     fn existing(&self, directory: &Path) -> Result<Content, HostsError> {
         let path = self.root.join(directory).join(HOSTS);
         let content = disk::read(&path)?;
-        if matches!(classify(&content), Found::Foreign) {
+        if matches!(classify(&path, &content), Found::Foreign) {
             return Ok(content);
         }
-        disk::read_kept(&self.backup.join(directory).join(HOSTS), &path)
+        // It may have been kept under another name of the same directory.
+        for name in disk::directories(&self.backup)? {
+            let kept = self.backup.join(&name).join(HOSTS);
+            if disk::is_there(&kept) && (name == directory || self.is_one(&name, directory)) {
+                return disk::read_kept(&kept, &path);
+            }
+        }
+        Ok(Content::Nothing)
+    }
+
+    /// Whether two names are of one directory.
+    fn is_one(&self, name: &Path, other: &Path) -> bool {
+        let real = |name: &Path| self.root.join(name).canonicalize().ok();
+        real(name).is_some_and(|directory| real(other) == Some(directory))
     }
 
     /// Certificates in Docker's layout, which containerd uses for the upstream only while there is no `hosts.toml`.
@@ -336,19 +344,19 @@ impl Run<'_> {
 
     /// Ends what an interrupted run had begun, and takes back what the Go program left.
     fn begin(&mut self) -> Result<(), HostsError> {
-        self.disk.finish_all(self.root, &[HOSTS, MADE])?;
-        if let Some(backup) = go::backup(self.root)? {
-            go::take_back(self, &backup)?;
+        self.disk.finish_all(self.root, &[HOSTS, go::RESTORING])?;
+        match go::backup(self.root)? {
+            Some(backup) => go::take_back(self, &backup),
+            None => Ok(()),
         }
-        self.backup = own_backup(self.root);
-        Ok(())
     }
 
     fn install(&mut self, planned: &Planned, secret: bool) -> Result<(), HostsError> {
         let directory = self.root.join(&planned.directory);
         let path = directory.join(HOSTS);
         let content = disk::read(&path)?;
-        let made_directory = match classify(&content) {
+        let found = classify(&path, &content);
+        let made_directory = match found {
             Found::Ours { pristine, made_directory } => {
                 if !pristine {
                     self.set_aside(&planned.directory)?;
@@ -362,7 +370,8 @@ impl Run<'_> {
             Found::Nothing => !disk::is_there(&directory),
         };
         let text = render::with_marker(&planned.body, made_directory);
-        if matches!(&content, Content::Bytes(content) if content == text.as_bytes()) {
+        let is_same = matches!(&content, Content::Bytes(content) if content == text.as_bytes());
+        if is_same && matches!(found, Found::Ours { .. }) {
             self.report.unchanged.push(path);
             return Ok(());
         }
@@ -401,9 +410,6 @@ impl Run<'_> {
 
     /// The directory in the backup for what was in a registry's directory.
     fn place_in_backup(&mut self, directory: &Path) -> Result<PathBuf, HostsError> {
-        if !disk::is_there(&self.backup) {
-            self.disk.create_directory_with(&self.backup, MADE, b"", false)?;
-        }
         let place = self.backup.join(directory);
         self.disk.create_directory(&place)?;
         Ok(place)
@@ -453,10 +459,7 @@ impl Run<'_> {
         for name in &names {
             result = result.and(self.withdraw_one(name));
         }
-        if disk::entries(&self.backup)?.iter().eq([MADE]) {
-            result = result.and(self.disk.remove_with_directory(&self.backup.clone(), MADE));
-        }
-        result
+        result.and(self.disk.remove_empty_directory(&self.backup))
     }
 
     fn withdraw_one(&mut self, name: &Path) -> Result<(), HostsError> {
@@ -464,7 +467,7 @@ impl Run<'_> {
         let (path, kept) = (directory.join(HOSTS), backup.join(HOSTS));
         self.disk.remove_leftover(&directory)?;
         let content = disk::read(&path)?;
-        match classify(&content) {
+        match classify(&path, &content) {
             Found::Ours { pristine, made_directory } => {
                 if !pristine {
                     self.set_aside(name)?;
@@ -478,7 +481,10 @@ impl Run<'_> {
                     self.report.restored.push(path);
                 } else {
                     match made_directory {
-                        true => self.disk.remove_with_directory(&directory, HOSTS)?,
+                        true => {
+                            self.disk.remove_with_directory(&directory, HOSTS)?;
+                            self.disk.remove_empty_directory(&directory)?;
+                        }
                         false => self.disk.remove(&path)?,
                     }
                     self.report.removed.push(path);
@@ -490,7 +496,8 @@ impl Run<'_> {
                 if disk::is_there(&kept) {
                     self.report.left_in_backup.push(kept);
                 }
-                if matches!(&content, Content::Bytes(text) if render::names_a_mirror(text)) {
+                let names_a_mirror = matches!(&content, Content::Bytes(text) if render::names_a_mirror(text));
+                if names_a_mirror && !path.is_symlink() {
                     self.report.foreign_mirrors.push(path);
                 }
             }
@@ -505,8 +512,10 @@ impl Run<'_> {
     }
 }
 
-fn classify(content: &Content) -> Found {
+/// Whose it is. A link is not ours: it is another's, also where it leads to a file of ours.
+fn classify(path: &Path, content: &Content) -> Found {
     match content {
+        _ if path.is_symlink() => Found::Foreign,
         Content::Nothing => Found::Nothing,
         Content::Bytes(content) => match render::read_marker(content) {
             Some((pristine, made_directory)) => Found::Ours { pristine, made_directory },

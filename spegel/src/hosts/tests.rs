@@ -74,12 +74,8 @@ fn interrupted_write_is_completed_by_the_next() {
         let written = snapshot(root.path());
         let names: Vec<_> =
             written.keys().map(|path| path.strip_prefix(root.path()).unwrap().to_str().unwrap()).collect();
-        let backup = [
-            "_backup",
-            "_backup/.made-by-spegel",
-            "_backup/registry.test:5000",
-            "_backup/registry.test:5000/hosts.toml",
-        ];
+        let backup =
+            ["_backup.spegel", "_backup.spegel/registry.test:5000", "_backup.spegel/registry.test:5000/hosts.toml"];
         let live = ["other.test", "other.test/hosts.toml"];
         let ours = ["registry.test:5000", "registry.test:5000/ca.crt", "registry.test:5000/hosts.toml"];
         assert_eq!(names, [&backup[..], &live, &ours].concat(), "step {step}");
@@ -130,7 +126,7 @@ fn interrupted_remove_is_completed_by_the_next() {
 
 /// What the Go program leaves beside an administrator's certificates, links and files of his own.
 fn left_by_go(root: &Path) -> BTreeMap<PathBuf, String> {
-    let backup = root.join(BACKUP);
+    let backup = root.join(go::BACKUP);
     for directory in ["docker.io", "private.test", "empty.test", "registry.test:5000"] {
         fs::create_dir_all(root.join(directory)).unwrap();
     }
@@ -148,7 +144,7 @@ fn left_by_go(root: &Path) -> BTreeMap<PathBuf, String> {
     std::os::unix::fs::symlink("../private.test/hosts.toml", root.join("docker.io/hosts.toml")).unwrap();
     let before = snapshot(root);
     fs::create_dir(&backup).unwrap();
-    for entry in disk::entries(root).unwrap().iter().filter(|entry| *entry != BACKUP) {
+    for entry in disk::entries(root).unwrap().iter().filter(|entry| *entry != go::BACKUP) {
         fs::rename(root.join(entry), backup.join(entry)).unwrap();
     }
     let host = "[host.'http://10.0.0.1:30020']\ncapabilities = ['pull', 'resolve']\ndial_timeout = '200ms'\n";

@@ -328,13 +328,16 @@ impl Drop for Server {
     }
 }
 
+/// All data runtimes.
+type Engines = Arc<[Arc<Engine>]>;
+
 /// The data runtimes, and what they run on; if they differ, what the one runs on that was refused io_uring.
 fn start_engines(
     count: usize,
     choice: EngineChoice,
     watchdog: Option<Duration>,
     shared: &Arc<Shared>,
-) -> Result<(Arc<[Arc<Engine>]>, Chosen), ServeError> {
+) -> Result<(Engines, Chosen), ServeError> {
     let wrap =
         |error| if choice == EngineChoice::IoUring { ServeError::Engine(error) } else { ServeError::Runtime(error) };
     let (first, mut chosen) = Engine::start(0, choice, watchdog, shared.clone()).map_err(wrap)?;

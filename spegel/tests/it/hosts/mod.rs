@@ -131,7 +131,7 @@ fn others_files_stay() {
     write(&configuration).unwrap();
     assert_eq!(get(root, "plain.test/hosts.toml"), "server = 'http://plain.test'\n");
     assert_eq!(get(root, "a.test/ca.crt"), "ca");
-    assert_eq!(get(root, "_backup/a.test/hosts.toml"), "server = 'https://a.test'\n");
+    assert_eq!(get(root, "_backup.spegel/a.test/hosts.toml"), "server = 'https://a.test'\n");
 
     put(root, "late.test/hosts.toml", "server = 'http://late.test'\n");
     put(root, "a.test/late.crt", "late");
@@ -162,11 +162,11 @@ fn changes_to_ours_are_kept_aside() {
     let edited = get(root, "a.test/hosts.toml") + "# mine\n";
     put(root, "a.test/hosts.toml", &edited);
     let report = write(&configuration).unwrap();
-    assert_eq!(report.set_aside, [root.join("_backup/a.test/hosts.toml.1")]);
-    assert_eq!(get(root, "_backup/a.test/hosts.toml.1"), edited);
+    assert_eq!(report.set_aside, [root.join("_backup.spegel/a.test/hosts.toml.1")]);
+    assert_eq!(get(root, "_backup.spegel/a.test/hosts.toml.1"), edited);
     assert!(!get(root, "a.test/hosts.toml").contains("# mine"));
     remove(root).unwrap();
-    assert_eq!(get(root, "_backup/a.test/hosts.toml.1"), edited);
+    assert_eq!(get(root, "_backup.spegel/a.test/hosts.toml.1"), edited);
     assert!(!root.join("a.test").exists());
 }
 
@@ -179,7 +179,7 @@ fn file_put_in_the_place_of_ours_is_restored() {
     write(&configuration).unwrap();
     put(root, "a.test/hosts.toml", "# second\n");
     let report = write(&configuration).unwrap();
-    assert_eq!(get(root, "_backup/a.test/hosts.toml.1"), "# first\n");
+    assert_eq!(get(root, "_backup.spegel/a.test/hosts.toml.1"), "# first\n");
     assert_eq!(report.set_aside.len(), 1);
     remove(root).unwrap();
     assert_eq!(get(root, "a.test/hosts.toml"), "# second\n");
@@ -407,8 +407,8 @@ fn the_others_are_taken_back_where_one_cannot_be() {
     write(&configuration).unwrap();
     // A file in the way of the copy that is to be set aside.
     put(root, "a.test/hosts.toml", &(get(root, "a.test/hosts.toml") + "# mine\n"));
-    fs::remove_dir_all(root.join("_backup/a.test")).unwrap();
-    put(root, "_backup/a.test", "");
+    fs::remove_dir_all(root.join("_backup.spegel/a.test")).unwrap();
+    put(root, "_backup.spegel/a.test", "");
     let error = remove(root).unwrap_err();
     assert!(error.to_string().contains("a.test"), "{error}");
     assert!(!root.join("b.test").exists());
@@ -492,6 +492,104 @@ fn a_directory_under_two_names_is_written_once() {
         body(root, &format!("{link}/hosts.toml"));
         remove(root).unwrap();
         assert_eq!(get(root, &format!("{name}/hosts.toml")), "# mine\n");
-        assert!(root.join(link).is_symlink() && !root.join("_backup").exists());
+        assert!(root.join(link).is_symlink() && !root.join("_backup.spegel").exists());
     }
+}
+
+/// A link is another's, also where it leads to a file that we replaced.
+#[test]
+fn a_link_to_a_file_of_ours_stays() {
+    for (file, registries) in [("docker.io", &["https://docker.io"][..]), ("_default", &[])] {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        put(root, &format!("{file}/hosts.toml"), "server = 'https://registry-1.docker.io'\n");
+        fs::create_dir(root.join("quay.test")).unwrap();
+        std::os::unix::fs::symlink(format!("../{file}/hosts.toml"), root.join("quay.test/hosts.toml")).unwrap();
+        let before = snapshot(root);
+        write(&setting(root, registries)).unwrap();
+        assert!(root.join("quay.test/hosts.toml").is_symlink());
+        write(&setting(root, &["https://quay.test", "https://docker.io"])).unwrap();
+        write(&setting(root, &["https://docker.io", "https://quay.test"])).unwrap();
+        remove(root).unwrap();
+        assert_eq!(snapshot(root), before);
+    }
+}
+
+#[test]
+fn hosts_that_are_kept_are_found_under_each_name_of_a_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put(root, "shared.test/hosts.toml", "server = 'https://s.test'\n[host.'https://own.test']\n");
+    std::os::unix::fs::symlink("shared.test", root.join("z.test")).unwrap();
+    for registries in [&["shared.test", "z.test"][..], &["shared.test", "z.test"], &["z.test"], &["shared.test"]] {
+        write(&Configuration { prepend_existing: true, ..setting(root, registries) }).unwrap();
+        let text = get(root, "shared.test/hosts.toml");
+        assert!(text.contains("https://own.test") && text.contains("https://s.test"), "{registries:?}: {text}");
+    }
+    remove(root).unwrap();
+    assert!(get(root, "shared.test/hosts.toml").starts_with("server = 'https://s.test'"));
+}
+
+/// What the Go program does at its start: it moves all away once, and deletes the rest.
+fn start_go(root: &Path) {
+    let names: Vec<_> = fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let backup = root.join("_backup");
+    if !backup.exists() && !names.is_empty() {
+        fs::create_dir(&backup).unwrap();
+        names.iter().for_each(|name| fs::rename(root.join(name), backup.join(name)).unwrap());
+    }
+    put(root, "_default/hosts.toml", BY_GO);
+}
+
+#[test]
+fn a_rollback_to_the_go_program_and_back_loses_nothing() {
+    for file in [None, Some("_default/hosts.toml"), Some("docker.io/ca.crt")] {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        if let Some(file) = file {
+            put(root, file, "# mine\n");
+        }
+        let before = snapshot(root);
+        write(&setting(root, &[])).unwrap();
+        start_go(root);
+        write(&setting(root, &[])).unwrap();
+        body(root, "_default/hosts.toml");
+        start_go(root);
+        remove(root).unwrap();
+        assert_eq!(snapshot(root), before, "{file:?}");
+    }
+}
+
+#[test]
+fn hidden_directories_of_others_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put(root, ".foo.spegel/hosts.toml", "# mine\n");
+    fs::create_dir(root.join(".bar.spegel")).unwrap();
+    let before = snapshot(root);
+    write(&setting(root, &[])).unwrap();
+    put(root, "._default.made-by-spegel/x", "");
+    remove(root).unwrap();
+    assert!(!root.join("_default").join("hosts.toml").exists());
+    fs::remove_dir_all(root.join("_default")).ok();
+    fs::remove_dir_all(root.join("._default.made-by-spegel")).ok();
+    assert_eq!(snapshot(root), before);
+}
+
+/// Once its own are gone, what looks like the Go program's is an administrator's.
+#[test]
+fn a_file_of_the_go_programs_shape_that_was_there_before_it_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put(root, "_default/hosts.toml", BY_GO);
+    put(root, "_backup/docker.test/hosts.toml", BY_GO);
+    put(root, "_backup/README", "old");
+    put(root, "README", "new");
+    for _ in 0..3 {
+        write(&setting(root, &[])).unwrap();
+        assert_eq!(get(root, "docker.test/hosts.toml"), BY_GO);
+    }
+    remove(root).unwrap();
+    assert_eq!(get(root, "docker.test/hosts.toml"), BY_GO);
+    assert_eq!((get(root, "README"), get(root, "_backup/README")), ("new".to_owned(), "old".to_owned()));
 }
