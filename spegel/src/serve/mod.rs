@@ -176,7 +176,7 @@ pub enum ServeError {
 #[derive(Debug)]
 pub struct Server {
     addrs: Vec<SocketAddr>,
-    engines: Arc<[Arc<Engine>]>,
+    engines: Engines,
     /// Each ends with its acceptor.
     acceptors: Vec<oneshot::Receiver<()>>,
     stop: Stop,
@@ -185,6 +185,9 @@ pub struct Server {
     engine: Chosen,
     _watchdog: Option<Watchdog>,
 }
+
+/// A server's data runtimes.
+type Engines = Arc<[Arc<Engine>]>;
 
 /// The steps of an end.
 #[derive(Clone, Debug, Default)]
@@ -334,7 +337,7 @@ fn start_engines(
     choice: EngineChoice,
     watchdog: Option<Duration>,
     shared: &Arc<Shared>,
-) -> Result<(Arc<[Arc<Engine>]>, Chosen), ServeError> {
+) -> Result<(Engines, Chosen), ServeError> {
     let wrap =
         |error| if choice == EngineChoice::IoUring { ServeError::Engine(error) } else { ServeError::Runtime(error) };
     let (first, mut chosen) = Engine::start(0, choice, watchdog, shared.clone()).map_err(wrap)?;
