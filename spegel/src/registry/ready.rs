@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
@@ -149,7 +148,7 @@ impl Registry {
         headers: impl Iterator<Item = (&'a str, &'a [u8])>,
         remote: IpAddr,
     ) -> Option<Prompt> {
-        if self.draining.load(Ordering::Relaxed) {
+        if self.refusal().is_some() {
             return None;
         }
         let answer = self.ready.get(target)?;

@@ -123,7 +123,7 @@ impl Lane {
             let activity = match &mut self.phase {
                 Phase::Bare(bare) => match bare.poll(cx, &self.client, &self.settings) {
                     Poll::Pending => bare.activity(),
-                    Poll::Ready(Ok(Next::Http(unread))) => match self.become_http(unread) {
+                    Poll::Ready(Ok(Next::Http(unread))) => match self.enter_http(unread) {
                         Ok(()) => continue,
                         Err(error) => return Poll::Ready(End::Broke(error)),
                     },
@@ -134,7 +134,7 @@ impl Lane {
                     Polled::Ended(result) => return Poll::Ready(End::Http(result)),
                     Polled::Waiting(activity) => activity,
                     Polled::Idle => {
-                        self.become_bare();
+                        self.enter_bare();
                         continue;
                     }
                 },
@@ -166,7 +166,7 @@ impl Lane {
         }
     }
 
-    fn become_http(&mut self, unread: Bytes) -> io::Result<()> {
+    fn enter_http(&mut self, unread: Bytes) -> io::Result<()> {
         let Phase::Bare(bare) = std::mem::replace(&mut self.phase, Phase::Nothing) else { return Ok(()) };
         let is_last = self.client.is_refused || self.draining;
         let session = Session::new(bare.stream, unread, is_last, &self.client, &self.settings)?;
@@ -174,7 +174,7 @@ impl Lane {
         Ok(())
     }
 
-    fn become_bare(&mut self) {
+    fn enter_bare(&mut self) {
         if let Phase::Http(session) = std::mem::replace(&mut self.phase, Phase::Nothing) {
             let (stream, unread) = session.into_parts();
             self.phase = Phase::Bare(Bare::new(stream, unread));

@@ -176,7 +176,7 @@ pub enum ServeError {
 #[derive(Debug)]
 pub struct Server {
     addrs: Vec<SocketAddr>,
-    engines: Arc<[Arc<Engine>]>,
+    engines: Engines,
     /// Each ends with its acceptor.
     acceptors: Vec<oneshot::Receiver<()>>,
     stop: Stop,
@@ -185,6 +185,9 @@ pub struct Server {
     engine: Chosen,
     _watchdog: Option<Watchdog>,
 }
+
+/// A server's data runtimes.
+type Engines = Arc<[Arc<Engine>]>;
 
 /// The steps of an end.
 #[derive(Clone, Debug, Default)]
@@ -327,9 +330,6 @@ impl Drop for Server {
         }
     }
 }
-
-/// All data runtimes.
-type Engines = Arc<[Arc<Engine>]>;
 
 /// The data runtimes, and what they run on; if they differ, what the one runs on that was refused io_uring.
 fn start_engines(

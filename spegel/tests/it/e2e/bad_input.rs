@@ -198,7 +198,7 @@ fn a_hosts_file_that_is_not_toml() {
     let done = configuration("false");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     assert!(fs::read_to_string(&file).unwrap().contains("127.0.0.1:5000"));
-    let backup = files(&folder.path().join("_backup"));
+    let backup = files(&folder.path().join("_backup.spegel"));
     assert!(backup.iter().any(|path| fs::read_to_string(path).unwrap() == "server = [not toml\n"), "{backup:?}");
 }
 
