@@ -185,7 +185,7 @@ fn both_kinds_take_turns_wherever_the_requests_are_cut() {
         result.unwrap();
         runtime.block_on(quiet(&server));
         let (quick, slow) = (both.quick.load(Ordering::Relaxed), both.slow.load(Ordering::Relaxed));
-        assert!(quick > 100 && slow > 100, "{quick} at once, {slow} by hyper");
+        assert!(quick > 10 && slow > 10, "{quick} at once, {slow} by hyper");
         assert_eq!(both.whole.load(Ordering::Relaxed), quick, "each is told of once");
     }
 }
