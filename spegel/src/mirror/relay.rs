@@ -77,7 +77,7 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     let (ending, asking) = (Arc::clone(&chain), Arc::clone(&chain));
     let relay = Relay::new(response.stream, response.leftover, length, Box::new(move |end| ending.ended(end)))
         .stall_timeout(shared.settings.stall)
-        .excuse(Box::new(move || Chain::still_growing(Arc::clone(&asking))))
+        .excuse(Box::new(move |came| Chain::still_growing(Arc::clone(&asking), came)))
         .floor(shared.settings.floor)
         .resume(Box::new(move |offset| Chain::resume(Arc::clone(&chain), offset)));
     Body::relay(relay)
@@ -146,14 +146,18 @@ impl Chain {
     }
 
     /// Whether the peer has got more of the blob since this was last asked, or says that it is still receiving it and has not said so in
-    /// vain for too long. It cannot send what it has not got; a part that lies ahead of all others may be long in coming.
-    fn still_growing(chain: Arc<Self>) -> BoxFuture<'static, bool> {
+    /// vain for too long. It cannot send what it has not got; a part that lies ahead of all others may be long in coming. One that had more
+    /// than `came` of the body when it was last asked, and has not sent it, has no excuse, however much it grows.
+    fn still_growing(chain: Arc<Self>, came: u64) -> BoxFuture<'static, bool> {
         Box::pin(async move {
             let (address, before) = {
                 let state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
                 (state.address, state.position)
             };
             let Some((before, since)) = before else { return false };
+            if before > chain.start + came {
+                return false;
+            }
             let Some((now, receives)) = position(&chain.shared, &chain.wanted, address).await else { return false };
             if now <= before {
                 return receives && since.elapsed() < SLOWEST * chain.shared.settings.stall;

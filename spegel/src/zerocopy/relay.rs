@@ -45,9 +45,9 @@ pub enum RelayEnd {
 /// stall timeout. It is not called twice without a byte gained in between.
 pub type Resume = Box<dyn FnMut(u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> + Send>;
 
-/// Says whether a peer that has sent nothing for the stall timeout is worth waiting for as long again: it has no more to send yet, and
-/// gets on by itself. Has to bound its own time.
-pub type Excuse = Box<dyn FnMut() -> BoxFuture<'static, bool> + Send>;
+/// Says whether a peer that has sent nothing for the stall timeout is worth waiting for as long again: it has no more to send yet than
+/// the given number of the body's bytes, which came, and gets on by itself. Has to bound its own time.
+pub type Excuse = Box<dyn FnMut(u64) -> BoxFuture<'static, bool> + Send>;
 
 type OnEnd = Box<dyn FnOnce(RelayEnd) + Send>;
 
@@ -348,9 +348,10 @@ impl RelaySource {
     /// Whether the peer has sent too little for too long: true if so, false if it has an excuse and the wait begins anew.
     fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         if self.excusing.is_none() {
+            let came = self.on_end.sent + self.held() as u64;
             match (self.stall.is_over(cx), &mut self.excuse) {
                 (false, _) => return Poll::Pending,
-                (true, Some(excuse)) => self.excusing = Some(excuse()),
+                (true, Some(excuse)) => self.excusing = Some(excuse(came)),
                 (true, None) => return Poll::Ready(true),
             }
         }

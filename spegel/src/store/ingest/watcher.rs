@@ -8,12 +8,13 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::OFlags;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 
@@ -62,6 +63,8 @@ struct Watch<F> {
     /// None where the kernel has no instance left for us: then everything is looked at.
     inotify: Option<OwnedFd>,
     root: Root,
+    /// The directory of ingests is there, and cannot be watched: it is looked at.
+    is_blind: bool,
     folders: HashMap<i32, Box<str>>,
     unwatched: HashSet<Box<str>>,
     /// Ingests that were seen to be made, and whose `ref` was not read yet.
@@ -121,6 +124,7 @@ impl Watcher {
             tell,
             inotify: inotify.ok(),
             root: Root::Nowhere,
+            is_blind: false,
             folders: HashMap::new(),
             unwatched: HashSet::new(),
             new: HashSet::new(),
@@ -184,7 +188,7 @@ impl<F: Fn(News)> Watch<F> {
     /// How long nothing has to be done but for events; no end to it if nothing is received.
     fn timeout(&self, now: Instant) -> Option<Duration> {
         let deadline = self.receptions.lock().deadline().map(|at| at.saturating_duration_since(now));
-        let look = (!self.unwatched.is_empty() || self.inotify.is_none()).then_some(LOOK);
+        let look = (!self.unwatched.is_empty() || self.inotify.is_none() || self.is_blind).then_some(LOOK);
         let retry = (!matches!(self.root, Root::Ingests(_))).then_some(RETRY);
         [deadline, look, retry].into_iter().flatten().min()
     }
@@ -259,7 +263,7 @@ impl<F: Fn(News)> Watch<F> {
         let ingests = self.ingests();
         let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::DELETE | WatchFlags::ONLYDIR;
         let before = self.root;
-        loop {
+        for _ in 0..3 {
             // Two steps up are the most that containerd makes with its first content.
             let mut paths = ingests.ancestors().take(3).enumerate();
             let found = paths.find_map(|(up, path)| Some((up, inotify::add_watch(inotify, path, flags).ok()?)));
@@ -272,13 +276,20 @@ impl<F: Fn(News)> Watch<F> {
                 if let Root::Above(wd) = before {
                     let _ = inotify::remove_watch(inotify, wd);
                 }
+                self.is_blind = false;
                 return self.look_everywhere();
             }
             // It may have come between the two tries.
             if !ingests.is_dir() {
+                self.is_blind = false;
                 return;
             }
         }
+        if !std::mem::replace(&mut self.is_blind, true) {
+            let path = ingests.display();
+            tracing::warn!(%path, "cannot be watched (fs.inotify.max_user_watches?): pulls in progress are noticed late");
+        }
+        self.look_everywhere();
     }
 
     /// Looks at every ingest there is, and at those that are known.
@@ -331,7 +342,7 @@ impl<F: Fn(News)> Watch<F> {
         if !has_data && look_at(&path.join("data")).is_none() {
             return false;
         }
-        let read = |name: &str| String::from_utf8(read_bounded(&fs::File::open(path.join(name)).ok()?, MAX_TEXT)?).ok();
+        let read = |name: &str| String::from_utf8(read_bounded(&open_file(&path.join(name))?, MAX_TEXT)?).ok();
         let Some(text) = read("ref") else { return false };
         let Some(reference) = Reference::parse(&text, &self.namespace) else {
             self.unwatch(folder);
@@ -409,6 +420,13 @@ impl<F: Fn(News)> Watch<F> {
             }
         }
     }
+}
+
+/// A file, and nothing that opening or reading would wait for.
+fn open_file(path: &Path) -> Option<fs::File> {
+    let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+    let file = fs::File::options().read(true).custom_flags(nonblocking).open(path).ok()?;
+    file.metadata().is_ok_and(|found| found.is_file()).then_some(file)
 }
 
 fn look_at(path: &Path) -> Option<Sight> {

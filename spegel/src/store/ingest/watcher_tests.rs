@@ -305,6 +305,7 @@ fn nothing_is_done_while_nothing_is_received() {
         tell: |_| {},
         inotify: Some(inotify::init(CreateFlags::NONBLOCK).unwrap()),
         root: Root::Nowhere,
+        is_blind: false,
         folders: HashMap::new(),
         unwatched: HashSet::new(),
         new: HashSet::new(),
@@ -312,4 +313,43 @@ fn nothing_is_done_while_nothing_is_received() {
     watch.watch_root();
     assert_eq!(watch.folders.len(), 1);
     assert_eq!(watch.timeout(Instant::now()), None, "it sleeps until the kernel wakes it");
+}
+
+/// No watch is left for this user: what can be done is to look.
+#[test]
+fn a_directory_that_cannot_be_watched_is_looked_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut ingest = begin(folder.path(), 1, "k8s.io", Some(3000));
+    let receptions = Arc::new(Receptions::new(PATIENCE));
+    let mut watch = Watch {
+        dir: BlobDir::new(folder.path()),
+        namespace: "k8s.io".to_owned(),
+        receptions: receptions.clone(),
+        tell: |_| {},
+        // Refuses every watch.
+        inotify: Some(eventfd(0, EventfdFlags::NONBLOCK).unwrap()),
+        root: Root::Nowhere,
+        is_blind: false,
+        folders: HashMap::new(),
+        unwatched: HashSet::new(),
+        new: HashSet::new(),
+    };
+    watch.watch_root();
+    assert_eq!(watch.timeout(Instant::now()), Some(LOOK));
+    ingest.write(1000);
+    watch.handle(Turn::default());
+    ingest.write(1000);
+    watch.handle(Turn::default());
+    let growing = receptions.open(&ingest.digest, &watch.dir).unwrap().unwrap().growing;
+    assert_eq!(growing.progress().position, 2000);
+}
+
+#[test]
+fn a_pipe_in_the_place_of_a_file_holds_nobody_up() {
+    let content = Content::new(PATIENCE);
+    let path = content.folder.path().join("ingest/pipe");
+    fs::create_dir_all(&path).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, path.join("ref"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    fs::write(path.join("data"), "x").unwrap();
+    content.expect_nothing();
 }

@@ -306,3 +306,41 @@ async fn who_receives_slowly_is_waited_for_from_step_to_step() {
     let reply = pulled.await.unwrap();
     assert!(reply.status == 200 && reply.body == writer.bytes, "{} bytes", reply.body.len());
 }
+
+/// Each question finds it one byte further, and it sends none: growth is no excuse for what it holds and does not send.
+#[tokio::test]
+async fn who_grows_and_sends_nothing_is_given_up() {
+    let network = MemoryNetwork::new();
+    let mirror = MirrorSettings { stall: Duration::from_millis(300), ..MirrorSettings::default() };
+    let b = Node::with(&network, "b", Setup { mirror: Some(mirror), ..Setup::default() });
+    let bytes = noise(14, 4 * MIB);
+    let digest = digest_of(&bytes);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let liar = network.join("x", listener.local_addr().unwrap());
+    liar.announce(Change::Added(vec![Key::Digest(digest.clone())]));
+    let content = bytes.clone();
+    tokio::spawn(async move {
+        let mut position = 2 * MIB;
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = [0; 4096];
+            let read = stream.read(&mut request).await.unwrap_or_default();
+            position += 1;
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Length: {total}\r\nX-Spegel-Receiving: {position}/{total}\r\nX-Spegel-Chain: {}\r\nConnection: close\r\n\r\n",
+                chain(&["x"]),
+                total = content.len()
+            );
+            let _ = stream.write_all(head.as_bytes()).await;
+            if request[..read].starts_with(b"GET") {
+                let _ = stream.write_all(&content[..100_000]).await;
+                tokio::spawn(async move {
+                    let _silent = stream.read(&mut [0]).await;
+                });
+            }
+        }
+    });
+    let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let asked = tokio::time::timeout(Duration::from_secs(10), ask_as(&b, "b", &target));
+    let reply = asked.await.expect("it was waited for without bound");
+    assert!(reply.status == 200 && reply.orderly && reply.body == bytes[..100_000], "{}", reply.body.len());
+}
