@@ -57,21 +57,17 @@ impl BlobDir {
 
     /// A small blob that was seen less than a second ago, from memory.
     pub(super) fn held(&self, digest: &Digest, now: Instant) -> Option<Blob> {
-        self.small.get(digest, now)
+        self.small.glance(digest, now)
     }
 
     /// Two system calls on a local file: no reason to leave the thread.
     fn open_file(&self, digest: &Digest) -> Result<Option<Blob>, StoreError> {
         let path = self.path(digest);
-        // Were it a pipe, opening it would otherwise wait for a writer.
-        let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
-        let file = match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
-            Ok(file) => file,
-            Err(error) if is_absence(&error) => return Ok(None),
-            Err(error) => return Err(io_error(&path, error)),
-        };
-        let metadata = file.metadata().map_err(|error| io_error(&path, error))?;
-        Ok(metadata.is_file().then(|| Blob { file: Arc::new(file), size: metadata.len(), small: None }))
+        match open_regular(&path) {
+            Ok(opened) => Ok(opened.map(|(file, size)| Blob { file: Arc::new(file), size, small: None })),
+            Err(error) if is_absence(&error) => Ok(None),
+            Err(error) => Err(io_error(&path, error)),
+        }
     }
 
     /// A blob's length, if it is there.
@@ -92,6 +88,15 @@ impl BlobDir {
 
 fn is_absence(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// Opens a file, and says how long it is; nothing if something else is there.
+pub(super) fn open_regular(path: &Path) -> std::io::Result<Option<(File, u64)>> {
+    // Were it a pipe, opening it would otherwise wait for a writer.
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let metadata = file.metadata()?;
+    Ok(metadata.is_file().then_some((file, metadata.len())))
 }
 
 /// Reads a whole file of at most `limit` bytes; nothing if it has more. The bound is on what is read, so that a file that

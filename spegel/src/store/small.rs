@@ -77,6 +77,15 @@ struct Entry {
 impl SmallCache {
     /// Content that was seen on disk a moment ago.
     pub(super) fn get(&self, digest: &Digest, now: Instant) -> Option<Blob> {
+        self.get_seen_within(Duration::ZERO, digest, now)
+    }
+
+    /// As [`Self::get`], but a look at the file of a moment ago will do.
+    pub(super) fn glance(&self, digest: &Digest, now: Instant) -> Option<Blob> {
+        self.get_seen_within(GLANCE, digest, now)
+    }
+
+    fn get_seen_within(&self, time: Duration, digest: &Digest, now: Instant) -> Option<Blob> {
         let (blob, before) = {
             let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
             let entry = held.by_digest.get_mut(digest)?;
@@ -84,7 +93,7 @@ impl SmallCache {
             if now.duration_since(entry.seen) >= TRUST {
                 return None;
             }
-            if now.duration_since(entry.glanced) < GLANCE {
+            if now.duration_since(entry.glanced) < time {
                 return Some(entry.blob.clone());
             }
             entry.glanced = now;
@@ -203,12 +212,12 @@ mod tests {
         std::fs::write(&path, b"{}").unwrap();
         let (digest, _) = blob(b"{}");
         cache.admit(&digest, Blob { file: Arc::new(std::fs::File::open(&path).unwrap()), size: 2, small: None }, now);
-        assert!(cache.get(&digest, now + GLANCE).is_some());
+        assert!(cache.glance(&digest, now + GLANCE).is_some());
         std::fs::remove_file(&path).unwrap();
         let before = now + 2 * GLANCE - Duration::from_micros(1);
-        assert!(cache.get(&digest, before).is_some(), "from the look of a moment ago");
-        assert!(cache.get(&digest, now + 2 * GLANCE).is_none());
-        assert!(cache.get(&digest, now + 2 * GLANCE).is_none(), "and not again");
+        assert!(cache.glance(&digest, before).is_some(), "from the look of a moment ago");
+        assert!(cache.glance(&digest, now + 2 * GLANCE).is_none());
+        assert!(cache.glance(&digest, now + 2 * GLANCE).is_none(), "and not again");
     }
 
     #[test]

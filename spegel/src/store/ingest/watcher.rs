@@ -8,17 +8,16 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::OFlags;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 
-use super::super::blobs::{BlobDir, read_bounded};
+use super::super::blobs::{BlobDir, open_regular, read_bounded};
 use super::Receptions;
 use super::reference::Reference;
 use super::tracker::{MAX_KNOWN, Sight};
@@ -117,18 +116,7 @@ impl Watcher {
         if let Err(error) = &inotify {
             tracing::warn!(%error, "no inotify instance is left (fs.inotify.max_user_instances): pulls in progress are noticed late");
         }
-        let mut watch = Watch {
-            dir,
-            namespace: namespace.to_owned(),
-            receptions,
-            tell,
-            inotify: inotify.ok(),
-            root: Root::Nowhere,
-            is_blind: false,
-            folders: HashMap::new(),
-            unwatched: HashSet::new(),
-            new: HashSet::new(),
-        };
+        let mut watch = Watch::new(dir, namespace, receptions, tell, inotify.ok());
         // Not by the thread: an ingest that begins before it runs would be taken for one that a crash left.
         watch.watch_root();
         let stopped = stop.clone();
@@ -147,6 +135,21 @@ impl Drop for Watcher {
 // === impl Watch ===
 
 impl<F: Fn(News)> Watch<F> {
+    fn new(dir: BlobDir, namespace: &str, receptions: Arc<Receptions>, tell: F, inotify: Option<OwnedFd>) -> Self {
+        Self {
+            dir,
+            namespace: namespace.to_owned(),
+            receptions,
+            tell,
+            inotify,
+            root: Root::Nowhere,
+            is_blind: false,
+            folders: HashMap::new(),
+            unwatched: HashSet::new(),
+            new: HashSet::new(),
+        }
+    }
+
     fn run(&mut self, stop: &OwnedFd) {
         loop {
             let timeout = self.timeout(Instant::now());
@@ -342,7 +345,10 @@ impl<F: Fn(News)> Watch<F> {
         if !has_data && look_at(&path.join("data")).is_none() {
             return false;
         }
-        let read = |name: &str| String::from_utf8(read_bounded(&open_file(&path.join(name))?, MAX_TEXT)?).ok();
+        let read = |name: &str| {
+            let (file, _) = open_regular(&path.join(name)).ok()??;
+            String::from_utf8(read_bounded(&file, MAX_TEXT)?).ok()
+        };
         let Some(text) = read("ref") else { return false };
         let Some(reference) = Reference::parse(&text, &self.namespace) else {
             self.unwatch(folder);
@@ -420,13 +426,6 @@ impl<F: Fn(News)> Watch<F> {
             }
         }
     }
-}
-
-/// A file, and nothing that opening or reading would wait for.
-fn open_file(path: &Path) -> Option<fs::File> {
-    let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
-    let file = fs::File::options().read(true).custom_flags(nonblocking).open(path).ok()?;
-    file.metadata().is_ok_and(|found| found.is_file()).then_some(file)
 }
 
 fn look_at(path: &Path) -> Option<Sight> {

@@ -298,18 +298,9 @@ fn nothing_is_done_while_nothing_is_received() {
     let folder = tempfile::tempdir().unwrap();
     let mut stale = begin(folder.path(), 1, "k8s.io", Some(3000));
     stale.write(1000);
-    let mut watch = Watch {
-        dir: BlobDir::new(folder.path()),
-        namespace: "k8s.io".to_owned(),
-        receptions: Arc::new(Receptions::new(STALL)),
-        tell: |_| {},
-        inotify: Some(inotify::init(CreateFlags::NONBLOCK).unwrap()),
-        root: Root::Nowhere,
-        is_blind: false,
-        folders: HashMap::new(),
-        unwatched: HashSet::new(),
-        new: HashSet::new(),
-    };
+    let inotify = inotify::init(CreateFlags::NONBLOCK).unwrap();
+    let receptions = Arc::new(Receptions::new(STALL));
+    let mut watch = Watch::new(BlobDir::new(folder.path()), "k8s.io", receptions, |_| {}, Some(inotify));
     watch.watch_root();
     assert_eq!(watch.folders.len(), 1);
     assert_eq!(watch.timeout(Instant::now()), None, "it sleeps until the kernel wakes it");
@@ -321,19 +312,9 @@ fn a_directory_that_cannot_be_watched_is_looked_at() {
     let folder = tempfile::tempdir().unwrap();
     let mut ingest = begin(folder.path(), 1, "k8s.io", Some(3000));
     let receptions = Arc::new(Receptions::new(PATIENCE));
-    let mut watch = Watch {
-        dir: BlobDir::new(folder.path()),
-        namespace: "k8s.io".to_owned(),
-        receptions: receptions.clone(),
-        tell: |_| {},
-        // Refuses every watch.
-        inotify: Some(eventfd(0, EventfdFlags::NONBLOCK).unwrap()),
-        root: Root::Nowhere,
-        is_blind: false,
-        folders: HashMap::new(),
-        unwatched: HashSet::new(),
-        new: HashSet::new(),
-    };
+    let refuses_every_watch = Some(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+    let dir = BlobDir::new(folder.path());
+    let mut watch = Watch::new(dir, "k8s.io", receptions.clone(), |_| {}, refuses_every_watch);
     watch.watch_root();
     assert_eq!(watch.timeout(Instant::now()), Some(LOOK));
     ingest.write(1000);
