@@ -13,6 +13,7 @@ use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, LockOwner,
     MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEntry, Request,
 };
+use rustix::mount::UnmountFlags;
 
 use super::DiskFault;
 
@@ -26,6 +27,7 @@ const FIRST: u64 = 2;
 /// A mounted folder. Unmounted when dropped.
 #[derive(Debug)]
 pub(super) struct Disk {
+    at: PathBuf,
     fault: Arc<Mutex<DiskFault>>,
     session: Option<BackgroundSession>,
 }
@@ -71,7 +73,7 @@ impl Disk {
         let mut config = Config::default();
         config.mount_options = vec![MountOption::RO, MountOption::FSName("spegel-faults".into())];
         let session = fuser::spawn_mount(folder, at, &config).with_context(|| format!("mount {}", at.display()))?;
-        Ok(Self { fault, session: Some(session) })
+        Ok(Self { at: at.to_owned(), fault, session: Some(session) })
     }
 
     /// Does this from now on.
@@ -84,6 +86,8 @@ impl Drop for Disk {
     fn drop(&mut self) {
         // Whoever waits for a read must not wait for ever.
         self.set(DiskFault::Error);
+        // A process that is being started elsewhere has our open files until it runs its program; they must not keep the folder.
+        rustix::mount::unmount(&self.at, UnmountFlags::DETACH).ok();
         if let Some(session) = self.session.take() {
             session.umount_and_join().ok();
         }
@@ -220,8 +224,8 @@ mod tests {
         assert!(file.read_at(&mut some, 2_900_000).is_err());
         disk.set(DiskFault::None);
         assert_eq!(file.read_at(&mut some, 2_900_000).unwrap(), 1000);
-        drop(file);
         drop(disk);
-        assert_eq!(fs::read_dir(&at).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(&at).unwrap().count(), 0, "an open file keeps the folder");
+        assert!(file.read_at(&mut some, 1_500_000).is_err());
     }
 }
