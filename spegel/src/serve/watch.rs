@@ -68,7 +68,15 @@ pub(super) struct Watch {
 
 impl Watch {
     pub(super) fn new(limits: Limits) -> Self {
-        Self { limits, phase: Phase::Head(Instant::now()), requests: 0, tried: None, pace: Pace::default(), timer: None, armed: false }
+        Self {
+            limits,
+            phase: Phase::Head(Instant::now()),
+            requests: 0,
+            tried: None,
+            pace: Pace::default(),
+            timer: None,
+            armed: false,
+        }
     }
 
     /// To be asked whenever the connection was polled and waits, always by the same task: it is the one that the timer wakes.
