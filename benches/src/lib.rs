@@ -15,3 +15,4 @@ pub mod memory_group;
 pub mod netns;
 pub mod registry;
 pub mod spegel;
+pub mod storm;
