@@ -6,7 +6,9 @@
 #[path = "../../spegel/src/storm/mod.rs"]
 mod machines;
 
+mod chart;
 mod fluid;
+mod lab;
 mod report;
 mod scenario;
 mod world;
@@ -24,8 +26,23 @@ use scenario::{Kill, Scenario};
 #[derive(Debug, Args)]
 pub(crate) struct Storm {
     /// Simulate so many nodes, in a model of their links: the daemon's own state machines, no process, no socket
-    #[arg(long, value_name = "N", value_delimiter = ',', required = true)]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
     simulate: Vec<usize>,
+    /// How many nodes with a real containerd each, where nothing is simulated; needs root
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    nodes: usize,
+    /// Run this program on each node instead of building spegel
+    #[arg(long, value_name = "PATH")]
+    binary: Option<PathBuf>,
+    /// Run no mirror at all
+    #[arg(long)]
+    no_mirror: bool,
+    /// Arguments for every mirror
+    #[arg(long, num_args = 1.., allow_hyphen_values = true, value_name = "ARGUMENT")]
+    with: Vec<String>,
+    /// Draw what each node had over time, and who gave it, into this SVG file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// What upstream sends in all
     #[arg(long, default_value = "200mbit", value_parser = rate)]
     upstream: f64,
@@ -53,17 +70,17 @@ pub(crate) struct Storm {
     /// Kill it without a word to those connected, as when a machine is lost
     #[arg(long)]
     silent: bool,
-    /// How many nodes send a tenth as fast as the others
-    #[arg(long, default_value_t = 0)]
+    /// How many nodes send a tenth as fast as the others [if not told: 1]
+    #[arg(long = "slow-node", default_value_t = 0, num_args = 0..=1, default_missing_value = "1", value_name = "N")]
     slow: usize,
-    /// How many of those that ask upstream first it refuses
-    #[arg(long, default_value_t = 0)]
+    /// How many nodes upstream refuses [if not told: 1]; of simulated ones those that ask it first
+    #[arg(long, default_value_t = 0, num_args = 0..=1, default_missing_value = "1", value_name = "N")]
     refuse: usize,
-    /// How many nodes do not speak the protocol
-    #[arg(long, default_value_t = 0)]
-    mute: usize,
-    /// How many other nodes have the image already
-    #[arg(long, default_value_t = 0)]
+    /// Half of the nodes do not speak the protocol
+    #[arg(long)]
+    mixed: bool,
+    /// How many other nodes have the image already [if not told: 1]
+    #[arg(long, default_value_t = 0, num_args = 0..=1, default_missing_value = "1", value_name = "N")]
     seeds: usize,
     /// How many zones the nodes are in
     #[arg(long, default_value_t = 1)]
@@ -99,6 +116,9 @@ impl Storm {
             "an image has at least a layer, and that a byte"
         );
         ensure!(self.zones > 0 && self.simulate.iter().all(|nodes| *nodes > 0), "there is at least one node and zone");
+        if self.simulate.is_empty() {
+            return lab::run(&self);
+        }
         let mut outcomes = Vec::new();
         report::header();
         for seed in &self.seed {
@@ -131,7 +151,7 @@ impl Storm {
             silent: self.silent,
             slow: self.slow,
             refuse: self.refuse,
-            mute: self.mute.min(nodes),
+            mute: if self.mixed { nodes / 2 } else { 0 },
             seeds: self.seeds,
             zones: self.zones,
             first_byte: Duration::from_millis(self.first_byte),

@@ -67,8 +67,8 @@ pub struct Storm {
     pub slow_node: bool,
     /// Dies when half of the bytes are there.
     pub kill: Option<Victim>,
-    /// Upstream refuses every second node its layers.
-    pub refuse: bool,
+    /// So many nodes, the last ones, are refused by upstream.
+    pub refuse: usize,
     /// The first node has the image before the others start.
     pub seeded: bool,
 }
@@ -76,6 +76,8 @@ pub struct Storm {
 /// What became of a node's pull.
 #[derive(Clone, Debug, Serialize)]
 pub struct Pulled {
+    /// The node's number.
+    pub node: usize,
     /// When it began, in seconds from the storm's start.
     pub began: f64,
     /// How long it took, in seconds.
@@ -139,8 +141,8 @@ impl Storm {
             lab.limit(node, if self.slow_node && number == 0 { self.node / 10 } else { self.node })?;
         }
         lab.limit(upstream.node(), self.upstream)?;
-        if self.refuse {
-            let refused: Vec<_> = nodes.iter().skip(1).step_by(2).collect();
+        if self.refuse > 0 {
+            let refused: Vec<_> = nodes.iter().rev().take(self.refuse).collect();
             links::refuse(upstream.node(), &refused)?;
         }
         self.let_loose(members, &nodes, &upstream, &image, solo, tell)
@@ -270,7 +272,7 @@ impl Storm {
             };
             let from_upstream = upstream.sent(&nodes[number], "/blobs/") - bytes_before[number];
             let from_peers = member.spegel.as_ref().map(|spegel| sample::peers(spegel, nodes)).unwrap_or_default();
-            pulls.push(Pulled { began, seconds, failed, killed, from_upstream, from_peers });
+            pulls.push(Pulled { node: number, began, seconds, failed, killed, from_upstream, from_peers });
         }
         Ok(Stormed {
             solo,
@@ -322,6 +324,22 @@ impl Stormed {
     #[must_use]
     pub fn slowest(&self) -> f64 {
         self.survivors().map(|pull| pull.seconds).fold(0.0, f64::max)
+    }
+
+    /// How many nodes the bytes came through at the most, from upstream or who had them before on.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        // The parent that gave most counts.
+        let parent = |number: usize| {
+            let pull = self.pulls.iter().find(|pull| pull.node == number)?;
+            let (from, bytes) = pull.from_peers.iter().max_by_key(|(_, bytes)| *bytes)?;
+            (*bytes > pull.from_upstream).then_some(*from)
+        };
+        let depth = |pull: &Pulled| {
+            let above = std::iter::successors(Some(pull.node), |number| parent(*number));
+            above.take(self.pulls.len() + 1).count() - 1
+        };
+        self.pulls.iter().map(depth).max().unwrap_or_default()
     }
 
     /// Why pulls failed.
