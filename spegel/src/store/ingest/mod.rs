@@ -26,6 +26,8 @@ pub struct Receiving {
     pub growing: Growing,
     /// The length in bytes that it will have.
     pub total: u64,
+    /// Which file it is: the same as long as that is written on from where it was, and another when it starts over.
+    pub ingest: u64,
 }
 
 /// The blobs of one containerd namespace that are being received.
@@ -57,7 +59,7 @@ impl Receptions {
             },
             Err(error) => return Err(io_error(&path, error)),
         };
-        Ok(Some(Receiving { growing: Growing::new(file, growth.progress), total: growth.total }))
+        Ok(Some(Receiving { growing: Growing::new(file, growth.progress), total: growth.total, ingest: growth.file }))
     }
 
     /// Whether a blob is about to be received: containerd has asked for it, and has no bytes of it.

@@ -1,6 +1,7 @@
 //! What is being received, from what was seen of its files. Pure: sights and a clock come in.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -28,6 +29,8 @@ pub(super) type Inode = (u64, u64);
 pub(super) struct Sight {
     pub(super) position: u64,
     pub(super) inode: Inode,
+    /// When it was made, in nanoseconds, where the file system knows: inodes are used again.
+    pub(super) born: u128,
 }
 
 /// An ingest of ours.
@@ -40,6 +43,8 @@ struct Reception {
     is_new: bool,
     /// None as long as its `data` was not seen.
     sight: Option<Sight>,
+    /// How often it was seen to start over.
+    starts: u32,
     /// When it was first seen, or grew last, and the longest that it has lately taken from one step to the next.
     changed_at: Option<Instant>,
     pace: Duration,
@@ -64,6 +69,8 @@ pub(super) struct Growth {
     pub(super) folder: Box<str>,
     /// The length that the blob will have.
     pub(super) total: u64,
+    /// Which file it is.
+    pub(super) file: u64,
     pub(super) progress: watch::Receiver<Progress>,
 }
 
@@ -92,6 +99,7 @@ impl Tracker {
             total,
             is_new,
             sight: None,
+            starts: 0,
             changed_at: None,
             pace: Duration::ZERO,
             live: None,
@@ -113,7 +121,10 @@ impl Tracker {
         match reception.sight.replace(sight) {
             // What another process left behind, and what was there before we looked, may grow no more.
             None if !reception.is_new => {}
-            Some(before) if before.inode != sight.inode || sight.position < before.position => reception.give_up(),
+            Some(before) if before.inode != sight.inode || sight.position < before.position => {
+                reception.starts += 1;
+                reception.give_up();
+            }
             before if sight.position > before.map_or(0, |before| before.position) => {
                 reception.grew(sight.position, now);
             }
@@ -176,7 +187,8 @@ impl Tracker {
         self.receptions.iter().filter(|(_, reception)| reception.reference.digest == *digest).find_map(
             |(folder, reception)| {
                 let (live, total) = (reception.live.as_ref()?, reception.total?);
-                Some(Growth { folder: folder.clone(), total, progress: live.progress.subscribe() })
+                let file = reception.file();
+                Some(Growth { folder: folder.clone(), total, file, progress: live.progress.subscribe() })
             },
         )
     }
@@ -221,6 +233,13 @@ impl Reception {
                 self.live = Some(Live { progress, grown_at: now, pace: self.pace, closed_at: None });
             }
         }
+    }
+
+    /// A name for what was written since it last started over, the same after a restart of this process if it has not.
+    fn file(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.sight.map(|sight| (sight.inode, sight.born)), self.starts).hash(&mut hasher);
+        hasher.finish()
     }
 
     /// Tells whoever follows it that no more will come. It is offered again when it grows again.

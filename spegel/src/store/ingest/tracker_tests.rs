@@ -28,7 +28,7 @@ impl Fixture {
     }
 
     fn saw(&mut self, folder: &str, position: u64) -> Option<Digest> {
-        self.tracker.saw(folder, Sight { position, inode: (1, 1) }, self.now)
+        self.tracker.saw(folder, Sight { position, inode: (1, 1), born: 0 }, self.now)
     }
 
     fn wait(&mut self, time: Duration) -> Vec<Digest> {
@@ -177,9 +177,26 @@ fn a_file_that_starts_over_ends_for_those_who_follow_it() {
     assert_eq!(now_at(&fixture.growth()), (MIB, false));
 
     let growth = fixture.growth();
-    let other = Sight { position: 2 * MIB, inode: (1, 2) };
+    let other = Sight { position: 2 * MIB, inode: (1, 2), born: 0 };
     assert_eq!(fixture.tracker.saw("a", other, fixture.now), Some(digest()), "another file in its place");
     assert_eq!(now_at(&growth), (MIB, true));
+}
+
+#[test]
+fn a_file_has_a_name_until_it_starts_over() {
+    let mut fixture = Fixture::with_layer("a");
+    fixture.saw("a", MIB);
+    let name = fixture.growth().file;
+    fixture.wait(STALL);
+    fixture.saw("a", 2 * MIB);
+    assert_eq!(fixture.growth().file, name, "it goes on where it was");
+    fixture.saw("a", 0);
+    fixture.saw("a", MIB);
+    let anew = fixture.growth().file;
+    assert_ne!(anew, name);
+    let other = Sight { position: 2 * MIB, inode: (1, 1), born: 5 };
+    fixture.tracker.saw("a", other, fixture.now);
+    assert_ne!(fixture.growth().file, anew, "an inode that is used again");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
@@ -430,9 +430,15 @@ impl<F: Fn(News)> Watch<F> {
 
 fn look_at(path: &Path) -> Option<Sight> {
     match fs::symlink_metadata(path) {
-        Ok(metadata) => {
-            metadata.is_file().then(|| Sight { position: metadata.len(), inode: (metadata.dev(), metadata.ino()) })
-        }
+        Ok(metadata) => metadata.is_file().then(|| Sight {
+            position: metadata.len(),
+            inode: (metadata.dev(), metadata.ino()),
+            born: metadata
+                .created()
+                .ok()
+                .and_then(|at| at.duration_since(UNIX_EPOCH).ok())
+                .map_or(0, |at| at.as_nanos()),
+        }),
         Err(error) => {
             if error.kind() != ErrorKind::NotFound {
                 tracing::debug!(path = %path.display(), %error, "cannot look at an ingest");
