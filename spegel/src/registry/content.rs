@@ -148,6 +148,7 @@ impl Registry {
         {
             return Ok(answer);
         }
+        self.note_pull(ask, reference);
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, "no node has this manifest");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
@@ -212,6 +213,7 @@ impl Registry {
         if let Some(answer) = self.local_blob(ask, digest).await {
             return Ok(answer);
         }
+        self.note_pull(ask, &TagOrDigest::Digest(digest.clone()));
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
@@ -348,6 +350,13 @@ impl Registry {
         };
         let position = receiving.growing.progress().position;
         self.settings.mirror.admit(digest, Asker { own, node, first, position })
+    }
+
+    /// Tells the store what our own containerd is about to receive, from us or from upstream.
+    fn note_pull(&self, ask: &Ask, reference: &TagOrDigest) {
+        if let Some(repository) = ask.repository.as_ref().filter(|_| self.may_be_ours(ask)) {
+            self.settings.store.pulls(repository, reference);
+        }
     }
 
     /// Whether our own containerd may be who asks.

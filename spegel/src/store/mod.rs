@@ -7,6 +7,7 @@ mod index;
 mod ingest;
 mod metrics;
 mod oci_layout;
+mod pulls;
 mod small;
 mod state;
 mod tree;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use crate::oci::{Digest, Key, Repository, TagName};
+use crate::oci::{Digest, Key, Repository, TagName, TagOrDigest};
 
 pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings};
@@ -154,6 +155,10 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     ) -> Result<Option<Found>, StoreError> {
         Ok(None)
     }
+
+    /// Hears that this node's own containerd asks for something in the name of a repository, which is not here: where there are filters, that
+    /// decides whether it is offered before its image is recorded. Stores that never receive anything need not implement it.
+    fn pulls(&self, _repository: &Repository, _reference: &TagOrDigest) {}
 
     /// The manifests here whose `subject` is this digest.
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError>;

@@ -21,7 +21,7 @@ use super::index::{Index, Verdict};
 use super::ingest::{News, Receptions};
 use super::state::State;
 use super::{Blob, Changes, Found, Health, Offered, Referrer, Store, StoreError};
-use crate::oci::{Digest, Filters, Repository, TagName};
+use crate::oci::{Digest, Filters, Repository, TagName, TagOrDigest};
 
 /// How long a request may wait for containerd to say whose content is. Past it the answer is that it is not here, which
 /// sends the asker elsewhere.
@@ -168,6 +168,13 @@ impl Store for Containerd {
             }
         }
         self.find(digest, asked).await
+    }
+
+    fn pulls(&self, repository: &Repository, reference: &TagOrDigest) {
+        // Without filters all that is received is offered.
+        if !self.inner.settings.filters.exclude_nothing() {
+            self.inner.state.change(|index| index.pulls(repository, reference, Instant::now()));
+        }
     }
 
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {

@@ -349,6 +349,30 @@ async fn who_grows_and_sends_nothing_is_given_up() {
     assert!(reply.status == 200 && reply.orderly && reply.body == bytes[..100_000], "{}", reply.body.len());
 }
 
+/// With filters that is what decides whether it is offered while it comes, also where they keep back what is asked for.
+#[tokio::test]
+async fn the_store_hears_what_its_own_containerd_pulls() {
+    let network = MemoryNetwork::new();
+    let filters = Filters::new(&[], &[":latest$".to_owned()]).unwrap();
+    let a = Node::with(&network, "a", Setup { filters: Some(filters), ..Setup::default() });
+    let (here, gone) = (a.offer(&noise(80, 100)), digest_of(b"not here"));
+    let blob = |digest: &Digest| format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let manifest = |name: &str| format!("/v2/app/manifests/{name}?ns=registry.test");
+    for target in [blob(&here), blob(&gone), manifest("latest"), manifest(gone.as_str())] {
+        ask_as(&a, "a", &target).await;
+        ask_as(&a, "b", &target).await;
+        ask_for(&a, "b", &target, "bytes=0-").await;
+    }
+    let pulls = std::mem::take(&mut *a.shelf.pulls.lock().unwrap());
+    let repository = Repository::new("registry.test", "app").unwrap();
+    let asked = [
+        TagOrDigest::Digest(gone.clone()),
+        TagOrDigest::Tag("registry.test/app:latest".parse().unwrap()),
+        TagOrDigest::Digest(gone),
+    ];
+    assert_eq!(pulls, asked.map(|reference| (repository.clone(), reference)));
+}
+
 // === circles ===
 
 /// Asks as the node's own containerd, and hears who gives it: the port of the peer, or nobody.

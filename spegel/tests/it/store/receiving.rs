@@ -91,6 +91,15 @@ async fn from_the_first_piece_to_the_commit(daemon: &mut Daemon) {
     let mut follower = Follower::new(&store);
     let mut ingest = Ingest::begin(daemon, NAMESPACE, 1, true);
     ingest.write(0..1);
+    let reception = async {
+        while receiving(&store, &ingest.digest).await.is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(DEADLINE, reception).await.is_ok(), "it is not found");
+    assert!(follower.told().is_none(), "nobody said from which repository it is, and there are filters");
+    let app = Repository::new("registry.test", "app").unwrap();
+    store.pulls(&app, &TagOrDigest::Digest(ingest.digest.clone()));
     let key = BTreeSet::from([Key::from(ingest.digest.clone())]);
     follower.until_all(&key).await;
     let found = receiving(&store, &ingest.digest).await.expect("offered, so it can be had");
