@@ -24,7 +24,7 @@ use crate::oci::{Digest, Key, Repository, TagName, TagOrDigest};
 
 pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings};
-pub use ingest::Receiving;
+pub use ingest::{Ingests, Receiving};
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
 pub use small::Small;
@@ -168,6 +168,11 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
 
     /// How much is offered, by registry. What has no registry, as images without a qualified name, is under the empty one.
     fn offered(&self) -> std::collections::BTreeMap<String, Offered>;
+
+    /// How pulls in progress are noticed; nothing for stores that never receive anything.
+    fn ingests(&self) -> Option<Ingests> {
+        None
+    }
 
     /// Whether it can answer, followed.
     fn health(&self) -> watch::Receiver<Health>;

@@ -12,7 +12,7 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        Self { tracker: Tracker::new(STALL), now: Instant::now() }
+        Self { tracker: Tracker::new(STALL, MAX_KNOWN), now: Instant::now() }
     }
 
     /// An ingest of 10 MiB of which nothing is there yet.
@@ -153,6 +153,40 @@ fn a_writer_that_closes_without_a_commit_has_given_up() {
     assert_eq!(fixture.wait(Duration::from_millis(1)), [digest()], "such as one whose bytes were wrong");
     assert_eq!(fixture.saw("a", 10 * MIB), None);
     assert!(!fixture.is_offered());
+}
+
+#[test]
+fn a_whole_file_whose_end_nobody_hears_of_is_given_up_a_little_later() {
+    let mut fixture = Fixture::with_layer("a");
+    fixture.saw("a", 9 * MIB);
+    fixture.tracker.unheard("a", fixture.now);
+    assert_eq!(fixture.wait(COMMIT_UNHEARD), [], "it may grow on");
+    fixture.saw("a", 10 * MIB);
+    fixture.tracker.unheard("a", fixture.now);
+    assert_eq!(fixture.wait(COMMIT_UNHEARD / 2), []);
+    fixture.tracker.unheard("a", fixture.now);
+    assert_eq!(fixture.wait(COMMIT_UNHEARD / 2), [digest()]);
+}
+
+#[test]
+fn the_one_that_has_stood_still_the_longest_makes_room() {
+    let mut fixture = Fixture { tracker: Tracker::new(STALL, 3), now: Instant::now() };
+    let second = Duration::from_secs(1);
+    for folder in ["old", "older", "grows"] {
+        fixture.begin(folder, Kind::Blob, Some(10 * MIB));
+    }
+    for (folder, position) in [("grows", 0), ("older", 5), ("old", 5), ("grows", 1)] {
+        fixture.now += second;
+        fixture.saw(folder, position);
+        fixture.saw(folder, position);
+    }
+    assert!(!fixture.tracker.has_room());
+    let mut room = |ago: u32| fixture.tracker.make_room(fixture.now - second * ago);
+    assert_eq!(room(3), None, "nobody for so long");
+    assert_eq!(room(1).as_deref(), Some("older"));
+    assert_eq!(room(1).as_deref(), Some("old"));
+    assert_eq!(room(0), None, "what grows stays");
+    assert!(fixture.tracker.has_room());
 }
 
 #[test]
