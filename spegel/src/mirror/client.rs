@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::pool::Pool;
-use super::{CHAIN_HEADER, LOAD_HEADER, RECEIVING_HEADER};
+use super::{CHAIN_HEADER, INGEST_HEADER, LOAD_HEADER, RECEIVING_HEADER};
 
 /// The longest response head that is accepted of a peer, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -45,15 +45,27 @@ pub enum PeerError {
     /// A status other than the ones asked for.
     #[error("answered {0}")]
     Status(u16),
-    /// It gets the blob by way of the node that wants it.
+    /// It gets the blob by way of the node that wants it, or of one that gets it from that.
     #[error("its bytes come through the node that asks")]
     Circle,
+    /// What it receives of the blob was found to be wrong before.
+    #[error("is receiving what was wrong before")]
+    Spoiled,
+    /// It was receiving the blob, and ended in an orderly way before its end: its own pull was given up.
+    #[error("gave up receiving it")]
+    GaveUp,
+    /// There is no memory here to verify its body in. No fault of the peer's.
+    #[error("no memory for its body within {0:?}")]
+    NoMemory(Duration),
     /// It has enough to do. These have it too, it says.
     #[error("is busy, and names {} others", .0.len())]
     Busy(Vec<SocketAddr>),
     /// The bytes are not those of the digest.
     #[error("sent bytes that are not those of the digest")]
     WrongBytes,
+    /// Nor are these, which it passed on while it received them, into this file if it said which.
+    #[error("passed on bytes that are not those of the digest")]
+    PassedOnWrong(Option<u64>),
 }
 
 /// What to ask of a peer.
@@ -80,6 +92,8 @@ pub(super) struct PeerHead {
     /// How many bytes the peer has, if it is still receiving what it sends.
     pub(super) receiving: Option<u64>,
     pub(super) chain: Option<String>,
+    /// Which file it receives it into.
+    pub(super) ingest: Option<u64>,
     pub(super) holders: Vec<SocketAddr>,
     /// How busy it says that it is, in percent.
     pub(super) load: Option<u8>,
@@ -227,6 +241,8 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
             head.receiving = Some(value.split('/').next().and_then(|position| position.parse().ok()).unwrap_or(0));
         } else if is(CHAIN_HEADER) {
             head.chain = Some(value.to_owned());
+        } else if is(INGEST_HEADER) {
+            head.ingest = u64::from_str_radix(value, 16).ok();
         } else if is(LOAD_HEADER) {
             head.load = value.parse().ok().filter(|percent| *percent <= 100);
         } else if is(HOLDERS_HEADER) {

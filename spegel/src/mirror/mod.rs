@@ -1,5 +1,6 @@
 //! Getting content from a peer: choosing one, asking, and handing on what it sends.
 
+mod attempt;
 mod blame;
 mod check;
 mod client;
@@ -31,7 +32,7 @@ use crate::zerocopy::Body;
 
 pub(crate) use check::{check_hints, check_peer_head};
 pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
-pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
+pub use lineage::{Asker, Chain, MAX_CHAIN, NodeId, ParseChainError, Tie};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
 
@@ -46,6 +47,9 @@ pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
 
 /// The nodes that such an answer's bytes come through, a [`Chain`].
 pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
+
+/// Which file such an answer is of: 16 hexadecimal digits that stay the same as long as it is written on from where it was.
+pub const INGEST_HEADER: &str = "X-Spegel-Ingest";
 
 /// In an answer to a node: how busy the answering one is with what it gives its peers, in percent.
 pub const LOAD_HEADER: &str = "X-Spegel-Load";
@@ -226,9 +230,12 @@ struct Shared {
 
 impl Shared {
     fn punish(&self, digest: &Digest, verdict: &blame::Verdict) {
-        self.metrics.wrong_bytes(verdict.barred.len(), verdict.outcast.len());
+        self.metrics.wrong_bytes(verdict.barred.len() + verdict.spoiled.len(), verdict.outcast.len());
         for peer in &verdict.barred {
             warn!(%digest, %peer, "a peer sent wrong bytes: it is not asked for this digest any more");
+        }
+        for peer in &verdict.spoiled {
+            warn!(%digest, %peer, "a peer passed on wrong bytes that it was receiving: its upstream's, or their sender's. That file of it is not used any more");
         }
         for peer in &verdict.outcast {
             warn!(%peer, "a peer sent wrong bytes three times: it is not asked for anything for ten minutes. Check its disk");
@@ -262,6 +269,12 @@ impl Mirror {
         self.shared.lineage.of(digest)
     }
 
+    /// Takes `asker` as one who is given a blob that this node's containerd is still being given, as long as what is returned lasts, and says
+    /// through which nodes that comes; none if this node may be waiting for the asker.
+    pub fn admit(&self, digest: &Digest, asker: Asker) -> Option<(Chain, Option<Tie>)> {
+        self.shared.lineage.admit(digest, asker)
+    }
+
     /// Whether the node `asker` should not be made to wait for a blob that the node `own`, this one, is about to receive.
     pub fn declines(&self, digest: &Digest, own: NodeId, asker: NodeId) -> bool {
         self.shared.siblings.declines(digest, own, asker)
@@ -288,7 +301,7 @@ impl Mirror {
     pub fn complained(&self, digest: &Digest, target: &str) {
         let verdict = self.shared.blame.wrong(&Key::Digest(digest.clone()), Instant::now());
         self.shared.punish(digest, &verdict);
-        fetch::complain(&self.shared, verdict.barred, target);
+        attempt::complain(&self.shared, verdict.barred, target);
     }
 
     /// This node does not have it after all.

@@ -1,6 +1,7 @@
 //! A peer's body as the body of our response: who is told how it went, and who goes on when the peer breaks off.
 
 use std::collections::HashSet;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,11 +11,14 @@ use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 use tracing::{debug, info};
 
-use super::fetch::{Streamed, Taken, Use, race, request};
+use super::attempt::request;
+use super::blame::Sent;
+use super::client::{self, PeerHead};
+use super::fetch::{Streamed, Taken, Use, race};
+use super::lineage::Tie;
 use super::metrics::End;
 use super::peers::jitter;
-use super::{Shared, Wanted, client, lineage};
-use crate::oci::Key;
+use super::{Shared, Wanted};
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
 /// How long a peer that stands still may take to say how much it has: its client waits meanwhile.
@@ -43,17 +47,17 @@ struct State {
     /// Where the present peer went on, and when.
     since: (u64, Instant),
     /// The present peer, and those before it, which sent a part.
-    senders: Vec<SocketAddr>,
+    senders: Vec<(SocketAddr, Sent)>,
     _use_of: Use,
     /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
-    fed: Option<lineage::Fed>,
+    fed: Option<Tie>,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
 pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) -> Body {
-    let Streamed { address, response, part, use_of, chain } = streamed;
+    let Streamed { address, response, part, use_of, fed } = streamed;
     let length = response.head.content_length;
     let (start, total) = part.unwrap_or((0, length));
     let state = State {
@@ -61,9 +65,9 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         keep_alive: response.head.keep_alive,
         position: response.head.receiving.map(|position| (position, Instant::now())),
         since: (0, Instant::now()),
-        senders: vec![address],
+        senders: vec![(address, sort(&response.head))],
         _use_of: use_of,
-        fed: shared.fed(wanted, chain),
+        fed,
         broken: HashSet::new(),
     };
     let chain = Arc::new(Chain {
@@ -79,12 +83,20 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         .stall_timeout(shared.settings.stall)
         .excuse(Box::new(move |came| Chain::still_growing(Arc::clone(&asking), came)))
         .floor(shared.settings.floor)
-        .resume(Box::new(move |offset| Chain::resume(Arc::clone(&chain), offset)));
+        .resume(Box::new(move |offset, cause| Chain::resume(Arc::clone(&chain), offset, cause)));
     Body::relay(relay)
 }
 
+/// How a peer stands to what it sends.
+fn sort(head: &PeerHead) -> Sent {
+    match head.receiving {
+        Some(_) => Sent::Receiving(head.ingest),
+        None => Sent::Complete,
+    }
+}
+
 /// How many bytes of a blob a peer has now, and whether it still receives it; none if it says nothing sensible.
-async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<(u64, bool)> {
+pub(super) async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<(u64, bool)> {
     let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
     let timeouts = shared.settings.timeouts.at_most(ASKED);
     let asked = client::request(&shared.pool, &[address], &request, timeouts).await;
@@ -98,20 +110,22 @@ async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Opti
 }
 
 impl Shared {
-    /// Notes that our containerd is given this by nodes that still receive it themselves.
-    fn fed(&self, wanted: &Wanted, chain: Option<lineage::Chain>) -> Option<lineage::Fed> {
-        match &wanted.key {
-            Key::Digest(digest) if wanted.feeds_us => Some(self.lineage.fed(digest, chain?)),
-            _ => None,
-        }
-    }
-
-    /// The peer at this address gave less than it had promised.
-    fn broke(&self, wanted: &Wanted, address: SocketAddr) {
+    /// The peer at this address gave less than it had promised. One that was still receiving it and ended in an orderly way did what it should
+    /// when its own pull is given up, which says nothing about the next thing that it is asked for.
+    fn broke(&self, wanted: &Wanted, address: SocketAddr, gave_up: bool) {
         let now = Instant::now();
-        self.peers.failed(address, self.settings.timeouts.head, now, jitter());
+        if !gave_up {
+            self.peers.failed(address, self.settings.timeouts.head, now, jitter());
+        }
         self.blame.broke(&wanted.key, address, now);
         self.sources.failed(&wanted.key, &address);
+    }
+}
+
+impl State {
+    /// Whether the present peer's end is that of a pull of its own that was given up.
+    fn gave_up(&self, cause: &io::Error) -> bool {
+        self.position.is_some() && cause.kind() == ErrorKind::UnexpectedEof
     }
 }
 
@@ -124,7 +138,7 @@ impl Chain {
             RelayEnd::Broken { sent, .. } | RelayEnd::Dropped { sent } => *sent,
         };
         if sent > 0 {
-            state.senders.iter().for_each(|peer| self.shared.blame.sent(&self.wanted.key, *peer, now));
+            state.senders.iter().for_each(|(peer, sort)| self.shared.blame.sent(&self.wanted.key, *peer, *sort, now));
         }
         let (from, since) = state.since;
         self.shared.peers.sent(state.address, sent.saturating_sub(from), now.duration_since(since), now);
@@ -136,7 +150,7 @@ impl Chain {
                 End::Complete
             }
             RelayEnd::Broken { sent, error } => {
-                self.shared.broke(&self.wanted, state.address);
+                self.shared.broke(&self.wanted, state.address, state.gave_up(&error));
                 info!(key = %self.wanted.key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
                 End::PeerBroke
             }
@@ -169,9 +183,10 @@ impl Chain {
     }
 
     /// Finds another peer for the bytes from `offset` of the body on.
-    fn resume(chain: Arc<Self>, offset: u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
+    fn resume(chain: Arc<Self>, offset: u64, cause: &io::Error) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
+        let (wanted, broken) = chain.rest(offset, cause);
         Box::pin(async move {
-            let (wanted, broken) = chain.rest(offset);
+            let _sought = chain.shared.seek(&wanted, chain.start + offset);
             let streamed = match race(&chain.shared, &wanted, &broken).await {
                 Ok((_, Taken::Streamed(streamed))) if streamed.part.is_some_and(|(_, total)| total == chain.total) => {
                     streamed
@@ -183,26 +198,27 @@ impl Chain {
                     return None;
                 }
             };
-            let Streamed { address, response, use_of, chain: lineage, .. } = streamed;
+            let Streamed { address, response, use_of, fed, .. } = streamed;
             debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
             state.position = response.head.receiving.map(|position| (position, Instant::now()));
             (state.since, state._use_of) = ((offset, Instant::now()), use_of);
-            if !state.senders.contains(&address) {
-                state.senders.push(address);
+            let sender = (address, sort(&response.head));
+            if !state.senders.contains(&sender) {
+                state.senders.push(sender);
             }
-            state.fed = chain.shared.fed(&wanted, lineage);
+            state.fed = fed;
             Some((response.stream, response.leftover))
         })
     }
 
-    fn rest(&self, offset: u64) -> (Wanted, HashSet<SocketAddr>) {
+    fn rest(&self, offset: u64, cause: &io::Error) -> (Wanted, HashSet<SocketAddr>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
         if state.broken.insert(address) {
-            self.shared.broke(&self.wanted, address);
+            self.shared.broke(&self.wanted, address, state.gave_up(cause));
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
         (Wanted { range: Some(range), ..self.wanted.clone() }, state.broken.clone())

@@ -7,6 +7,7 @@ mod index;
 mod ingest;
 mod metrics;
 mod oci_layout;
+mod pulls;
 mod small;
 mod state;
 mod tree;
@@ -19,11 +20,11 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use crate::oci::{Digest, Key, Repository, TagName};
+use crate::oci::{Digest, Key, Repository, TagName, TagOrDigest};
 
 pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings};
-pub use ingest::Receiving;
+pub use ingest::{Ingests, Receiving};
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
 pub use small::Small;
@@ -155,6 +156,10 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
         Ok(None)
     }
 
+    /// Hears that this node's own containerd asks for something in the name of a repository, which is not here: where there are filters, that
+    /// decides whether it is offered before its image is recorded. Stores that never receive anything need not implement it.
+    fn pulls(&self, _repository: &Repository, _reference: &TagOrDigest) {}
+
     /// The manifests here whose `subject` is this digest.
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError>;
 
@@ -163,6 +168,11 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
 
     /// How much is offered, by registry. What has no registry, as images without a qualified name, is under the empty one.
     fn offered(&self) -> std::collections::BTreeMap<String, Offered>;
+
+    /// How pulls in progress are noticed; nothing for stores that never receive anything.
+    fn ingests(&self) -> Option<Ingests> {
+        None
+    }
 
     /// Whether it can answer, followed.
     fn health(&self) -> watch::Receiver<Health>;

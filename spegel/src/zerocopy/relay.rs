@@ -40,10 +40,10 @@ pub enum RelayEnd {
     },
 }
 
-/// Finds another source for the rest of a body, which starts at the given offset of the body. Yields that source's
-/// connection and the body bytes already read from it, or `None` when nobody can go on. The time it may take is the relay's
-/// stall timeout. It is not called twice without a byte gained in between.
-pub type Resume = Box<dyn FnMut(u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> + Send>;
+/// Finds another source for the rest of a body, which starts at the given offset of the body, and is told how the one before failed:
+/// `UnexpectedEof` is an orderly close, `TimedOut` a stall. Yields that source's connection and the body bytes already read from it, or `None`
+/// when nobody can go on. The time it may take is the relay's stall timeout. It is not called twice without a byte gained in between.
+pub type Resume = Box<dyn FnMut(u64, &io::Error) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> + Send>;
 
 /// Says whether a peer that has sent nothing for the stall timeout is worth waiting for as long again: it has no more to send yet than
 /// the given number of the body's bytes, which came, and gets on by itself. Has to bound its own time.
@@ -337,7 +337,7 @@ impl RelaySource {
             match &mut self.resume {
                 Some(resume) if self.resumed_at != Some(sent) => {
                     self.resumed_at = Some(sent);
-                    self.resuming = Some(Resuming { next: resume(sent), cause: error });
+                    self.resuming = Some(Resuming { next: resume(sent, &error), cause: error });
                     self.stall.restart();
                 }
                 _ => return Poll::Ready(Err(error)),

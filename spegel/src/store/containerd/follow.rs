@@ -138,7 +138,7 @@ impl Receiving {
         self.dir = Some(dir.root().to_path_buf());
         let watcher = blocking(move || {
             let (receptions, told) = (inner.receptions.clone(), inner.clone());
-            Watcher::start(dir, &inner.settings.namespace, receptions, move |news| told.received(news))
+            Watcher::start(dir, &inner.settings.namespace, receptions, move |news| Inner::received(&told, news))
         });
         self.watcher = watcher
             .await?

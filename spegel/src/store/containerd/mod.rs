@@ -10,7 +10,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -18,14 +19,20 @@ use self::ownership::Ownership;
 use self::rpc::Rpc;
 use super::blobs::BlobDir;
 use super::index::{Index, Verdict};
-use super::ingest::{News, Receptions};
+use super::ingest::{Ingests, News, Receptions};
 use super::state::State;
 use super::{Blob, Changes, Found, Health, Offered, Referrer, Store, StoreError};
-use crate::oci::{Digest, Filters, Repository, TagName};
+use crate::oci::{Digest, Filters, Repository, TagName, TagOrDigest};
 
 /// How long a request may wait for containerd to say whose content is. Past it the answer is that it is not here, which
 /// sends the asker elsewhere.
 const OWNERSHIP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// When containerd is asked whose content is that came unseen: it says so only a moment after the file is in place.
+const CLAIMS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(200), Duration::from_secs(2)];
+
+/// For how much such content containerd is asked at a time. What is beyond waits for its image.
+const MAX_CLAIMS: usize = 64;
 
 /// How to reach containerd, and what of it to serve.
 #[derive(Clone, Debug)]
@@ -64,6 +71,9 @@ struct Inner {
     ownership: Ownership,
     receptions: Arc<Receptions>,
     link: RwLock<Link>,
+    /// For the threads that are none of tokio's.
+    runtime: Handle,
+    claims: Arc<Semaphore>,
 }
 
 /// What is known of the other side.
@@ -94,6 +104,8 @@ impl Containerd {
             ownership: Ownership::default(),
             receptions: Arc::new(Receptions::new(settings.stall)),
             link: RwLock::new(Link { rpc: None, contents }),
+            runtime: Handle::current(),
+            claims: Arc::new(Semaphore::new(MAX_CLAIMS)),
             settings,
         });
         let token = token.child_token();
@@ -170,6 +182,13 @@ impl Store for Containerd {
         self.find(digest, asked).await
     }
 
+    fn pulls(&self, repository: &Repository, reference: &TagOrDigest) {
+        // Without filters all that is received is offered.
+        if !self.inner.settings.filters.exclude_nothing() {
+            self.inner.state.change(|index| index.pulls(repository, reference, Instant::now()));
+        }
+    }
+
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {
         Ok(self.inner.state.read(|index| index.referrers(subject)))
     }
@@ -180,6 +199,10 @@ impl Store for Containerd {
 
     fn offered(&self) -> BTreeMap<String, Offered> {
         self.inner.state.read(Index::offered)
+    }
+
+    fn ingests(&self) -> Option<Ingests> {
+        Some(self.inner.receptions.ingests())
     }
 
     fn health(&self) -> watch::Receiver<Health> {
@@ -199,7 +222,7 @@ impl Inner {
     }
 
     /// What is told of content that is being received.
-    fn received(&self, news: News) {
+    fn received(self: &Arc<Self>, news: News) {
         tracing::trace!(?news, "ingests");
         match news {
             News::Receiving(digest) => self.state.change(|index| index.set_receiving(&digest, true)),
@@ -209,7 +232,30 @@ impl Inner {
                 self.ownership.learn(&digest, true);
                 self.state.change(|index| index.set_arrived(&digest))
             }
+            News::MayHaveArrived(digest) => {
+                if let Ok(permit) = Arc::clone(&self.claims).try_acquire_owned() {
+                    let inner = Arc::clone(self);
+                    self.runtime.spawn(async move {
+                        let _permit = permit;
+                        inner.claim(&digest).await;
+                    });
+                }
+                return;
+            }
         };
+    }
+
+    /// Takes content for arrived if containerd says that it is ours.
+    async fn claim(&self, digest: &Digest) {
+        for wait in CLAIMS {
+            tokio::time::sleep(wait).await;
+            let Some(rpc) = self.link().rpc else { continue };
+            if let Ok(Ok(true)) = tokio::time::timeout(OWNERSHIP_TIMEOUT, rpc.has(digest)).await {
+                self.ownership.learn(digest, true);
+                self.state.change(|index| index.set_arrived(digest));
+                return;
+            }
+        }
     }
 
     /// Whether content that no image is known to have belongs to our namespace.
