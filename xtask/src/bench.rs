@@ -90,7 +90,10 @@ impl Bench {
             Name::Mixed => plane::mixed(&settings)?,
             Name::Cold => plane::cold(&settings)?,
             Name::Connections => plane::connections(&settings)?,
-            Name::Router => router::run(self.record)?,
+            Name::Router => {
+                let (figures, met) = router::run(self.record)?;
+                return Ok(self.show(&figures)? && met);
+            }
         };
         self.show(&figures)
     }
