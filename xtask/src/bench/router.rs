@@ -21,8 +21,14 @@ const METHOD: &str = "Simulated: the daemon's searches, table, records, advertis
     in one process on loopback, of which those that die close their connections, and where a node answers itself what it holds.";
 
 /// The tests that print figures.
-const TESTS: [&str; 3] =
-    ["simulation::bench::bench_router", "members::tests::bench_members", "simulation::swarms::bench_swarms"];
+const TESTS: [&str; 6] = [
+    "simulation::bench::bench_10_nodes",
+    "simulation::bench::bench_30_nodes",
+    "simulation::bench::bench_100_nodes",
+    "simulation::bench::bench_1000_nodes",
+    "members::tests::bench_members",
+    "simulation::swarms::bench_swarms",
+];
 
 /// The figures at each size, in the order in which they were first printed.
 #[derive(Debug, Default)]
@@ -60,7 +66,7 @@ pub(super) fn run(plot: bool) -> Result<(Figures, bool)> {
     let mut met = true;
     for test in TESTS {
         let mut child = alone(&program)
-            .args(["--ignored", "--nocapture", test])
+            .args(["--ignored", "--nocapture", "--exact", &format!("router::p2p::{test}")])
             .current_dir(crate::root())
             .stdout(Stdio::piped())
             .spawn()

@@ -86,7 +86,7 @@ fn a_hundred_nodes_know_each_other_at_little_cost() {
 #[test]
 #[ignore = "takes minutes; cargo xtask bench router runs it"]
 fn bench_members() {
-    for size in [100, 1_000, 3_000] {
+    for size in [10, 100, 1_000, 3_000] {
         missed_aims(7, size);
     }
 }
