@@ -93,7 +93,10 @@ impl Bench {
             Name::Cold => plane::cold(&settings)?,
             Name::Memory => plane::memory(&settings)?,
             Name::Connections => plane::connections(&settings)?,
-            Name::Router => router::run(self.record)?,
+            Name::Router => {
+                let (figures, met) = router::run(self.record)?;
+                return Ok(self.show(&figures)? && met);
+            }
         };
         self.show(&figures)
     }
