@@ -159,6 +159,8 @@ impl Registry {
             kind: Kind::Manifest,
             head_only: ask.head_only,
             range: None,
+            total: None,
+            resumes: false,
             gate: None,
             node: self.fed_node(ask),
             feeds_us: false,
@@ -191,7 +193,8 @@ impl Registry {
             return Ok(None);
         }
         let Ok(media_type) = MediaType::detect(&bytes) else { return Ok(None) };
-        let response = respond::manifest(digest, media_type.as_str(), Body::bytes(bytes));
+        // Not these bytes: a client that takes its time would keep them in memory.
+        let response = respond::manifest(digest, media_type.as_str(), Body::file(blob.file, 0, blob.size));
         Ok(Some(Answer::from(response, Source::Local)))
     }
 
@@ -231,6 +234,8 @@ impl Registry {
             kind: Kind::Blob,
             head_only: ask.head_only,
             range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
+            total: self.told_total(ask, digest),
+            resumes: false,
             gate: Some(self.gate(ask, digest)),
             node: self.fed_node(ask),
             feeds_us: self.may_be_ours(ask),
@@ -357,6 +362,12 @@ impl Registry {
         if let Some(repository) = ask.repository.as_ref().filter(|_| self.may_be_ours(ask)) {
             self.settings.store.pulls(repository, reference);
         }
+    }
+
+    /// The blob's length, where the client goes on with one that it was told the length of.
+    fn told_total(&self, ask: &Ask, digest: &Digest) -> Option<u64> {
+        ask.first_byte().filter(|first| *first > 0 && !ask.head_only)?;
+        self.promises.total(&ask.client, digest, Instant::now())
     }
 
     /// Whether our own containerd may be who asks.

@@ -91,6 +91,11 @@ pub trait Router: Send + Sync + fmt::Debug + 'static {
     /// known to nearly all within half a minute, and one that died is forgotten as soon.
     fn members(&self) -> watch::Receiver<Members>;
 
+    /// Whether a peer may be at an address, as far as this node is told to believe that. Routers without such bounds need not implement it.
+    fn accepts(&self, _address: SocketAddr) -> bool {
+        true
+    }
+
     /// Says how busy this node's registry is, in percent. Members hear of it when it has changed by much.
     fn set_load(&self, percent: u8);
 }

@@ -138,6 +138,7 @@ pub enum RouterError {
 pub struct P2pRouter {
     id: Arc<str>,
     listen: Vec<SocketAddr>,
+    scope: Scope,
     records: SharedRecords,
     table: SharedTable,
     searches: Searches,
@@ -194,6 +195,7 @@ impl P2pRouter {
         let mut swarm = behaviour::swarm(setup).map_err(|error| RouterError::Setup(error.to_string()))?;
         let listen = listen(&mut swarm, &settings.listen)?;
         let scope = Scope::of_listeners(&listen).within(&settings.peer_networks);
+        let accepted = scope.clone();
 
         let context = Context {
             local,
@@ -266,6 +268,7 @@ impl P2pRouter {
         tokio::spawn(driver.run(cancelled.clone()));
         tokio::spawn(advertiser.clone().run(settings.advertise_ttl, cancelled.clone()));
         Ok(Arc::new(Self {
+            scope: accepted,
             id: local.to_base58().into(),
             listen,
             records,
@@ -333,6 +336,10 @@ impl Router for P2pRouter {
 
     fn members(&self) -> watch::Receiver<Members> {
         self.members.clone()
+    }
+
+    fn accepts(&self, address: SocketAddr) -> bool {
+        self.scope.accepts(address)
     }
 
     fn set_load(&self, percent: u8) {

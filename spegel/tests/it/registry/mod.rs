@@ -4,6 +4,7 @@
 mod choosing;
 mod hostile;
 mod local;
+mod misled;
 mod peers;
 mod ready;
 mod receiving;
