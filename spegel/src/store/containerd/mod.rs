@@ -232,17 +232,19 @@ impl Inner {
                 self.ownership.learn(&digest, true);
                 self.state.change(|index| index.set_arrived(&digest))
             }
-            News::MayHaveArrived(digest) => {
-                if let Ok(permit) = Arc::clone(&self.claims).try_acquire_owned() {
-                    let inner = Arc::clone(self);
-                    self.runtime.spawn(async move {
-                        let _permit = permit;
-                        inner.claim(&digest).await;
-                    });
-                }
-                return;
-            }
+            News::MayHaveArrived(digest) => return self.claim_later(digest),
         };
+    }
+
+    /// Finds out whose content is that may be ours.
+    fn claim_later(self: &Arc<Self>, digest: Digest) {
+        if let Ok(permit) = Arc::clone(&self.claims).try_acquire_owned() {
+            let inner = Arc::clone(self);
+            self.runtime.spawn(async move {
+                let _permit = permit;
+                inner.claim(&digest).await;
+            });
+        }
     }
 
     /// Takes content for arrived if containerd says that it is ours.
