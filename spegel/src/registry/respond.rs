@@ -7,12 +7,14 @@ use http::request::Parts;
 use http::response::Builder;
 use http::{HeaderValue, Method, Response, StatusCode};
 
-use crate::mirror::{CHAIN_HEADER, Chain, INGEST_HEADER, LOAD_HEADER, RECEIVING_HEADER};
+use crate::mirror::{CHAIN_HEADER, Chain, INGEST_HEADER, RECEIVING_HEADER};
 use crate::oci::{ALLOWED_METHODS, ContentRange, Digest, ERROR_CONTENT_TYPE, ErrorCode, OciError};
 use crate::store::Receiving;
 use crate::zerocopy::Body;
 
 const DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+/// The header of [`crate::mirror::LOAD_HEADER`].
+pub(super) const LOAD: HeaderName = HeaderName::from_static("x-spegel-load");
 /// The header of [`crate::mirror::HOLDERS_HEADER`].
 const HOLDERS: HeaderName = HeaderName::from_static("x-spegel-holders");
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
@@ -117,9 +119,7 @@ pub(super) fn mark_receiving(response: &mut Response<Body>, receiving: &Receivin
 
 /// Tells a peer how busy this node is, in percent.
 pub(super) fn tell_load(response: &mut Response<Body>, percent: u8) {
-    if let Ok(name) = HeaderName::from_bytes(LOAD_HEADER.as_bytes()) {
-        response.headers_mut().insert(name, u16::from(percent).into());
-    }
+    response.headers_mut().insert(LOAD, u16::from(percent).into());
 }
 
 /// The same head without the body, keeping the length that the body would have had.

@@ -196,6 +196,8 @@ struct Bare {
     /// Read already. Nearly always nothing.
     unread: Bytes,
     out: Option<Out>,
+    /// Bytes that the kernel took.
+    sent: u64,
     /// Try the socket even where the runtime believes it to be full.
     force: bool,
     /// Just accepted: nothing is known of it yet, and the first request is often there.
@@ -229,7 +231,7 @@ thread_local! {
 
 impl Bare {
     fn new(stream: TcpStream, unread: Bytes) -> Self {
-        Self { stream, unread, out: None, force: false, is_new: false }
+        Self { stream, unread, out: None, sent: 0, force: false, is_new: false }
     }
 
     fn fresh(stream: TcpStream) -> Self {
@@ -237,7 +239,8 @@ impl Bare {
     }
 
     fn activity(&self) -> Activity {
-        Activity { received: false, blocked_since: self.out.as_ref().map(|out| out.since), body: self.out.is_some() }
+        let Self { out, sent, .. } = self;
+        Activity { received: false, blocked_since: out.as_ref().map(|out| out.since), body: out.is_some(), sent: *sent }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, client: &Client, settings: &Settings) -> Poll<io::Result<Next>> {
@@ -332,6 +335,7 @@ impl Bare {
             }
             Ok(sent) => sent,
         };
+        self.sent += sent as u64;
         if sent == head.len() + date.len() + body.len() {
             end(BodyEnd { sent: body.len() as u64, complete: true });
         } else {
@@ -347,6 +351,7 @@ impl Bare {
             let force = std::mem::take(&mut self.force);
             match zerocopy::send(&self.stream, &[IoSlice::new(&out.rest)], force, &settings.traffic) {
                 Ok(sent) => {
+                    self.sent += sent as u64;
                     out.rest.advance(sent);
                     out.since = Instant::now();
                     if out.rest.is_empty() {

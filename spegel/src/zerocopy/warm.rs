@@ -11,8 +11,8 @@ use futures::future::BoxFuture;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-/// Distance between the bytes that are asked for when residency is probed: the kernel's read-ahead comes in pieces of this size.
-const STRIDE: u64 = 128 << 10;
+/// Distance between the bytes that are asked for where a file may be cold: the kernel's read-ahead comes in pieces of this size.
+pub(super) const STRIDE: u64 = 128 << 10;
 
 /// Windows that one runtime's ring reads at once, each with a buffer of its length.
 const RING_READS: usize = 16;
@@ -41,9 +41,9 @@ pub trait Warm: Send + Sync + fmt::Debug {
 // === impl Window ===
 
 impl Window {
-    /// How many bytes from the window's start on are in the page cache, found by asking for one byte in each 128 KiB without
+    /// How many bytes from the window's start on are in the page cache, found by asking for one byte in each `stride` without
     /// waiting (`RWF_NOWAIT`, preadv2(2)). All of them where the file system cannot say, and beyond the file's end.
-    pub(super) fn resident(&self) -> usize {
+    pub(super) fn resident(&self, stride: u64) -> usize {
         let end = self.offset + self.len as u64;
         let mut at = self.offset;
         while at < end {
@@ -51,7 +51,7 @@ impl Window {
             match preadv2(&*self.file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT) {
                 Err(Errno::AGAIN) => return usize::try_from(at - self.offset).unwrap_or(self.len),
                 Err(_) | Ok(0) => return self.len,
-                Ok(_) => at = (at / STRIDE + 1) * STRIDE,
+                Ok(_) => at = (at / stride + 1) * stride,
             }
         }
         self.len

@@ -9,7 +9,10 @@ mod behaviour;
 pub(crate) mod checks;
 mod client;
 mod driver;
+mod guarded;
 mod holdings;
+#[cfg(test)]
+mod hostile_tests;
 mod identity;
 mod joining;
 mod keys;
@@ -186,6 +189,7 @@ impl P2pRouter {
             network_key: settings.network_key.as_ref().map(NetworkKey::shared),
             records: records.clone(),
             opener,
+            metrics: settings.metrics.clone(),
         };
         let mut swarm = behaviour::swarm(setup).map_err(|error| RouterError::Setup(error.to_string()))?;
         let listen = listen(&mut swarm, &settings.listen)?;

@@ -1,6 +1,6 @@
 //! What a node has heard lately, and how often it still passes it on: until a few of those whom it told knew it before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::message::{NewsId, Tag};
@@ -58,7 +58,7 @@ impl News {
 
     /// What is to be passed on to one who is known to know `theirs`; the newest first if it is too much. Each is counted as told in
     /// vain, until it is asked for.
-    pub(super) fn tell(&mut self, theirs: &[NewsId]) -> Vec<NewsId> {
+    pub(super) fn tell(&mut self, theirs: &BTreeSet<NewsId>) -> Vec<NewsId> {
         let mut told: Vec<(u8, NewsId)> =
             self.items.iter().filter(|(_, item)| item.left > 0).map(|(name, item)| (item.left, *name)).collect();
         told.retain(|(_, name)| !theirs.contains(name));
@@ -102,21 +102,21 @@ mod tests {
         let (mut news, name) = (News::default(), NewsId(1));
         news.spread(now, name, Tag(7));
         for _ in 0..20 {
-            assert_eq!(news.tell(&[]), [name]);
+            assert_eq!(news.tell(&BTreeSet::new()), [name]);
             news.was_new(name);
         }
-        assert_eq!(news.tell(&[name]), [], "who has told us knows it");
+        assert_eq!(news.tell(&BTreeSet::from([name])), [], "who has told us knows it");
         for _ in 0..PATIENCE {
             assert!(news.is_hot());
-            assert_eq!(news.tell(&[]), [name]);
+            assert_eq!(news.tell(&BTreeSet::new()), [name]);
         }
         assert!(!news.is_hot());
-        assert_eq!(news.tell(&[]), []);
+        assert_eq!(news.tell(&BTreeSet::new()), []);
         news.spread(now, name, Tag(7));
         assert_eq!((news.is_hot(), news.about(name)), (false, Some(Tag(7))), "heard again it is no news");
         news.spread(now, NewsId(2), Tag(8));
         news.spread(now, NewsId(3), Tag(8));
-        assert_eq!(news.tell(&[]), [NewsId(3)], "only the newest about one member");
+        assert_eq!(news.tell(&BTreeSet::new()), [NewsId(3)], "only the newest about one member");
         news.sweep(now + KEPT);
         assert_eq!((news.about(name), news.is_hot()), (None, false));
     }

@@ -5,6 +5,7 @@
 mod bench;
 mod lookups;
 mod node;
+mod report;
 mod swarms;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +24,7 @@ use super::table::{Contact, REPLICAS};
 use crate::router::P2pSettings;
 
 pub(super) use node::{NoSigner, Node, scope};
+pub(super) use report::{Aim, Report};
 
 /// One way between two nodes; varied by a fifth.
 pub(super) const LINK: Duration = Duration::from_micros(500);
@@ -175,6 +177,7 @@ impl Network {
             }
             Event::Round(peer) if self.content => {
                 let Some(node) = self.nodes.get_mut(&peer) else { return };
+                node.recent.retain(|_, used| now.duration_since(*used) < IDLE);
                 node.round();
                 self.schedule(advertise::pace(P2pSettings::ADVERTISE_TTL).0, Event::Round(peer));
                 self.send_offers(peer);
@@ -182,7 +185,6 @@ impl Network {
             Event::Sweep(peer) if self.content => {
                 let Some(node) = self.nodes.get_mut(&peer) else { return };
                 node.records.sweep(now);
-                node.recent.retain(|_, used| now.duration_since(*used) < IDLE);
                 node.offers.grown(node.table.members());
                 self.schedule(SWEEP, Event::Sweep(peer));
                 self.send_offers(peer);
@@ -200,9 +202,7 @@ impl Network {
             Event::Told(from, to, offered, withdrawn) => {
                 let Some(addresses) = self.nodes.get(&from).map(|node| node.contact.clone()) else { return };
                 let Some(node) = self.nodes.get_mut(&to) else { return };
-                for id in offered {
-                    node.records.add(now, id, from, addresses.addresses());
-                }
+                node.records.add(now, offered, from, addresses.addresses());
                 withdrawn.iter().for_each(|id| node.records.withdrawn(id, &from));
             }
             Event::Sent(peer, to, missed) => {
@@ -322,7 +322,7 @@ impl Network {
         let to = told.contact.peer();
         let there = self.nodes.contains_key(&to);
         let node = self.nodes.get_mut(&peer).unwrap();
-        let open = node.table.contains(&to) || node.recent.contains_key(&to);
+        let open = node.table.contains(&to) || node.is_recent(self.now, &to);
         node.recent.insert(to, self.now);
         let bytes = STREAM + if open { 0 } else { CONNECTION };
         if node.table.is_member(&to) {
