@@ -225,15 +225,19 @@ impl Inner {
     fn received(self: &Arc<Self>, news: News) {
         tracing::trace!(?news, "ingests");
         match news {
-            News::Receiving(digest) => self.state.change(|index| index.set_receiving(&digest, true)),
-            News::NotReceiving(digest) => self.state.change(|index| index.set_receiving(&digest, false)),
+            News::Receiving(digest) => {
+                self.state.change(|index| index.set_receiving(&digest, true));
+            }
+            News::NotReceiving(digest) => {
+                self.state.change(|index| index.set_receiving(&digest, false));
+            }
             News::Arrived(digest) => {
                 // containerd records whose it is only after the file is in place.
                 self.ownership.learn(&digest, true);
-                self.state.change(|index| index.set_arrived(&digest))
+                self.state.change(|index| index.set_arrived(&digest));
             }
-            News::MayHaveArrived(digest) => return self.claim_later(digest),
-        };
+            News::MayHaveArrived(digest) => self.claim_later(digest),
+        }
     }
 
     /// Finds out whose content is that may be ours.

@@ -1,10 +1,14 @@
 //! A layer is shared while it is still arriving: A pulls from a slow upstream, B and C start a second later.
 
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use spegel_benches::containerd::{Options, Version};
+use spegel_benches::containerd::{NAMESPACE, Options, Version};
 use spegel_benches::daemon::wait_until;
 use spegel_benches::http::Client;
 use spegel_benches::image::{Compression, Image, ImageBuilder, host_platform};
@@ -91,6 +95,86 @@ fn comes_once(cluster: &Cluster, name: &str, describe: impl FnOnce(ImageBuilder)
     // One of the others may come to a layer before A does.
     assert!(to_others <= layers / 10, "upstream sent others {to_others} bytes of {layers}\n{}", logs(cluster));
     assert!(last < took[0] * 1.1 + 1.0, "B and C finished {:.2} s after A", last - took[0]);
+}
+
+// === many, and writers that change their minds ===
+
+/// An ingest as containerd makes one, in the content directory of a node.
+struct Ingest {
+    folder: PathBuf,
+    data: File,
+    digest: String,
+}
+
+impl Ingest {
+    fn begin(node: &Member, n: u64) -> Self {
+        let digest = format!("sha256:{n:064x}");
+        let folder = node.containerd.content_path().join("ingest").join(format!("{n:064x}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("ref"), format!("{NAMESPACE}/1/layer-{digest}")).unwrap();
+        std::fs::write(folder.join("total"), "1000000").unwrap();
+        let data = File::create(folder.join("data")).unwrap();
+        Self { folder, data, digest }
+    }
+
+    fn is_offered(&self, node: &Member) -> bool {
+        let url = format!("{}/v2/app/blobs/{}?ns=registry.test", node.spegel().url(), self.digest);
+        let head = Client::new(Duration::from_secs(10)).head(&url, &[("X-Spegel-Mirrored", "true")]).unwrap();
+        head.header("x-spegel-receiving").is_some()
+    }
+
+    /// Asks as a peer, and reads what comes until the connection ends, which it has to in an orderly way.
+    fn follow(&self, node: &Member) -> JoinHandle<Vec<u8>> {
+        let settings = node.spegel().settings();
+        let mut stream = TcpStream::connect((settings.address, settings.ports.registry)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let target = format!("/v2/app/blobs/{}?ns=registry.test", self.digest);
+        write!(stream, "GET {target} HTTP/1.1\r\nHost: a\r\nX-Spegel-Mirrored: true\r\n\r\n").unwrap();
+        thread::spawn(move || {
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).unwrap();
+            let head = all.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
+            all.split_off(head + 4)
+        })
+    }
+}
+
+/// 500 pulls at once cost no descriptors and a watch each; a file that starts over, one that goes and one that stands still end what follows
+/// them; and what is left behind is left alone.
+#[test]
+fn many_at_once_and_writers_that_give_up() {
+    let Some(cluster) = Cluster::start(Version::V2_2, 2, &Options::default()) else { return };
+    let node = &cluster.nodes[0];
+    let watched = || node.spegel().metric("spegel_ingests", &["state=\"watched\""]).unwrap();
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", node.spegel().daemon.pid())).unwrap().count();
+    let before = descriptors();
+    let mut ingests: Vec<Ingest> = (1..=500).map(|n| Ingest::begin(node, n)).collect();
+    wait_until(PATIENCE, "500 that are watched", || watched() >= 500.0).unwrap();
+    assert!(!ingests.iter().any(|ingest| ingest.is_offered(node)), "none of them has grown");
+    ingests.iter_mut().for_each(|ingest| ingest.data.write_all(&[7; 1000]).unwrap());
+    wait_until(PATIENCE, "the last one", || ingests[499].is_offered(node)).unwrap();
+    let offered = ingests.iter().filter(|ingest| ingest.is_offered(node)).count();
+    println!("{offered} of 500 are offered, {} descriptors and then {}", before, descriptors());
+    assert!(offered == 500 && descriptors() < before + 20, "{offered}, {before}, {}", descriptors());
+
+    let followers: Vec<_> = ingests[..3].iter().map(|ingest| ingest.follow(node)).collect();
+    thread::sleep(Duration::from_millis(200));
+    ingests[0].data.set_len(0).unwrap();
+    std::fs::remove_dir_all(&ingests[1].folder).unwrap();
+    // The third stands still.
+    let start = Instant::now();
+    for follower in followers {
+        assert_eq!(follower.join().unwrap(), [7; 1000]);
+    }
+    println!("all three followers ended after {:.2?}", start.elapsed());
+    assert!(!ingests[..3].iter().any(|ingest| ingest.is_offered(node)));
+    ingests[2].data.write_all(&[7; 1000]).unwrap();
+    wait_until(PATIENCE, "the third goes on", || ingests[2].is_offered(node)).unwrap();
+    for ingest in ingests.iter().filter(|ingest| ingest.folder.exists()) {
+        std::fs::remove_dir_all(&ingest.folder).unwrap();
+    }
+    drop(ingests);
+    wait_until(PATIENCE, "no watch", || watched() < 1.0).unwrap();
 }
 
 // === filters ===
