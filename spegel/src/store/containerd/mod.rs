@@ -242,15 +242,7 @@ impl Inner {
             }
             News::Arrived(digest) => self.stored(&digest),
             News::Discarded(digest) => self.tell(Outcome::Discarded(digest)),
-            News::MayHaveArrived(digest) => {
-                if let Ok(permit) = Arc::clone(&self.claims).try_acquire_owned() {
-                    let inner = Arc::clone(self);
-                    self.runtime.spawn(async move {
-                        let _permit = permit;
-                        inner.claim(&digest).await;
-                    });
-                }
-            }
+            News::MayHaveArrived(digest) => self.claim_later(digest),
         }
     }
 
@@ -265,6 +257,17 @@ impl Inner {
     fn tell(&self, outcome: Outcome) {
         // Nobody may be listening.
         let _ = self.outcomes.send(outcome);
+    }
+
+    /// Finds out whose content is that may be ours.
+    fn claim_later(self: &Arc<Self>, digest: Digest) {
+        if let Ok(permit) = Arc::clone(&self.claims).try_acquire_owned() {
+            let inner = Arc::clone(self);
+            self.runtime.spawn(async move {
+                let _permit = permit;
+                inner.claim(&digest).await;
+            });
+        }
     }
 
     /// Takes content for arrived if containerd says that it is ours.

@@ -26,7 +26,7 @@ use crate::oci::Digest;
 
 /// The time between two looks at what happens all the time: a layer that arrives at 400 MB/s would else wake two threads for each
 /// MiB. What happens after a pause is seen at once.
-const PACE: Duration = Duration::from_millis(3);
+const PACE: Duration = Duration::from_millis(6);
 /// How often it is tried again to watch a directory that is not there.
 const RETRY: Duration = Duration::from_secs(5);
 /// How often all are looked through while there are more than are followed.
