@@ -179,7 +179,7 @@ impl Child {
         let report = self.to_report.then_some(self.report_from);
         let times = match self.source {
             Source::Nobody => [Some(self.deadline), None, None],
-            Source::Asked(_) => [Some(self.deadline), Some(self.patience), None],
+            Source::Asked(_) => [Some(self.deadline), Some(self.patience), Some(self.probe_at())],
             Source::Parent(_) => [Some(self.grown + NOTHING), self.still_at(), Some(self.probe_at())],
             Source::Upstream | Source::Over => [None, None, None],
         };
@@ -278,7 +278,9 @@ impl Child {
     /// The parent has so many bytes.
     pub fn parent_has(&mut self, position: u64, now: Instant) {
         let lacks = position.saturating_sub(self.wish.position);
-        self.excused = (lacks == 0).then_some(now);
+        if let Source::Parent(_) = self.source {
+            self.excused = (lacks == 0).then_some(now);
+        }
         if lacks <= SLACK || !matches!(self.source, Source::Parent(_)) {
             self.slow = None;
             return;
@@ -293,6 +295,13 @@ impl Child {
             }
             _ => self.slow = Some((now, lacks)),
         }
+    }
+
+    /// Others are the nearest to the key now.
+    pub fn coordinators_are(&mut self, coordinators: Vec<Node>) {
+        let asked = self.coordinators.get(self.at);
+        self.at = coordinators.iter().position(|known| Some(known) == asked).unwrap_or(0);
+        self.coordinators = coordinators;
     }
 
     /// This node takes so many children for the blob.
@@ -337,6 +346,10 @@ impl Child {
                 self.leave(parent);
                 self.ask_paced(Why::Refused, now);
             }
+            Source::Asked(parent) if now >= self.probe_at() => {
+                self.probed = now;
+                self.actions.push_back(Action::Probe { parent });
+            }
             Source::Parent(_) if now >= self.grown + NOTHING => return self.go_upstream(Action::GiveUp, now),
             Source::Parent(parent) => {
                 if self.still_at().is_some_and(|at| now >= at) {
@@ -370,8 +383,11 @@ impl Child {
         (!is_asking).then(|| self.grown + still + STILL.mul_f64(spread as f64 / 1000.0))
     }
 
-    /// When to ask the parent how much it has.
+    /// When to ask the parent how much it has; while a request is held, whether it is there at all.
     fn probe_at(&self) -> Instant {
+        if let Source::Asked(_) = self.source {
+            return self.probed + PROBE / 2;
+        }
         (self.probed + LOOK).min((self.grown + PROBE).max(self.probed + PROBE))
     }
 
@@ -432,6 +448,7 @@ impl Child {
             self.deadline = self.grown + NOTHING;
         }
         (self.source, self.slow, self.patience) = (Source::Asked(parent), None, now + patience);
+        self.probed = now;
         self.actions.push_back(Action::Fetch { parent, rank });
     }
 

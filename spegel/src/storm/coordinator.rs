@@ -275,8 +275,17 @@ impl Asked<'_> {
 
     /// A place for one that has none.
     fn place(&mut self, want: &Want) -> Response {
-        let seeker = Seeker { node: self.from, position: want.position, avoid: &want.avoid, only_free: false };
+        let seeker =
+            Seeker { node: self.from, position: want.position, avoid: &want.avoid, only_free: false, at_need: false };
         if let Some(parent) = self.parent(seeker) {
+            return self.fetch(parent);
+        }
+        // Not the one that it has just lost.
+        let latest = want.avoid.len().saturating_sub(1);
+        let at_need = Seeker { avoid: &want.avoid[latest..], at_need: true, ..seeker };
+        if want.position > 0
+            && let Some(parent) = self.parent(at_need).filter(|parent| !at_need.avoid.contains(parent))
+        {
             return self.fetch(parent);
         }
         if self.tree.has_root(self.now) {
@@ -291,7 +300,7 @@ impl Asked<'_> {
         let Some(place) = self.tree.get(self.from) else { return Response::Refuse };
         let mut avoid = want.avoid.clone();
         avoid.extend(place.parent);
-        let seeker = Seeker { node: self.from, position: want.position, avoid: &avoid, only_free };
+        let seeker = Seeker { node: self.from, position: want.position, avoid: &avoid, only_free, at_need: false };
         if let Some(parent) = self.parent(seeker) {
             return self.fetch(parent);
         }

@@ -20,7 +20,7 @@ pub use coordinator::{Coordinator, Limits};
 pub use message::{
     Have, Holding, MAX_AVOIDED, MAX_BLOB, MAX_MESSAGE, MAX_SLOTS, MessageError, Request, Response, VERSION, Want, Why,
 };
-pub use parent::{Asker, Parent, Refusal, Standing};
+pub use parent::{Asker, Look, Parent, Refusal, Standing};
 
 /// How many coordinators a blob has: a child asks the nearest that answers, and a root reports to all.
 pub const COORDINATORS: usize = 3;

@@ -441,8 +441,7 @@ impl World {
             if let Some(children) = self.children.get_mut(&(parent, blob)) {
                 children.retain(|child| *child != node);
             }
-            let now = self.now;
-            self.members[parent].parent.end(feed_number(node, blob), now);
+            self.members[parent].parent.end(feed_number(node, blob));
         }
         self.active_set.remove(&(node, blob));
     }
