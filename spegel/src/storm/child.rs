@@ -125,7 +125,8 @@ pub struct Child {
     /// When the parent was first seen not to deliver, and how much it had more.
     slow: Option<(Instant, u64)>,
     not_slow_before: Instant,
-    /// When something may be reported, and whether there is something.
+    /// When something was reported last, when something may be, and whether there is something.
+    reported: Instant,
     report_from: Instant,
     to_report: bool,
     told: u8,
@@ -157,6 +158,7 @@ impl Child {
             refusals: 0,
             slow: None,
             not_slow_before: now,
+            reported: now,
             report_from: now,
             to_report: false,
             told: 0,
@@ -211,7 +213,7 @@ impl Child {
     /// A coordinator's answer to the message of this number.
     pub fn answered(&mut self, number: u64, response: Response, now: Instant) {
         if let Response::Ack { again, .. } = response {
-            return self.acknowledged(again, now);
+            return self.acknowledged(again);
         }
         let Some(question) = self.question.filter(|question| question.number == number) else { return };
         self.question = None;
@@ -469,14 +471,15 @@ impl Child {
         self.report(now);
     }
 
-    fn acknowledged(&mut self, again: Duration, now: Instant) {
+    fn acknowledged(&mut self, again: Duration) {
         match self.source {
             Source::Over => self.to_report = false,
-            _ => self.report_from = self.report_from.max(now + again),
+            _ => self.report_from = self.report_from.max(self.reported + again),
         }
     }
 
     fn report(&mut self, now: Instant) {
+        self.reported = now;
         match self.source {
             Source::Upstream => {
                 (self.to_report, self.report_from) = (true, now + REPORT);

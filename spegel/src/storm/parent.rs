@@ -114,7 +114,7 @@ impl Standing {
             return self.position == asker.position;
         }
         let (Some(own), Some(theirs)) = (self.rank, asker.rank) else { return false };
-        (self.position, asker.position) == (0, 0) && own.term == theirs.term && own.number < theirs.number
+        (self.position, asker.position) == (0, 0) && own < theirs
     }
 }
 

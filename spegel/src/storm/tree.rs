@@ -74,7 +74,6 @@ type Order = (u16, u16, u32, Node);
 /// Everybody who wants or has one blob.
 #[derive(Debug)]
 pub(super) struct Tree {
-    pub(super) term: u64,
     next: u32,
     pub(super) total: Option<u64>,
     places: HashMap<Node, Place>,
@@ -101,9 +100,8 @@ pub(super) struct Seeker<'a> {
 // === impl Tree ===
 
 impl Tree {
-    pub(super) fn new(term: u64, now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self {
-            term,
             next: 0,
             total: None,
             places: HashMap::new(),
@@ -167,7 +165,7 @@ impl Tree {
 
     /// Where the node was counted.
     pub(super) fn rank(&self, node: Node) -> Rank {
-        Rank { term: self.term, number: self.places.get(&node).map_or(0, |place| place.rank) }
+        Rank(self.places.get(&node).map_or(0, |place| place.rank))
     }
 
     /// Counts the node anew, behind all others.

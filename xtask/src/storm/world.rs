@@ -185,7 +185,7 @@ impl World {
             silent: false,
             speaks,
             refused: false,
-            coordinator: Coordinator::new(Limits::default(), spread(self.scenario.seed ^ node as u64 ^ 77), now),
+            coordinator: Coordinator::new(Limits::default(), now),
             parent: Parent::new(64, now),
             budget: Budget::new(self.scenario.storm.unwrap_or_default(), now),
             busy: now,
