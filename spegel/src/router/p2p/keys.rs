@@ -63,6 +63,13 @@ impl Position {
         Self(Sha256::digest(peer.to_bytes()).into())
     }
 
+    /// The first of those that begin with these eight bytes.
+    pub(super) fn with_prefix(prefix: u64) -> Self {
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&prefix.to_be_bytes());
+        Self(bytes)
+    }
+
     /// Its first eight bytes.
     pub(super) fn prefix(&self) -> u64 {
         let [a, b, c, d, e, f, g, h, ..] = self.0;
