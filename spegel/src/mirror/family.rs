@@ -45,6 +45,12 @@ impl Sizes {
         }
     }
 
+    /// How long a blob is, if a manifest has told.
+    pub(super) fn of(&self, digest: &Digest) -> Option<u64> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.by_digest.get(digest).copied()
+    }
+
     /// Whether a blob may have this length in all.
     pub(super) fn allow(&self, digest: &Digest, length: u64) -> bool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

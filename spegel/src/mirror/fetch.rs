@@ -18,12 +18,13 @@ use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeou
 use super::metrics::Outcome;
 use super::peers::{Leave, jitter};
 use super::{
-    COMPLAINT_HEADER, Chain, Content, Found, Kind, MIRRORED_HEADER, Miss, NodeId, Shared, VERIFIED_BODY, Verified,
-    WAIT_HEADER, Wanted, family, relay, siblings, verify,
+    COMPLAINT_HEADER, Chain, Content, Found, Kind, MIRRORED_HEADER, Miss, NodeId, RANK_HEADER, Shared, VERIFIED_BODY,
+    Verified, WAIT_HEADER, Wanted, family, relay, siblings, storms, verify,
 };
 use crate::hosts::NODE_HEADER;
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
 use crate::router::Peer;
+use crate::storm::Rank;
 
 /// How long a peer that failed lately may take to connect, and to answer.
 const PROBE: Duration = Duration::from_secs(1);
@@ -93,7 +94,12 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
     let (peer, taken) = match race(shared, wanted, &HashSet::new()).await {
         Ok(taken) => taken,
         Err(miss) if wanted.kind == Kind::Manifest => return Err(miss),
-        Err(miss) => siblings::wait(shared, wanted).await.ok_or(miss)?,
+        Err(miss) => match &shared.storms {
+            Some(storms) if wanted.is_own && !wanted.head_only => {
+                storms::hold(shared, storms, wanted).await.ok_or(miss)?
+            }
+            _ => siblings::wait(shared, wanted).await.ok_or(miss)?,
+        },
     };
     if let Some(pull) = &wanted.pull {
         shared.siblings.gave(pull, &peer, now());
@@ -408,6 +414,9 @@ pub(super) fn request(shared: &Shared, wanted: &Wanted, head_only: bool) -> Peer
     let mut extra = shared.headers();
     if let Some(wait) = wanted.wait {
         extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
+    }
+    if let Some(Rank(rank)) = wanted.rank {
+        extra.push_str(&format!("{RANK_HEADER}: {rank}\r\n"));
     }
     if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
         extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));
