@@ -249,6 +249,7 @@ fn start_router(
         peer_networks: settings.peers.networks.clone(),
         network_key: settings.peers.network_key.clone(),
         zone,
+        storms: settings.mirror.storm.is_some(),
         metrics,
         advertise_ttl: P2pSettings::ADVERTISE_TTL,
         join_timeout: P2pSettings::JOIN_TIMEOUT,

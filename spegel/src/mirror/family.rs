@@ -54,6 +54,12 @@ impl Sizes {
         }
     }
 
+    /// How long a blob is, if manifests have told, and all the same.
+    pub(super) fn of(&self, digest: &Digest) -> Option<u64> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.by_digest.get(digest).filter(|told| told.len() == 1).map(|told| told[0])
+    }
+
     /// Whether a blob may have this length in all.
     pub(super) fn allow(&self, digest: &Digest, length: u64) -> bool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

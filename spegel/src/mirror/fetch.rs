@@ -19,7 +19,7 @@ use super::flights::Landed;
 use super::lineage::Tie;
 use super::metrics::Outcome;
 use super::peers::{Leave, jitter};
-use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings};
+use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings, storms};
 use crate::oci::{Key, RangeSpec};
 use crate::router::Peer;
 
@@ -95,7 +95,12 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
     let (peer, taken) = match race_once(shared, wanted).await {
         Ok(taken) => taken,
         Err(miss) if wanted.kind == Kind::Manifest => return Err(miss),
-        Err(miss) => siblings::wait(shared, wanted).await.ok_or(miss)?,
+        Err(miss) => match &shared.storms {
+            Some(storms) if wanted.is_own && !wanted.head_only => {
+                storms::hold(shared, storms, wanted).await.ok_or(miss)?
+            }
+            _ => siblings::wait(shared, wanted).await.ok_or(miss)?,
+        },
     };
     if let Some(pull) = &wanted.pull {
         shared.siblings.gave(pull, &peer, now());

@@ -15,6 +15,7 @@ mod relay;
 mod shelf;
 mod siblings;
 mod sources;
+mod storms;
 mod verify;
 
 use std::fmt;
@@ -28,7 +29,8 @@ use tracing::{debug, warn};
 
 use crate::oci::{Digest, Key};
 use crate::router::{Peer, Router};
-use crate::store::{Change, Outcome};
+use crate::store::{Change, Outcome, Store};
+use crate::storm::Rank;
 use crate::zerocopy::Body;
 
 pub(crate) use check::{check_hints, check_peer_head};
@@ -57,6 +59,9 @@ pub const LOAD_HEADER: &str = "X-Spegel-Load";
 
 /// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
 pub const WAIT_HEADER: &str = "X-Spegel-Wait";
+
+/// In a request between nodes that waits for first bytes: where a coordinator counted the asker, a [`Rank`]'s number.
+pub const RANK_HEADER: &str = "X-Spegel-Rank";
 
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
@@ -89,6 +94,15 @@ pub struct Settings {
     pub zone: Option<Arc<str>>,
     /// The `Authorization` header's value for peers, where basic authentication is on.
     pub authorization: Option<String>,
+    /// Whether what nobody has is coordinated, if the router takes part in that.
+    pub storm: Option<StormSettings>,
+}
+
+/// How cold storms are met.
+#[derive(Clone, Copy, Debug)]
+pub struct StormSettings {
+    /// How long the requests of one image pull may be held in all.
+    pub max_wait: Duration,
 }
 
 impl Default for Settings {
@@ -103,6 +117,7 @@ impl Default for Settings {
             hold: Duration::from_secs(2),
             zone: None,
             authorization: None,
+            storm: None,
         }
     }
 }
@@ -130,10 +145,14 @@ pub struct Wanted {
     pub node: Option<Arc<str>>,
     /// That node may be this one.
     pub feeds_us: bool,
+    /// That node is this one, for sure.
+    pub is_own: bool,
     /// What the request is a part of: the upstream's name and the repository.
     pub pull: Option<Arc<str>>,
     /// How long a peer is asked to wait for its own first bytes.
     pub wait: Option<Duration>,
+    /// Where a coordinator counted this node, if that sent it to the peer.
+    pub rank: Option<Rank>,
 }
 
 /// Something to wait for. The wait is bounded by the stall bound.
@@ -227,6 +246,7 @@ struct Shared {
     searches: Arc<Semaphore>,
     sources: sources::Sources,
     siblings: siblings::Siblings,
+    storms: Option<Arc<storms::Storms>>,
     shelf: shelf::Shelf,
     lineage: Arc<lineage::Lineage>,
     flights: flights::Flights,
@@ -255,6 +275,7 @@ impl Shared {
 impl Mirror {
     /// A mirror that finds its peers by `router`.
     pub fn new(router: Arc<dyn Router>, settings: Settings, metrics: MirrorMetrics) -> Self {
+        let storms = storms::Storms::new(&*router, settings.storm);
         let shared = Shared {
             router,
             settings,
@@ -265,6 +286,7 @@ impl Mirror {
             searches: Arc::new(Semaphore::new(SEARCHES)),
             sources: sources::Sources::default(),
             siblings: siblings::Siblings::default(),
+            storms,
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
             lineage: Arc::default(),
             flights: flights::Flights::default(),
@@ -272,6 +294,26 @@ impl Mirror {
             metrics,
         };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// Where it is seen how much this node's containerd has got of what it pulls from upstream. Until it is known nothing is held.
+    pub fn look_at(&self, store: &Arc<dyn Store>) {
+        if let Some(storms) = &self.shared.storms {
+            storms.look_at(Arc::clone(store));
+        }
+    }
+
+    /// Whether somebody of this rank may wait for the first bytes of a blob that this node's containerd has none of either.
+    pub fn may_wait(&self, digest: &Digest, rank: Rank) -> bool {
+        self.shared.storms.as_ref().is_some_and(|storms| storms.may_wait(digest, rank))
+    }
+
+    /// Ends when those who wait for the first bytes of a blob have to look elsewhere.
+    pub async fn sent_away(&self, digest: &Digest) {
+        match &self.shared.storms {
+            Some(storms) => storms.sent_away(digest).await,
+            None => std::future::pending().await,
+        }
     }
 
     /// The nodes through which this node's containerd is being given a blob that they still receive.

@@ -18,6 +18,7 @@ use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
 use crate::store::{Blob, Found as Local, Receiving};
+use crate::storm::Rank;
 use crate::zerocopy::{Body, BodyEnd};
 
 /// The longest that a peer is made to wait for what is about to be received.
@@ -46,6 +47,8 @@ pub(super) struct Ask {
     pub(super) remote: IpAddr,
     /// A peer asks to wait for what is about to be received here.
     pub(super) wait: Option<Duration>,
+    /// Where a coordinator that sent the peer here counted it.
+    pub(super) rank: Option<Rank>,
 }
 
 impl Ask {
@@ -166,6 +169,8 @@ impl Registry {
             feeds_us: false,
             pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
             wait: None,
+            rank: None,
+            is_own: self.client_kind(&ask.client) == ClientKind::Own,
         };
         let found =
             self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
@@ -241,6 +246,8 @@ impl Registry {
             feeds_us: self.may_be_ours(ask),
             pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
             wait: None,
+            rank: None,
+            is_own: self.client_kind(&ask.client) == ClientKind::Own,
         };
         match self.settings.mirror.fetch(&wanted).await {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
@@ -317,7 +324,10 @@ impl Registry {
         let store = &self.settings.store;
         let found = match store.find(digest, ask.repository.as_ref()).await {
             Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
-                Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
+                Some(wait) => tokio::select! {
+                    found = store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)) => found,
+                    () = self.settings.mirror.sent_away(digest), if ask.rank.is_some() => Ok(None),
+                },
                 None => Ok(None),
             },
             found => found,
@@ -330,6 +340,9 @@ impl Registry {
 
     /// Whether the asker would wait for us while we wait for others.
     fn declines(&self, ask: &Ask, digest: &Digest) -> bool {
+        if let Some(rank) = ask.rank {
+            return !self.settings.mirror.may_wait(digest, rank);
+        }
         match (&ask.client, self.settings.node_name.as_deref()) {
             (Client::Node(name), Some(own)) => self.settings.mirror.declines(digest, NodeId::of(own), NodeId::of(name)),
             _ => true,

@@ -26,10 +26,11 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
-use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror, WAIT_HEADER};
+use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror, RANK_HEADER, WAIT_HEADER};
 use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
 use crate::store::{Health, Outcome, Store};
+use crate::storm::Rank;
 use crate::zerocopy::{Body, BodyEnd};
 
 pub use auth::BasicAuth;
@@ -92,6 +93,7 @@ pub struct Registry {
 impl Registry {
     /// A registry over its parts.
     pub fn new(settings: Settings) -> Self {
+        settings.mirror.look_at(&settings.store);
         Self {
             uploads: Arc::new(uploads::Uploads::new(settings.uploads)),
             audits: Arc::new(audit::Audits::new(settings.mirror.clone())),
@@ -270,6 +272,7 @@ impl Registry {
             client,
             remote,
             wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
+            rank: text(RANK_HEADER).and_then(|text| text.parse().ok()).map(Rank),
         }
     }
 

@@ -30,6 +30,7 @@ mod results;
 mod search;
 #[cfg(test)]
 mod simulation;
+mod storms;
 mod table;
 mod wire;
 
@@ -70,6 +71,7 @@ pub use network_key::{NetworkKey, NetworkKeyError};
 use opener::Opener;
 use records::{RecordLimits, Records, SharedRecords};
 use search::{Context, Searches};
+use storms::Storms;
 use table::SharedTable;
 
 /// How long records of others outlive the time within which they are told again.
@@ -105,6 +107,8 @@ pub struct P2pSettings {
     pub network_key: Option<NetworkKey>,
     /// The zone that this node says it is in.
     pub zone: Option<String>,
+    /// Whether this node takes part in cold storms: asks who pulls what nobody has, and answers such questions.
+    pub storms: bool,
     /// Within what time each key is told again. Other nodes keep it four minutes longer.
     pub advertise_ttl: Duration,
     /// How long this node is not ready while none of the peers that are named can be reached.
@@ -145,6 +149,7 @@ pub struct P2pRouter {
     advertiser: Advertiser,
     readiness: watch::Receiver<Readiness>,
     members: watch::Receiver<Members>,
+    storms: Option<Storms>,
     load: watch::Sender<Option<u8>>,
     _stop: DropGuard,
 }
@@ -183,7 +188,7 @@ impl P2pRouter {
         let (open, opens) = mpsc::channel(QUEUE);
         let client = Client::new(local, open, settings.metrics.clone());
 
-        let opener = Opener::new(local, opens);
+        let opener = Opener::new(local, settings.storms, opens);
         let setup = Setup {
             identity: &settings.identity.0,
             mdns: settings.mdns,
@@ -208,10 +213,21 @@ impl P2pRouter {
         let searches = Searches::new(context, client.clone(), Handle::current());
         let advertiser = Advertiser::new(records.clone(), table.clone(), client.clone(), settings.metrics.clone());
         let (arrivals, arrived) = mpsc::channel(QUEUE);
-        let links = Links::new(client, arrivals);
+        let links = Links::new(client.clone(), arrivals);
         let (load, loads) = watch::channel(None);
         let members: watch::Sender<Members> = watch::Sender::default();
-        let own = Own { addresses: Vec::new(), zone: settings.zone, load: None };
+        let storms = settings.storms.then(|| {
+            Storms::new(storms::Context {
+                local,
+                zone: settings.zone.clone(),
+                registry_port: settings.registry_port,
+                table: table.clone(),
+                records: records.clone(),
+                client: client.clone(),
+                runtime: Handle::current(),
+            })
+        });
+        let own = Own { addresses: Vec::new(), zone: settings.zone, load: None, storms: settings.storms };
         let membership = Membership::new(
             local,
             own,
@@ -251,6 +267,7 @@ impl P2pRouter {
             remembered: settings.remembered.map(Memory::new),
             mdns,
             membership,
+            storms: storms.clone(),
             links,
             arrived,
             loads,
@@ -277,6 +294,7 @@ impl P2pRouter {
             advertiser,
             readiness: readiness_seen,
             members: members.subscribe(),
+            storms,
             load,
             _stop: cancelled.drop_guard(),
         }))
@@ -340,6 +358,10 @@ impl Router for P2pRouter {
 
     fn accepts(&self, address: SocketAddr) -> bool {
         self.scope.accepts(address)
+    }
+
+    fn storms(&self) -> Option<Arc<dyn super::Storms>> {
+        self.storms.clone().map(|storms| Arc::new(storms) as Arc<dyn super::Storms>)
     }
 
     fn set_load(&self, percent: u8) {

@@ -9,6 +9,7 @@ mod peers;
 mod ready;
 mod receiving;
 mod refusals;
+mod storms;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Seek as _, Write as _};
