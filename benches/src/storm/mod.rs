@@ -49,8 +49,8 @@ pub struct Storm {
     pub program: Option<PathBuf>,
     /// Arguments for every mirror.
     pub arguments: Vec<String>,
-    /// Arguments for every second mirror beside these.
-    pub second_arguments: Vec<String>,
+    /// Other arguments for every second mirror.
+    pub second_arguments: Option<Vec<String>>,
     /// Nodes that pull.
     pub nodes: usize,
     /// Layers of the image.
@@ -180,10 +180,8 @@ impl Storm {
                 Some(program) => {
                     let log = folder.join(format!("node{number}.log"));
                     let mut settings = Settings::on_node(program, &containerd, &peers, &log);
-                    settings.arguments.clone_from(&self.arguments);
-                    if number % 2 == 1 {
-                        settings.arguments.extend(self.second_arguments.iter().cloned());
-                    }
+                    let second = self.second_arguments.as_ref().filter(|_| number % 2 == 1);
+                    settings.arguments.clone_from(second.unwrap_or(&self.arguments));
                     Some(settings.spawn()?)
                 }
             };

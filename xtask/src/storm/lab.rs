@@ -33,10 +33,14 @@ fn lab(storm: &Storm) -> Result<Lab> {
         (Some(program), false) => Some(std::path::absolute(program)?),
         (None, false) => Some(crate::build::spegel("fast")?),
     };
+    let wait = format!("{}ms", (storm.max_wait.max(0.0) * 1e3).round());
+    let on = ["--storm", "on", "--storm-max-wait", &wait].map(str::to_owned);
+    // Without, another program may be what runs; ours has it off then.
+    let arguments = |is_on: bool| [if is_on { &on[..] } else { &[] }, &*storm.with].concat();
     Ok(Lab {
         program,
-        arguments: storm.with.clone(),
-        second_arguments: silence(storm),
+        arguments: arguments(!storm.off),
+        second_arguments: storm.mixed.then(|| arguments(false)),
         nodes: storm.nodes,
         layers: storm.layers,
         size: storm.size,
@@ -51,11 +55,6 @@ fn lab(storm: &Storm) -> Result<Lab> {
         refuse: storm.refuse,
         seeded: storm.seeds > 0,
     })
-}
-
-/// What keeps every second node out of the protocol.
-fn silence(storm: &Storm) -> Vec<String> {
-    if storm.mixed { ["--storm", "off"].map(str::to_owned).to_vec() } else { Vec::new() }
 }
 
 fn mbit(bytes: f64) -> u32 {
