@@ -28,5 +28,9 @@ pub mod router;
 pub mod serve;
 pub mod store;
 pub mod storm;
+// Beside the room, since the simulator of xtask includes the room itself.
+#[cfg(test)]
+#[path = "storm/tests/mod.rs"]
+mod storm_tests;
 pub mod web;
 pub mod zerocopy;

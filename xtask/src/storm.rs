@@ -100,6 +100,9 @@ pub(crate) struct Storm {
     /// Without the protocol
     #[arg(long)]
     off: bool,
+    /// Write the table into benches/results, with date, kernel and method
+    #[arg(long)]
+    record: bool,
     /// Write the figures to this file as JSON
     #[arg(long)]
     json: Option<PathBuf>,
@@ -133,6 +136,11 @@ impl Storm {
         }
         let json: Vec<_> = outcomes.iter().map(Outcome::json).collect();
         crate::write_json(self.json.as_ref(), &json.into())?;
+        if self.record {
+            let words: Vec<String> = std::env::args().skip(1).collect();
+            let command = format!("cargo xtask {}", words.join(" "));
+            crate::bench::record("storm-simulated", report::METHOD, &report::table(&outcomes), &command)?;
+        }
         Ok(outcomes.iter().all(|outcome| outcome.finished))
     }
 

@@ -3,12 +3,12 @@
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
-use tokio::sync::SemaphorePermit;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeouts};
@@ -19,10 +19,22 @@ use super::{
     Wanted, relay, verify,
 };
 use crate::hosts::NODE_HEADER;
-use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
+use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, RangeSpec, parse_range};
 use crate::router::Peer;
 
-/// Asks one peer, and notes when its head was there. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by
+/// How much of a blob a peer may lack of what it is to go on with, if it is still receiving that: its client waits meanwhile.
+const BEHIND: u64 = 8 << 20;
+
+/// Whom a request met, as far as it came.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Contact {
+    /// Which of the peer's addresses; none if it could not be reached.
+    pub(super) address: Option<SocketAddr>,
+    /// When the response's head was there.
+    pub(super) answered: Option<Instant>,
+}
+
+/// Asks one peer, and notes whom it met. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by
 /// the stall bound.
 pub(super) async fn attempt(
     shared: &Shared,
@@ -30,13 +42,14 @@ pub(super) async fn attempt(
     peer: &Peer,
     timeouts: Timeouts,
     use_of: Use,
-    answered: &mut Option<Instant>,
+    contact: &mut Contact,
 ) -> Result<Taken, PeerError> {
     // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
     let head_only = wanted.head_only && wanted.kind == Kind::Blob;
     let request = request(shared, wanted, head_only);
-    let (address, response) = client::request(&shared.pool, &peer.addresses, &request, timeouts).await?;
-    *answered = Some(Instant::now());
+    let asked = client::request(&shared.pool, &peer.addresses, &request, timeouts, &mut contact.address);
+    let (address, response) = asked.await?;
+    contact.answered = Some(Instant::now());
     shared.peers.told_load(address, response.head.load, Instant::now());
     if response.head.receiving.is_some()
         && shared.blame.is_spoiled(&wanted.key, address, response.head.ingest, Instant::now())
@@ -47,7 +60,7 @@ pub(super) async fn attempt(
         (Kind::Manifest, 200) => {
             let verified = manifest(shared, wanted, response, address).await?;
             if wanted.head_only {
-                shared.shelf.put(verified.clone(), Instant::now());
+                shared.shelf.put(&verified, Instant::now());
             }
             Ok(Taken::Content(Content::Verified(verified)))
         }
@@ -58,7 +71,18 @@ pub(super) async fn attempt(
             Ok(Taken::Content(Content::Head { length }))
         }
         (Kind::Blob, 200 | 206) => blob(shared, wanted, response, address, use_of).await,
-        (Kind::Blob, 416) if request.range.is_some() => unsatisfiable(&response.head).map(Taken::Content),
+        (Kind::Blob, 416) if request.range.is_some() => {
+            let content = unsatisfiable(&response.head)?;
+            if let Content::Unsatisfiable { length } = &content {
+                shared.check_length(&wanted.key, *length)?;
+                wanted.check_total(*length)?;
+                if matches!(request.range.as_deref().and_then(RangeSpec::parse), Some(RangeSpec::From { first, .. }) if first < *length)
+                {
+                    return Err(PeerError::Malformed("it refuses a part that there is"));
+                }
+            }
+            Ok(Taken::Content(content))
+        }
         (_, 503) => Err(PeerError::Busy(response.head.holders)),
         (_, status) => Err(PeerError::Status(status)),
     }
@@ -94,16 +118,16 @@ impl Shared {
     fn check_length(&self, key: &Key, length: u64) -> Result<(), PeerError> {
         match key {
             Key::Digest(digest) if !self.sizes.allow(digest, length) => {
-                Err(PeerError::Malformed("another length than the manifest tells"))
+                Err(PeerError::Unfit("another length than the manifest tells"))
             }
             _ => Ok(()),
         }
     }
 
     /// Waits for the memory that a body to be verified needs.
-    async fn afford(&self, length: u64) -> Result<SemaphorePermit<'_>, PeerError> {
+    async fn afford(&self, length: u64) -> Result<OwnedSemaphorePermit, PeerError> {
         let bound = self.settings.stall;
-        let acquired = timeout(bound, self.budget.acquire_many(kib(length))).await;
+        let acquired = timeout(bound, Arc::clone(&self.budget).acquire_many_owned(kib(length))).await;
         acquired.map_err(|_| PeerError::NoMemory(bound))?.map_err(|_| PeerError::NoMemory(bound))
     }
 
@@ -130,9 +154,9 @@ async fn manifest(
     if response.head.content_length > MAX_MANIFEST_BYTES as u64 {
         return Err(PeerError::Malformed("its manifest is longer than 4 MiB"));
     }
-    let _budget = shared.afford(response.head.content_length).await?;
+    let permit = shared.afford(response.head.content_length).await?;
     let bound = shared.settings.stall;
-    let bytes = read_whole(&mut response, bound).await?.ok_or(PeerError::Late { what: "body", bound })?;
+    let bytes = read_whole(shared, &mut response, permit).await?.ok_or(PeerError::Late { what: "body", bound })?;
     if !verify::matches(&digest, &bytes) {
         return Err(PeerError::WrongBytes);
     }
@@ -157,6 +181,10 @@ async fn blob(
         _ => None,
     };
     shared.check_length(&wanted.key, part.map_or(length, |(_, total)| total))?;
+    wanted.check_total(part.map_or(length, |(_, total)| total))?;
+    if wanted.resumes && response.head.receiving.is_some_and(|has| has + BEHIND < part.map_or(0, |(start, _)| start)) {
+        return Err(PeerError::Unfit("it has too little of it yet"));
+    }
     if part.is_none()
         && length <= VERIFIED_BODY
         && let Key::Digest(digest) = &wanted.key
@@ -178,8 +206,8 @@ async fn small(
     address: SocketAddr,
 ) -> Result<Option<Verified>, PeerError> {
     let bound = shared.settings.stall;
-    let _budget = shared.afford(response.head.content_length).await?;
-    let Some(bytes) = read_whole(response, bound).await? else {
+    let permit = shared.afford(response.head.content_length).await?;
+    let Some(bytes) = read_whole(shared, response, permit).await? else {
         let late = PeerError::Late { what: "body", bound };
         let Some(before) = response.head.receiving else { return Err(late) };
         // It does not send what it had.
@@ -252,20 +280,44 @@ fn told_range(head: &PeerHead) -> Option<ContentRange> {
     head.content_range.as_deref().and_then(|text| text.parse().ok())
 }
 
-/// Reads a small body to its end. `bound` is for all of it: it is small, and a peer that trickles is of no use. None if it took longer; what
-/// came is in the response again.
-async fn read_whole(response: &mut PeerResponse, bound: Duration) -> Result<Option<Bytes>, PeerError> {
+/// Bytes that count against the budget as long as anybody has them.
+struct Afforded {
+    bytes: Bytes,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Afforded {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// Reads a small body to its end. In each stall timeout as much has to come as the floor says. None if less came; what did is in the response
+/// again.
+async fn read_whole(
+    shared: &Shared,
+    response: &mut PeerResponse,
+    permit: OwnedSemaphorePermit,
+) -> Result<Option<Bytes>, PeerError> {
+    let (bound, floor) = (shared.settings.stall, shared.settings.floor);
     let length = usize::try_from(response.head.content_length).map_err(|_| PeerError::Malformed("too long"))?;
+    let least = usize::try_from(floor.saturating_mul(bound.as_secs().max(1))).unwrap_or(usize::MAX).max(1);
     let mut bytes = BytesMut::with_capacity(length);
     bytes.extend_from_slice(&response.leftover);
     let is_growing = response.head.receiving.is_some();
-    match timeout(bound, fill(&mut response.stream, &mut bytes, length)).await {
-        Ok(Ok(())) => Ok(Some(bytes.freeze())),
-        Ok(Err(error)) if is_growing && error.kind() == ErrorKind::UnexpectedEof => Err(PeerError::GaveUp),
-        Ok(Err(error)) => Err(PeerError::Lost(error)),
-        Err(_) => {
-            response.leftover = bytes.freeze();
-            Ok(None)
+    loop {
+        let before = bytes.len();
+        match timeout(bound, fill(&mut response.stream, &mut bytes, length)).await {
+            Ok(Ok(())) => {
+                return Ok(Some(Bytes::from_owner(Afforded { bytes: bytes.freeze(), _permit: permit })));
+            }
+            Ok(Err(error)) if is_growing && error.kind() == ErrorKind::UnexpectedEof => return Err(PeerError::GaveUp),
+            Ok(Err(error)) => return Err(PeerError::Lost(error)),
+            Err(_) if bytes.len() - before >= least => {}
+            Err(_) => {
+                response.leftover = bytes.freeze();
+                return Ok(None);
+            }
         }
     }
 }
@@ -295,7 +347,7 @@ pub(super) fn complain(shared: &Arc<Shared>, peers: Vec<SocketAddr>, target: &st
         tokio::spawn(async move {
             let _permit = permit;
             // One that does not answer is barred all the same.
-            let _ = client::request(&shared.pool, &[peer], &request, shared.settings.timeouts).await;
+            let _ = client::request(&shared.pool, &[peer], &request, shared.settings.timeouts, &mut None).await;
         });
     }
 }

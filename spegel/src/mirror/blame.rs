@@ -47,6 +47,8 @@ struct State {
 struct Record {
     barred: Vec<Entry>,
     senders: Vec<Entry>,
+    /// What they sent was seen not to be stored.
+    is_discarded: bool,
 }
 
 /// A peer, and what of its is meant, for a while.
@@ -84,6 +86,8 @@ pub(super) struct Verdict {
     pub(super) outcast: Vec<SocketAddr>,
     /// Peers from which it is not taken any more as long as they are receiving that file.
     pub(super) spoiled: Vec<SocketAddr>,
+    /// Peers that may have sent what was right, and are not asked for this content for a minute.
+    pub(super) doubted: Vec<SocketAddr>,
 }
 
 // === impl Blame ===
@@ -92,13 +96,16 @@ impl Blame {
     /// The peer's body broke off.
     pub(super) fn broke(&self, key: &Key, peer: SocketAddr, now: Instant) {
         let mut state = self.lock();
-        state.record(key).bar(peer, Sent::Complete, now + BROKEN);
+        state.record(key).bar(peer, Sent::Complete, now, now + BROKEN);
     }
 
     /// The peer sent a body to its end.
     pub(super) fn sent(&self, key: &Key, peer: SocketAddr, what: Sent, now: Instant) {
         let mut state = self.lock();
-        let senders = &mut state.record(key).senders;
+        let record = state.record(key);
+        // That was of what was sent before.
+        record.is_discarded = false;
+        let senders = &mut record.senders;
         // Of two bodies of the same peer it is unknown which was wrong, so the one counts that is no lie.
         match senders.iter_mut().find(|known| known.peer == peer) {
             Some(known) => {
@@ -113,31 +120,44 @@ impl Blame {
     pub(super) fn confirmed(&self, key: &Key) {
         if let Some(record) = self.lock().records.get_mut(key) {
             record.senders.clear();
+            record.is_discarded = false;
         }
     }
 
-    /// The bytes that were sent for it are not those of its digest.
-    pub(super) fn wrong(&self, key: &Key, now: Instant) -> Verdict {
+    /// Its receiver had all of it and did not store it.
+    pub(super) fn discarded(&self, key: &Key) {
+        if let Some(record) = self.lock().records.get_mut(key) {
+            record.is_discarded = true;
+        }
+    }
+
+    /// It is asked for again. If it was discarded, the bytes that were sent for it are not those of its digest.
+    pub(super) fn again(&self, key: &Key, now: Instant) -> Verdict {
         let mut state = self.lock();
         let Some(record) = state.records.get_mut(key) else { return Verdict::default() };
         record.senders.retain(|sender| now < sender.until);
         let senders = std::mem::take(&mut record.senders);
-        senders.iter().for_each(|sender| record.bar(sender.peer, sender.what, now + WRONG));
+        if !std::mem::take(&mut record.is_discarded) {
+            senders.iter().for_each(|sender| record.bar(sender.peer, sender.what, now, now + BROKEN));
+            return Verdict { doubted: senders.into_iter().map(|sender| sender.peer).collect(), ..Verdict::default() };
+        }
+        senders.iter().for_each(|sender| record.bar(sender.peer, sender.what, now, now + WRONG));
         // Of several it is unknown whose bytes were wrong.
         let alone = senders.first().filter(|_| senders.len() == 1);
         let outcast = alone.filter(|sender| state.complain(sender.peer, sender.what, now)).map(|sender| sender.peer);
         let (barred, spoiled): (Vec<_>, Vec<_>) = senders.into_iter().partition(|sender| sender.what == Sent::Complete);
         let peers = |entries: Vec<Entry>| entries.into_iter().map(|entry| entry.peer).collect();
-        Verdict { barred: peers(barred), outcast: outcast.into_iter().collect(), spoiled: peers(spoiled) }
+        let (barred, spoiled) = (peers(barred), peers(spoiled));
+        Verdict { barred, outcast: outcast.into_iter().collect(), spoiled, doubted: Vec::new() }
     }
 
     /// The peer itself was seen to send wrong bytes for it.
     pub(super) fn convicted(&self, key: &Key, peer: SocketAddr, what: Sent, now: Instant) -> Verdict {
         let mut state = self.lock();
-        state.record(key).bar(peer, what, now + WRONG);
+        state.record(key).bar(peer, what, now, now + WRONG);
         let outcast = if state.complain(peer, what, now) { vec![peer] } else { Vec::new() };
         match what {
-            Sent::Complete => Verdict { barred: vec![peer], outcast, spoiled: Vec::new() },
+            Sent::Complete => Verdict { barred: vec![peer], outcast, ..Verdict::default() },
             Sent::Receiving(_) => Verdict { spoiled: vec![peer], ..Verdict::default() },
         }
     }
@@ -179,7 +199,13 @@ fn is_one_too_many(times: &[Instant], now: Instant) -> bool {
 // === impl Record ===
 
 impl Record {
-    fn bar(&mut self, peer: SocketAddr, what: Sent, until: Instant) {
+    fn bar(&mut self, peer: SocketAddr, what: Sent, now: Instant, until: Instant) {
+        self.barred.retain(|known| now < known.until);
+        if self.barred.len() >= PEERS {
+            // The next one counts more than the one that would be let off first.
+            let first = (0..self.barred.len()).min_by_key(|n| self.barred[*n].until);
+            first.map(|n| self.barred.swap_remove(n));
+        }
         let is_same_sort =
             |known: &&mut Entry| known.peer == peer && (known.what == Sent::Complete) == (what == Sent::Complete);
         match self.barred.iter_mut().find(is_same_sort) {
@@ -249,6 +275,44 @@ mod tests {
         SocketAddr::from((n.to_be_bytes(), 5000))
     }
 
+    /// It was discarded and is asked for again.
+    fn wrong(blame: &Blame, key: &Key, now: Instant) -> Verdict {
+        blame.discarded(key);
+        blame.again(key, now)
+    }
+
+    #[test]
+    fn what_nobody_saw_discarded_is_no_lie() {
+        let (blame, now) = (Blame::default(), Instant::now());
+        for n in 0..2 * STRIKES as u32 {
+            blame.sent(&key(n), peer(1), Sent::Complete, now);
+            let verdict = blame.again(&key(n), now);
+            assert_eq!(verdict, Verdict { doubted: vec![peer(1)], ..Verdict::default() });
+            assert!(blame.is_barred(&key(n), peer(1), now) && !blame.is_barred(&key(n), peer(1), now + BROKEN));
+        }
+        assert!(!blame.is_barred(&key(99), peer(1), now));
+        blame.sent(&key(99), peer(1), Sent::Complete, now);
+        blame.discarded(&key(99));
+        blame.confirmed(&key(99));
+        assert_eq!(blame.again(&key(99), now), Verdict::default(), "stored in the end");
+    }
+
+    #[test]
+    fn room_is_made_for_the_next_that_breaks_off() {
+        let (blame, now) = (Blame::default(), Instant::now());
+        let later = now + BROKEN;
+        for n in 1..=PEERS as u32 {
+            blame.broke(&key(1), peer(n), now);
+        }
+        blame.broke(&key(1), peer(100), later);
+        assert!(blame.is_barred(&key(1), peer(100), later) && !blame.is_barred(&key(1), peer(1), later));
+        for n in 101..=200 {
+            blame.broke(&key(1), peer(n), later);
+            assert!(blame.is_barred(&key(1), peer(n), later));
+        }
+        assert_eq!(blame.lock().records[&key(1)].barred.len(), PEERS);
+    }
+
     #[test]
     fn a_body_that_broke_off_is_held_against_its_peer_for_a_while() {
         let (blame, now) = (Blame::default(), Instant::now());
@@ -261,12 +325,12 @@ mod tests {
     #[test]
     fn what_is_asked_for_again_speaks_against_its_sender() {
         let (blame, now) = (Blame::default(), Instant::now());
-        assert_eq!(blame.wrong(&key(1), now), Verdict::default(), "nobody sent it");
+        assert_eq!(wrong(&blame, &key(1), now), Verdict::default(), "nobody sent it");
         blame.sent(&key(1), peer(1), Sent::Complete, now);
         blame.sent(&key(1), peer(1), Sent::Complete, now);
-        assert_eq!(blame.wrong(&key(1), now), Verdict { barred: vec![peer(1)], outcast: vec![], spoiled: vec![] });
+        assert_eq!(wrong(&blame, &key(1), now), Verdict { barred: vec![peer(1)], ..Verdict::default() });
         assert!(blame.is_barred(&key(1), peer(1), now) && !blame.is_barred(&key(2), peer(1), now));
-        assert_eq!(blame.wrong(&key(1), now), Verdict::default(), "one relay is one complaint");
+        assert_eq!(wrong(&blame, &key(1), now), Verdict::default(), "one relay is one complaint");
         assert!(!blame.is_barred(&key(1), peer(1), now + WRONG));
     }
 
@@ -275,9 +339,9 @@ mod tests {
         let (blame, now) = (Blame::default(), Instant::now());
         blame.sent(&key(1), peer(1), Sent::Complete, now);
         blame.confirmed(&key(1));
-        assert_eq!(blame.wrong(&key(1), now), Verdict::default());
+        assert_eq!(wrong(&blame, &key(1), now), Verdict::default());
         blame.sent(&key(1), peer(1), Sent::Complete, now);
-        assert_eq!(blame.wrong(&key(1), now + SENDERS), Verdict::default());
+        assert_eq!(wrong(&blame, &key(1), now + SENDERS), Verdict::default());
     }
 
     #[test]
@@ -287,7 +351,7 @@ mod tests {
             assert!(!blame.is_barred(&key(9), peer(1), now));
             blame.sent(&key(n), peer(1), Sent::Complete, now);
             let outcast = if n == 3 { vec![peer(1)] } else { vec![] };
-            assert_eq!(blame.wrong(&key(n), now), Verdict { barred: vec![peer(1)], outcast, spoiled: vec![] });
+            assert_eq!(wrong(&blame, &key(n), now), Verdict { barred: vec![peer(1)], outcast, ..Verdict::default() });
         }
         assert!(blame.is_barred(&key(9), peer(1), now));
         assert!(!blame.is_barred(&key(9), peer(1), now + OUTCAST));
@@ -299,7 +363,7 @@ mod tests {
         for n in 1..=4 {
             blame.sent(&key(n), peer(1), Sent::Complete, now);
             blame.sent(&key(n), peer(2), Sent::Complete, now);
-            let verdict = blame.wrong(&key(n), now);
+            let verdict = wrong(&blame, &key(n), now);
             assert_eq!((verdict.barred.len(), verdict.outcast.len()), (2, 0));
         }
         assert!(!blame.is_barred(&key(9), peer(1), now));
@@ -313,7 +377,7 @@ mod tests {
             assert!(!blame.is_spoiled(&key(9), peer(1), None, now), "{n}");
             blame.sent(&key(n), peer(1), Sent::Receiving(Some(n.into())), now);
             let spoiled = Verdict { spoiled: vec![peer(1)], ..Verdict::default() };
-            assert_eq!(blame.wrong(&key(n), now), spoiled);
+            assert_eq!(wrong(&blame, &key(n), now), spoiled);
             assert!(!blame.is_barred(&key(n), peer(1), now), "what it has verified since is as good as any");
             assert!(blame.is_spoiled(&key(n), peer(1), Some(n.into()), now), "not that file");
         }
@@ -341,7 +405,7 @@ mod tests {
         for kinds in [[Sent::Complete, Sent::Receiving(Some(1))], [Sent::Receiving(Some(1)), Sent::Complete]] {
             let (blame, now) = (Blame::default(), Instant::now());
             kinds.into_iter().for_each(|what| blame.sent(&key(1), peer(1), what, now));
-            assert_eq!(blame.wrong(&key(1), now), Verdict { spoiled: vec![peer(1)], ..Verdict::default() });
+            assert_eq!(wrong(&blame, &key(1), now), Verdict { spoiled: vec![peer(1)], ..Verdict::default() });
         }
     }
 
@@ -350,7 +414,7 @@ mod tests {
         let (blame, now) = (Blame::default(), Instant::now());
         for n in 0..2 * CAPACITY as u32 {
             blame.sent(&key(n), peer(n), Sent::Complete, now);
-            blame.wrong(&key(n), now);
+            wrong(&blame, &key(n), now);
         }
         for n in 0..100 {
             blame.sent(&key(0), peer(n), Sent::Complete, now);

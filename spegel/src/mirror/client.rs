@@ -6,8 +6,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures::stream::{FuturesUnordered, StreamExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use super::pool::Pool;
 use super::{CHAIN_HEADER, INGEST_HEADER, LOAD_HEADER, RECEIVING_HEADER};
@@ -16,6 +18,11 @@ use super::{CHAIN_HEADER, INGEST_HEADER, LOAD_HEADER, RECEIVING_HEADER};
 const MAX_HEAD: usize = 16 * 1024;
 /// The most header lines that are accepted of a peer.
 const MAX_HEADERS: usize = 64;
+
+/// How many addresses of one peer are tried, and how long after each other: all of them within the bound of one
+/// ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)).
+const MAX_TRIED: usize = 4;
+const STAGGER: Duration = Duration::from_millis(100);
 
 /// The response header of a busy node's 503 that names others: addresses of registries, with commas between.
 pub const HOLDERS_HEADER: &str = "X-Spegel-Holders";
@@ -42,6 +49,9 @@ pub enum PeerError {
     /// Not HTTP, or HTTP that cannot be relayed.
     #[error("malformed answer: {0}")]
     Malformed(&'static str),
+    /// It does not fit what is known of the content, which may be what is wrong. No fault of the peer's that is certain.
+    #[error("unfit answer: {0}")]
+    Unfit(&'static str),
     /// A status other than the ones asked for.
     #[error("answered {0}")]
     Status(u16),
@@ -125,32 +135,60 @@ impl Timeouts {
     }
 }
 
-/// Sends `request` to the first of `addresses` that can be reached, on an idle connection where there is one.
+/// Sends `request` to the first of a peer's `addresses` that can be reached, on an idle connection where there is one. `met` is the one that
+/// was reached, whatever came of it. Takes as long as `timeouts` allow for one connection and one head, not more.
 pub(super) async fn request(
     pool: &Pool,
     addresses: &[SocketAddr],
     request: &PeerRequest,
     timeouts: Timeouts,
+    met: &mut Option<SocketAddr>,
 ) -> Result<(SocketAddr, PeerResponse), PeerError> {
-    let mut last = PeerError::Malformed("the peer has no address");
-    for &address in addresses {
-        while let Some(stream) = pool.take(address) {
-            match exchange(stream, address, request, timeouts.head).await {
-                Ok(response) => return Ok((address, response)),
-                // The peer may have closed an idle connection just now: that says nothing about it.
-                Err(PeerError::Lost(_)) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        match connect(address, timeouts.connect).await {
-            Ok(stream) => {
-                let response = exchange(stream, address, request, timeouts.head).await?;
-                return Ok((address, response));
-            }
-            Err(error) => last = error,
+    let deadline = Instant::now() + timeouts.connect + timeouts.head;
+    let tried = &addresses[..addresses.len().min(MAX_TRIED)];
+    if let Some((address, stream)) = tried.iter().find_map(|address| Some((*address, pool.take(*address)?))) {
+        *met = Some(address);
+        match exchange(stream, address, request, timeouts.head).await {
+            Ok(response) => return Ok((address, response)),
+            // The peer may have closed an idle connection just now, and then all of them: that says nothing about it.
+            Err(PeerError::Lost(_)) => pool.forget(address),
+            Err(error) => return Err(error),
         }
     }
-    Err(last)
+    let left = deadline.saturating_duration_since(Instant::now());
+    let (address, stream) = connect_any(tried, timeouts.connect.min(left)).await?;
+    *met = Some(address);
+    let left = deadline.saturating_duration_since(Instant::now());
+    let response = exchange(stream, address, request, timeouts.head.min(left)).await?;
+    Ok((address, response))
+}
+
+/// Connects to whichever address answers first, each tried a moment after the one before, or at once when that has failed.
+async fn connect_any(addresses: &[SocketAddr], bound: Duration) -> Result<(SocketAddr, TcpStream), PeerError> {
+    let deadline = Instant::now() + bound;
+    let (mut rest, mut next_at) = (addresses.iter(), Instant::now());
+    let mut connecting = FuturesUnordered::new();
+    let mut last = PeerError::Malformed("the peer has no address");
+    loop {
+        if Instant::now() >= next_at {
+            match rest.next() {
+                Some(&address) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    connecting.push(async move { (address, connect(address, left).await) });
+                }
+                None if connecting.is_empty() => return Err(last),
+                None => {}
+            }
+            next_at = Instant::now() + STAGGER;
+        }
+        tokio::select! {
+            Some((address, result)) = connecting.next() => match result {
+                Ok(stream) => return Ok((address, stream)),
+                Err(error) => (last, next_at) = (error, Instant::now()),
+            },
+            () = tokio::time::sleep_until(next_at) => {}
+        }
+    }
 }
 
 async fn connect(address: SocketAddr, bound: Duration) -> Result<TcpStream, PeerError> {

@@ -12,13 +12,14 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
-use super::attempt::attempt;
+use super::attempt::{Contact, attempt};
 use super::blame::Sent;
 use super::client::{self, PeerError, PeerResponse};
+use super::flights::Landed;
 use super::lineage::Tie;
 use super::metrics::Outcome;
 use super::peers::{Leave, jitter};
-use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings};
+use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings, storms};
 use crate::oci::{Key, RangeSpec};
 use crate::router::Peer;
 
@@ -81,6 +82,8 @@ struct Race<'a> {
     asked: HashSet<SocketAddr>,
     attempts: FuturesUnordered<Attempt>,
     found: usize,
+    /// Peers that were asked, and how many of them count.
+    met: usize,
     tried: usize,
     /// Those of them that answered that they have not got it.
     refused: usize,
@@ -89,10 +92,15 @@ struct Race<'a> {
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
     // Before anybody is asked, who may be asking us at this moment.
     let _sought = shared.seek(wanted, wanted.first_byte());
-    let (peer, taken) = match race(shared, wanted, &HashSet::new()).await {
+    let (peer, taken) = match race_once(shared, wanted).await {
         Ok(taken) => taken,
         Err(miss) if wanted.kind == Kind::Manifest => return Err(miss),
-        Err(miss) => siblings::wait(shared, wanted).await.ok_or(miss)?,
+        Err(miss) => match &shared.storms {
+            Some(storms) if wanted.is_own && !wanted.head_only => {
+                storms::hold(shared, storms, wanted).await.ok_or(miss)?
+            }
+            _ => siblings::wait(shared, wanted).await.ok_or(miss)?,
+        },
     };
     if let Some(pull) = &wanted.pull {
         shared.siblings.gave(pull, &peer, now());
@@ -105,6 +113,32 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
         }
     };
     Ok(Found { peer: Some(peer), content })
+}
+
+/// The first good answer, which those who ask for the same at this time have in common, if it is small.
+async fn race_once(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(Peer, Taken), Miss> {
+    let is_whole = wanted.range.is_none() && !wanted.head_only && matches!(wanted.key, Key::Digest(_));
+    let flight = is_whole.then(|| shared.flights.join(&wanted.key));
+    let Some(flight) = flight else { return race(shared, wanted, &HashSet::new()).await };
+    let mut landed = flight.turn().await;
+    match &*landed {
+        Landed::Content(content) => {
+            let (peer, verified) = (**content).clone();
+            return Ok((peer, Taken::Content(Content::Verified(verified))));
+        }
+        Landed::Apart => drop(landed),
+        Landed::Not => {
+            let result = race(shared, wanted, &HashSet::new()).await;
+            *landed = match &result {
+                Ok((peer, Taken::Content(Content::Verified(verified)))) => {
+                    Landed::Content(Box::new((peer.clone(), verified.clone())))
+                }
+                _ => Landed::Apart,
+            };
+            return result;
+        }
+    }
+    race(shared, wanted, &HashSet::new()).await
 }
 
 /// The first good answer of a peer that is not among `excluded`.
@@ -121,6 +155,7 @@ pub(super) async fn race(
         asked: HashSet::new(),
         attempts: FuturesUnordered::new(),
         found: 0,
+        met: 0,
         tried: 0,
         refused: 0,
     };
@@ -136,7 +171,7 @@ pub(super) async fn race(
     race.tried -= race.refused;
     let lookup = shared.router.lookup(&wanted.key);
     let taken = race.run(Some(lookup)).await;
-    taken.ok_or(Miss { found: race.found, tried: race.asked.len() })
+    taken.ok_or(Miss { found: race.found, tried: race.met })
 }
 
 fn now() -> std::time::Instant {
@@ -209,14 +244,16 @@ impl Race<'_> {
     }
 
     /// Takes a peer as a candidate, unless there is a reason not to ask it.
-    fn consider(&mut self, peer: Peer) {
+    fn consider(&mut self, mut peer: Peer) {
         let (now, key) = (now(), &self.wanted.key);
         let is_out = |address: &SocketAddr| {
             self.excluded.contains(address)
                 || self.asked.contains(address)
                 || self.shared.blame.is_barred(key, *address, now)
         };
-        if peer.addresses.iter().any(is_out) || self.candidates.iter().any(|known| known.addresses == peer.addresses) {
+        // It may name addresses that are others': what is held against those says nothing about the rest.
+        peer.addresses.retain(|address| !is_out(address));
+        if peer.addresses.is_empty() || self.candidates.iter().any(|known| known.addresses == peer.addresses) {
             return;
         }
         self.found += 1;
@@ -225,7 +262,7 @@ impl Race<'_> {
 
     fn is_exhausted(&self) -> bool {
         let retries = self.shared.settings.resolve_retries;
-        self.tried >= retries || self.asked.len() >= 2 * retries + MORE
+        self.tried >= retries || self.met >= 2 * retries + MORE
     }
 
     fn can_ask(&self) -> bool {
@@ -246,15 +283,21 @@ impl Race<'_> {
                 Leave::Probe => (self.shared.settings.timeouts.at_most(PROBE), BESIDE_PROBE),
             };
             self.tried += 1;
+            self.met += 1;
             self.asked.extend(&peer.addresses);
             let (shared, wanted) = (Arc::clone(self.shared), self.wanted.clone());
             self.attempts.push(Box::pin(async move {
-                let (start, mut answered) = (now(), None);
+                let (start, mut contact) = (now(), Contact::default());
                 let use_of = Use::new(&shared, first);
-                let result = attempt(&shared, &wanted, &peer, timeouts, use_of, &mut answered).await;
+                let result = attempt(&shared, &wanted, &peer, timeouts, use_of, &mut contact).await;
                 shared.metrics.attempted(outcome(&result));
                 let now = now();
-                let took = [answered.unwrap_or(now), now].map(|end| end.duration_since(start));
+                let took = [contact.answered.unwrap_or(now), now].map(|end| end.duration_since(start));
+                // Only what was met is judged: a peer may name addresses that are others'.
+                let peer = match contact.address {
+                    Some(address) => Peer { addresses: vec![address], ..peer },
+                    None => peer,
+                };
                 shared.judge(&wanted.key, &peer, took, &result);
                 (peer, result)
             }));
@@ -295,8 +338,10 @@ impl Race<'_> {
             // It has it, and told us who else does: that is no failed try.
             self.tried -= 1;
             let by = peer.addresses.first().copied();
-            for address in holders.into_iter().filter(|address| by.is_some_and(|by| client::is_plausible(*address, by)))
-            {
+            let may_be_asked = |address: &SocketAddr| {
+                by.is_some_and(|by| client::is_plausible(*address, by)) && self.shared.router.accepts(*address)
+            };
+            for address in holders.into_iter().filter(may_be_asked) {
                 self.consider(Peer {
                     id: address.to_string().into(),
                     addresses: vec![address],
@@ -346,6 +391,9 @@ impl Shared {
             self.convict(key, peer, error);
         }
         for &address in &peer.addresses {
+            if let Ok(Taken::Content(Content::Verified(_))) = result {
+                self.peers.delivered(address, now);
+            }
             match result {
                 Ok(_)
                 | Err(
@@ -353,6 +401,7 @@ impl Shared {
                     | PeerError::Circle
                     | PeerError::Spoiled
                     | PeerError::GaveUp
+                    | PeerError::Unfit(_)
                     | PeerError::PassedOnWrong(_),
                 ) => self.peers.answered(address, took[0], now),
                 Err(PeerError::Busy(_)) => self.peers.busy(address, now),
@@ -390,6 +439,14 @@ impl Wanted {
         self.feeds_us && self.kind == Kind::Blob && !self.head_only
     }
 
+    /// The client that was told the blob's length must not be given one of another length.
+    pub(super) fn check_total(&self, told: u64) -> Result<(), PeerError> {
+        match self.total {
+            Some(total) if total != told => Err(PeerError::Unfit("another length than the client was told")),
+            _ => Ok(()),
+        }
+    }
+
     /// The offset of the first byte that is wanted, as far as that is known without the blob's length.
     fn first_byte(&self) -> u64 {
         match self.range.as_deref().and_then(RangeSpec::parse) {
@@ -405,7 +462,7 @@ fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
         Err(PeerError::Connect(_)) => Outcome::Unreachable,
         Err(PeerError::Late { .. } | PeerError::NoMemory(_)) => Outcome::Late,
         Err(PeerError::Lost(_) | PeerError::GaveUp) => Outcome::Lost,
-        Err(PeerError::Malformed(_)) => Outcome::Malformed,
+        Err(PeerError::Malformed(_) | PeerError::Unfit(_)) => Outcome::Malformed,
         Err(PeerError::Status(_) | PeerError::Circle | PeerError::Spoiled) => Outcome::Refused,
         Err(PeerError::Busy(_)) => Outcome::Busy,
         Err(PeerError::WrongBytes | PeerError::PassedOnWrong(_)) => Outcome::WrongBytes,

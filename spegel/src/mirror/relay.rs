@@ -23,9 +23,11 @@ use crate::zerocopy::{Body, Relay, RelayEnd};
 
 /// How long a peer that stands still may take to say how much it has: its client waits meanwhile.
 const ASKED: Duration = Duration::from_secs(1);
-/// So many times the stall bound may pass in which a peer that is still receiving a blob gets none of it: containerd writes in steps of up
-/// to 1 MiB, which may be long in coming. A peer that is well gives it up sooner, and ends the body, if its steps have come faster before.
+/// So many times the stall bound may pass in which a peer that is still receiving a blob gets less of it than a step: containerd writes in steps
+/// of up to 1 MiB, which may be long in coming. A peer that is well gives it up sooner, and ends the body, if its steps have come faster before.
 const SLOWEST: u32 = 6;
+/// The least that counts as a step. One that grows by a byte at a time keeps its client waiting for ever.
+const STEP: u64 = 512 << 10;
 
 /// The peers of one body, one after the other.
 struct Chain {
@@ -42,8 +44,10 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
-    /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it, and since when it has been no more.
-    position: Option<(u64, Instant)>,
+    /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it.
+    position: Option<u64>,
+    /// How many it had at its last step, and when that was.
+    step: (u64, Instant),
     /// Where the present peer went on, and when.
     since: (u64, Instant),
     /// The present peer, and those before it, which sent a part.
@@ -63,7 +67,8 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
     let state = State {
         address,
         keep_alive: response.head.keep_alive,
-        position: response.head.receiving.map(|position| (position, Instant::now())),
+        position: response.head.receiving,
+        step: (response.head.receiving.unwrap_or_default(), Instant::now()),
         since: (0, Instant::now()),
         senders: vec![(address, sort(&response.head))],
         _use_of: use_of,
@@ -97,15 +102,30 @@ fn sort(head: &PeerHead) -> Sent {
 
 /// How many bytes of a blob a peer has now, and whether it still receives it; none if it says nothing sensible.
 pub(super) async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<(u64, bool)> {
-    let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
+    let request = request(shared, &Wanted { wait: None, rank: None, ..wanted.clone() }, true);
     let timeouts = shared.settings.timeouts.at_most(ASKED);
-    let asked = client::request(&shared.pool, &[address], &request, timeouts).await;
+    let asked = client::request(&shared.pool, &[address], &request, timeouts, &mut None).await;
     let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
     let position = match response.head.receiving {
         Some(position) => (position, true),
         None => (response.head.content_length, false),
     };
     shared.keep(address, response);
+    Some(position)
+}
+
+/// How many bytes of a blob a node has now, none of what it has not got; nothing if it does not answer.
+pub(super) async fn answers(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
+    let request = request(shared, &Wanted { wait: None, rank: None, ..wanted.clone() }, true);
+    let timeouts = shared.settings.timeouts.at_most(ASKED);
+    let (address, response) = client::request(&shared.pool, &[address], &request, timeouts, &mut None).await.ok()?;
+    let position = match response.head.status {
+        200 => response.head.receiving.unwrap_or(response.head.content_length),
+        _ => 0,
+    };
+    if response.head.status == 200 {
+        shared.keep(address, response);
+    }
     Some(position)
 }
 
@@ -141,6 +161,9 @@ impl Chain {
             state.senders.iter().for_each(|(peer, sort)| self.shared.blame.sent(&self.wanted.key, *peer, *sort, now));
         }
         let (from, since) = state.since;
+        if matches!(end, RelayEnd::Complete(_)) || sent.saturating_sub(from) >= STEP {
+            self.shared.peers.delivered(state.address, now);
+        }
         self.shared.peers.sent(state.address, sent.saturating_sub(from), now.duration_since(since), now);
         let end = match end {
             RelayEnd::Complete(stream) => {
@@ -150,7 +173,9 @@ impl Chain {
                 End::Complete
             }
             RelayEnd::Broken { sent, error } => {
-                self.shared.broke(&self.wanted, state.address, state.gave_up(&error));
+                if error.kind() != ErrorKind::ConnectionAborted {
+                    self.shared.broke(&self.wanted, state.address, state.gave_up(&error));
+                }
                 info!(key = %self.wanted.key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
                 End::PeerBroke
             }
@@ -159,27 +184,47 @@ impl Chain {
         self.shared.metrics.relayed(end);
     }
 
-    /// Whether the peer has got more of the blob since this was last asked, or says that it is still receiving it and has not said so in
-    /// vain for too long. It cannot send what it has not got; a part that lies ahead of all others may be long in coming. One that had more
-    /// than `came` of the body when it was last asked, and has not sent it, has no excuse, however much it grows.
+    /// Whether the peer still receives the blob and gets on with it, step by step, or has all of it by now. It cannot send what it has not got;
+    /// a part that lies ahead of all others may be long in coming. One that had more than `came` of the body when it was last asked, and has
+    /// not sent it, has no excuse, however much it grows. Nor has one that stands still where another has all of the blob.
     fn still_growing(chain: Arc<Self>, came: u64) -> BoxFuture<'static, bool> {
         Box::pin(async move {
-            let (address, before) = {
+            let (address, before, step) = {
                 let state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
-                (state.address, state.position)
+                (state.address, state.position, state.step)
             };
-            let Some((before, since)) = before else { return false };
-            if before > chain.start + came {
+            let Some(before) = before.filter(|before| *before <= chain.start + came) else { return false };
+            let Some((now, receives)) = position(&chain.shared, &chain.wanted, address).await else { return false };
+            let is_step = now >= step.0.saturating_add(STEP) || !receives;
+            if !is_step && step.1.elapsed() >= SLOWEST * chain.shared.settings.stall {
                 return false;
             }
-            let Some((now, receives)) = position(&chain.shared, &chain.wanted, address).await else { return false };
-            if now <= before {
-                return receives && since.elapsed() < SLOWEST * chain.shared.settings.stall;
+            if now <= before && chain.is_elsewhere(address).await {
+                return false;
             }
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
-            state.position = Some((now, Instant::now()));
-            true
+            state.position = Some(now.max(before));
+            if is_step {
+                state.step = (now, Instant::now());
+            }
+            receives || now > before
         })
+    }
+
+    /// Whether somebody else has all of the blob.
+    async fn is_elsewhere(&self, present: SocketAddr) -> bool {
+        let mut excluded = {
+            let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.broken.clone()
+        };
+        excluded.insert(present);
+        let wanted = Wanted { head_only: true, range: None, total: Some(self.total), ..self.wanted.clone() };
+        let search = async {
+            let (peer, _) = race(&self.shared, &wanted, &excluded).await.ok()?;
+            let address = *peer.addresses.first()?;
+            position(&self.shared, &wanted, address).await
+        };
+        matches!(tokio::time::timeout(ASKED, search).await, Ok(Some((_, false))))
     }
 
     /// Finds another peer for the bytes from `offset` of the body on.
@@ -203,7 +248,8 @@ impl Chain {
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
-            state.position = response.head.receiving.map(|position| (position, Instant::now()));
+            state.position = response.head.receiving;
+            state.step = (response.head.receiving.unwrap_or_default(), Instant::now());
             (state.since, state._use_of) = ((offset, Instant::now()), use_of);
             let sender = (address, sort(&response.head));
             if !state.senders.contains(&sender) {
@@ -217,10 +263,12 @@ impl Chain {
     fn rest(&self, offset: u64, cause: &io::Error) -> (Wanted, HashSet<SocketAddr>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
-        if state.broken.insert(address) {
+        // One that our client left waiting is as good as any.
+        if cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {
             self.shared.broke(&self.wanted, address, state.gave_up(cause));
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
-        (Wanted { range: Some(range), ..self.wanted.clone() }, state.broken.clone())
+        let wanted = Wanted { range: Some(range), total: Some(self.total), resumes: true, ..self.wanted.clone() };
+        (wanted, state.broken.clone())
     }
 }

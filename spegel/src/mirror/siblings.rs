@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use tracing::debug;
 
-use super::attempt::attempt;
+use super::attempt::{Contact, attempt};
 use super::client::{PeerError, Timeouts};
 use super::fetch::{Taken, Use};
 use super::{NodeId, Shared, Wanted};
@@ -127,7 +127,9 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     let timeouts = Timeouts { head: timeouts.head.max(hold + ON_THE_WAY), ..timeouts };
     let ask = |peer: Peer| async {
         let result = match peer.addresses.first() {
-            Some(first) => attempt(shared, &wanted, &peer, timeouts, Use::new(shared, *first), &mut None).await,
+            Some(first) => {
+                attempt(shared, &wanted, &peer, timeouts, Use::new(shared, *first), &mut Contact::default()).await
+            }
             None => Err(PeerError::Malformed("the peer has no address")),
         };
         (peer, result)

@@ -18,6 +18,7 @@ use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
 use crate::store::{Blob, Found as Local, Receiving};
+use crate::storm::Rank;
 use crate::zerocopy::{Body, BodyEnd};
 
 /// The longest that a peer is made to wait for what is about to be received.
@@ -46,6 +47,8 @@ pub(super) struct Ask {
     pub(super) remote: IpAddr,
     /// A peer asks to wait for what is about to be received here.
     pub(super) wait: Option<Duration>,
+    /// Where a coordinator that sent the peer here counted it.
+    pub(super) rank: Option<Rank>,
 }
 
 impl Ask {
@@ -159,11 +162,15 @@ impl Registry {
             kind: Kind::Manifest,
             head_only: ask.head_only,
             range: None,
+            total: None,
+            resumes: false,
             gate: None,
             node: self.fed_node(ask),
             feeds_us: false,
             pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
             wait: None,
+            rank: None,
+            is_own: self.client_kind(&ask.client) == ClientKind::Own,
         };
         let found =
             self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
@@ -191,7 +198,8 @@ impl Registry {
             return Ok(None);
         }
         let Ok(media_type) = MediaType::detect(&bytes) else { return Ok(None) };
-        let response = respond::manifest(digest, media_type.as_str(), Body::bytes(bytes));
+        // Not these bytes: a client that takes its time would keep them in memory.
+        let response = respond::manifest(digest, media_type.as_str(), Body::file(blob.file, 0, blob.size));
         Ok(Some(Answer::from(response, Source::Local)))
     }
 
@@ -231,11 +239,15 @@ impl Registry {
             kind: Kind::Blob,
             head_only: ask.head_only,
             range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
+            total: self.told_total(ask, digest),
+            resumes: false,
             gate: Some(self.gate(ask, digest)),
             node: self.fed_node(ask),
             feeds_us: self.may_be_ours(ask),
             pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
             wait: None,
+            rank: None,
+            is_own: self.client_kind(&ask.client) == ClientKind::Own,
         };
         match self.settings.mirror.fetch(&wanted).await {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
@@ -312,7 +324,10 @@ impl Registry {
         let store = &self.settings.store;
         let found = match store.find(digest, ask.repository.as_ref()).await {
             Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
-                Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
+                Some(wait) => tokio::select! {
+                    found = store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)) => found,
+                    () = self.settings.mirror.sent_away(digest), if ask.rank.is_some() => Ok(None),
+                },
                 None => Ok(None),
             },
             found => found,
@@ -325,6 +340,9 @@ impl Registry {
 
     /// Whether the asker would wait for us while we wait for others.
     fn declines(&self, ask: &Ask, digest: &Digest) -> bool {
+        if let Some(rank) = ask.rank {
+            return !self.settings.mirror.may_wait(digest, rank);
+        }
         match (&ask.client, self.settings.node_name.as_deref()) {
             (Client::Node(name), Some(own)) => self.settings.mirror.declines(digest, NodeId::of(own), NodeId::of(name)),
             _ => true,
@@ -357,6 +375,12 @@ impl Registry {
         if let Some(repository) = ask.repository.as_ref().filter(|_| self.may_be_ours(ask)) {
             self.settings.store.pulls(repository, reference);
         }
+    }
+
+    /// The blob's length, where the client goes on with one that it was told the length of.
+    fn told_total(&self, ask: &Ask, digest: &Digest) -> Option<u64> {
+        ask.first_byte().filter(|first| *first > 0 && !ask.head_only)?;
+        self.promises.total(&ask.client, digest, Instant::now())
     }
 
     /// Whether our own containerd may be who asks.

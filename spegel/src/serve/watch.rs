@@ -13,6 +13,10 @@ use crate::zerocopy::Activity;
 /// wait for content, they hold a connection: a layer of 64 MiB would take five hours.
 const WRITE_FLOOR: u64 = 4 << 10;
 
+/// How often the socket of a client that seems to take nothing is tried until it is given up. Whoever we relay from has the same patience with us:
+/// what a slow client takes has to be told there sooner.
+const TRIES: u32 = 3;
+
 /// What a connection waits for.
 #[derive(Clone, Copy, Debug)]
 enum Phase {
@@ -57,7 +61,8 @@ pub(super) struct Watch {
     limits: Limits,
     phase: Phase,
     requests: u64,
-    tried: Option<Instant>,
+    /// The wait in which the client's socket was tried, and how often.
+    tried: Option<(Instant, u32)>,
     pace: Pace,
     timer: Option<Pin<Box<Sleep>>>,
     /// The timer will wake the task.
@@ -98,13 +103,19 @@ impl Watch {
             let (deadline, expired) = match (self.phase, activity.blocked_since) {
                 (Phase::Head(since), _) => (since + self.limits.header_read, Expired::Head),
                 (Phase::Idle(since), _) => (since + self.limits.idle, Expired::Idle),
-                (Phase::Busy, Some(since)) => (since + self.limits.write_stall, Expired::WriteStall),
+                (Phase::Busy, Some(since)) => {
+                    let tries = self.tried.filter(|(of, _)| *of == since).map_or(0, |(_, tries)| tries);
+                    (since + self.limits.write_stall * (tries + 1).min(TRIES) / TRIES, Expired::WriteStall)
+                }
                 (Phase::Busy, None) => return Verdict::Wait,
             };
             if now >= deadline {
-                if expired == Expired::WriteStall && self.tried != activity.blocked_since {
-                    self.tried = activity.blocked_since;
-                    return Verdict::TryWrite;
+                if let (Expired::WriteStall, Some(since)) = (expired, activity.blocked_since) {
+                    let tries = self.tried.filter(|(of, _)| *of == since).map_or(0, |(_, tries)| tries);
+                    if tries < TRIES {
+                        self.tried = Some((since, tries + 1));
+                        return Verdict::TryWrite;
+                    }
                 }
                 return Verdict::End(expired);
             }
@@ -216,12 +227,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stalled_client_is_tried_once_more() {
+    async fn a_stalled_client_is_tried_until_its_time_is_over() {
         let mut watch = Watch::new(Limits::default());
         let stalled = activity(false, Some(Instant::now()), true);
-        assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::Wait);
-        tokio::time::advance(Duration::from_secs(30)).await;
-        assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::TryWrite);
+        for _ in 0..3 {
+            assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::Wait);
+            tokio::time::advance(Duration::from_secs(10)).await;
+            assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::TryWrite);
+        }
         assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::End(Expired::WriteStall));
     }
 
@@ -232,7 +245,7 @@ mod tests {
         for _ in 0..30 {
             let blocked = Activity { received: false, blocked_since: Some(Instant::now()), body: true, sent };
             last = ask(&mut watch, blocked, Handled { requests: 1, now: false }).await;
-            if last != Verdict::Wait {
+            if matches!(last, Verdict::End(_)) {
                 break;
             }
             tokio::time::advance(Duration::from_secs(10)).await;

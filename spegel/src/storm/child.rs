@@ -125,7 +125,8 @@ pub struct Child {
     /// When the parent was first seen not to deliver, and how much it had more.
     slow: Option<(Instant, u64)>,
     not_slow_before: Instant,
-    /// When something may be reported, and whether there is something.
+    /// When something was reported last, when something may be, and whether there is something.
+    reported: Instant,
     report_from: Instant,
     to_report: bool,
     told: u8,
@@ -157,6 +158,7 @@ impl Child {
             refusals: 0,
             slow: None,
             not_slow_before: now,
+            reported: now,
             report_from: now,
             to_report: false,
             told: 0,
@@ -179,7 +181,7 @@ impl Child {
         let report = self.to_report.then_some(self.report_from);
         let times = match self.source {
             Source::Nobody => [Some(self.deadline), None, None],
-            Source::Asked(_) => [Some(self.deadline), Some(self.patience), None],
+            Source::Asked(_) => [Some(self.deadline), Some(self.patience), Some(self.probe_at())],
             Source::Parent(_) => [Some(self.grown + NOTHING), self.still_at(), Some(self.probe_at())],
             Source::Upstream | Source::Over => [None, None, None],
         };
@@ -211,7 +213,7 @@ impl Child {
     /// A coordinator's answer to the message of this number.
     pub fn answered(&mut self, number: u64, response: Response, now: Instant) {
         if let Response::Ack { again, .. } = response {
-            return self.acknowledged(again, now);
+            return self.acknowledged(again);
         }
         let Some(question) = self.question.filter(|question| question.number == number) else { return };
         self.question = None;
@@ -278,7 +280,9 @@ impl Child {
     /// The parent has so many bytes.
     pub fn parent_has(&mut self, position: u64, now: Instant) {
         let lacks = position.saturating_sub(self.wish.position);
-        self.excused = (lacks == 0).then_some(now);
+        if let Source::Parent(_) = self.source {
+            self.excused = (lacks == 0).then_some(now);
+        }
         if lacks <= SLACK || !matches!(self.source, Source::Parent(_)) {
             self.slow = None;
             return;
@@ -293,6 +297,13 @@ impl Child {
             }
             _ => self.slow = Some((now, lacks)),
         }
+    }
+
+    /// Others are the nearest to the key now.
+    pub fn coordinators_are(&mut self, coordinators: Vec<Node>) {
+        let asked = self.coordinators.get(self.at);
+        self.at = coordinators.iter().position(|known| Some(known) == asked).unwrap_or(0);
+        self.coordinators = coordinators;
     }
 
     /// This node takes so many children for the blob.
@@ -337,6 +348,10 @@ impl Child {
                 self.leave(parent);
                 self.ask_paced(Why::Refused, now);
             }
+            Source::Asked(parent) if now >= self.probe_at() => {
+                self.probed = now;
+                self.actions.push_back(Action::Probe { parent });
+            }
             Source::Parent(_) if now >= self.grown + NOTHING => return self.go_upstream(Action::GiveUp, now),
             Source::Parent(parent) => {
                 if self.still_at().is_some_and(|at| now >= at) {
@@ -370,8 +385,11 @@ impl Child {
         (!is_asking).then(|| self.grown + still + STILL.mul_f64(spread as f64 / 1000.0))
     }
 
-    /// When to ask the parent how much it has.
+    /// When to ask the parent how much it has; while a request is held, whether it is there at all.
     fn probe_at(&self) -> Instant {
+        if let Source::Asked(_) = self.source {
+            return self.probed + PROBE / 2;
+        }
         (self.probed + LOOK).min((self.grown + PROBE).max(self.probed + PROBE))
     }
 
@@ -432,6 +450,7 @@ impl Child {
             self.deadline = self.grown + NOTHING;
         }
         (self.source, self.slow, self.patience) = (Source::Asked(parent), None, now + patience);
+        self.probed = now;
         self.actions.push_back(Action::Fetch { parent, rank });
     }
 
@@ -452,14 +471,15 @@ impl Child {
         self.report(now);
     }
 
-    fn acknowledged(&mut self, again: Duration, now: Instant) {
+    fn acknowledged(&mut self, again: Duration) {
         match self.source {
             Source::Over => self.to_report = false,
-            _ => self.report_from = self.report_from.max(now + again),
+            _ => self.report_from = self.report_from.max(self.reported + again),
         }
     }
 
     fn report(&mut self, now: Instant) {
+        self.reported = now;
         match self.source {
             Source::Upstream => {
                 (self.to_report, self.report_from) = (true, now + REPORT);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::rate::Rate;
 use super::tree::{Seeker, Standing, Tree};
-use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, Want, Why, Zone, mix};
+use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, Want, Why, Zone};
 
 /// How long a blob is remembered of which nothing is heard.
 const FORGOTTEN: Duration = Duration::from_secs(60);
@@ -47,7 +47,6 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Coordinator {
     limits: Limits,
-    seed: u64,
     trees: BTreeMap<Key, Tree>,
     places: usize,
     rate: Rate,
@@ -68,11 +67,10 @@ impl Default for Limits {
 // === impl Coordinator ===
 
 impl Coordinator {
-    /// One that knows nothing. Its terms follow from the seed, which no two should share.
-    pub fn new(limits: Limits, seed: u64, now: Instant) -> Self {
+    /// One that knows nothing.
+    pub fn new(limits: Limits, now: Instant) -> Self {
         Self {
             limits,
-            seed,
             trees: BTreeMap::new(),
             places: 0,
             rate: Rate::new(limits.messages.1, now),
@@ -167,10 +165,8 @@ impl Coordinator {
     fn tree(&mut self, key: &Key, now: Instant) -> &mut Tree {
         if !self.trees.contains_key(key) {
             self.make_room(now);
-            self.seed = mix(self.seed);
         }
-        let term = mix(self.seed ^ u64::from_be_bytes(first_eight(key)));
-        self.trees.entry(*key).or_insert_with(|| Tree::new(term, now))
+        self.trees.entry(*key).or_insert_with(|| Tree::new(now))
     }
 
     fn make_room(&mut self, now: Instant) {
@@ -275,8 +271,17 @@ impl Asked<'_> {
 
     /// A place for one that has none.
     fn place(&mut self, want: &Want) -> Response {
-        let seeker = Seeker { node: self.from, position: want.position, avoid: &want.avoid, only_free: false };
+        let seeker =
+            Seeker { node: self.from, position: want.position, avoid: &want.avoid, only_free: false, at_need: false };
         if let Some(parent) = self.parent(seeker) {
+            return self.fetch(parent);
+        }
+        // Not the one that it has just lost.
+        let latest = want.avoid.len().saturating_sub(1);
+        let at_need = Seeker { avoid: &want.avoid[latest..], at_need: true, ..seeker };
+        if want.position > 0
+            && let Some(parent) = self.parent(at_need).filter(|parent| !at_need.avoid.contains(parent))
+        {
             return self.fetch(parent);
         }
         if self.tree.has_root(self.now) {
@@ -291,7 +296,7 @@ impl Asked<'_> {
         let Some(place) = self.tree.get(self.from) else { return Response::Refuse };
         let mut avoid = want.avoid.clone();
         avoid.extend(place.parent);
-        let seeker = Seeker { node: self.from, position: want.position, avoid: &avoid, only_free };
+        let seeker = Seeker { node: self.from, position: want.position, avoid: &avoid, only_free, at_need: false };
         if let Some(parent) = self.parent(seeker) {
             return self.fetch(parent);
         }
@@ -417,10 +422,4 @@ impl Asked<'_> {
 fn first_byte(usual: Option<Duration>) -> Duration {
     let bound = usual.map_or(FIRST_BYTE, |usual| 3 * usual + BEYOND_USUAL);
     bound.clamp(SHORTEST_FIRST_BYTE, LONGEST_FIRST_BYTE)
-}
-
-fn first_eight(key: &Key) -> [u8; 8] {
-    let mut first = [0; 8];
-    first.copy_from_slice(&key.0[..8]);
-    first
 }

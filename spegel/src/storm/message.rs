@@ -187,14 +187,12 @@ struct WireResponse {
     kind: u32,
     #[prost(fixed64, tag = "3")]
     parent: u64,
-    #[prost(fixed64, tag = "4")]
-    term: u64,
-    #[prost(uint32, tag = "5")]
-    number: u32,
+    #[prost(uint32, tag = "4")]
+    rank: u32,
     /// Milliseconds.
-    #[prost(uint32, tag = "6")]
+    #[prost(uint32, tag = "5")]
     time: u32,
-    #[prost(uint64, tag = "7")]
+    #[prost(uint64, tag = "6")]
     furthest: u64,
 }
 
@@ -291,8 +289,7 @@ impl Response {
         let mut wire = WireResponse { version: VERSION, ..WireResponse::default() };
         match self {
             Self::Fetch { parent, rank, patience } => {
-                (wire.kind, wire.parent, wire.time) = (1, parent.0, millis(*patience));
-                (wire.term, wire.number) = (rank.term, rank.number);
+                (wire.kind, wire.parent, wire.rank, wire.time) = (1, parent.0, rank.0, millis(*patience));
             }
             Self::Pull { within } => (wire.kind, wire.time) = (2, millis(*within)),
             Self::Wait { pause } => (wire.kind, wire.time) = (3, millis(*pause)),
@@ -310,10 +307,7 @@ impl Response {
         let wire: WireResponse = decode(bytes)?;
         let time = duration(wire.time);
         Ok(match wire.kind {
-            1 => {
-                let rank = Rank { term: wire.term, number: wire.number };
-                Self::Fetch { parent: Node(wire.parent), rank, patience: time }
-            }
+            1 => Self::Fetch { parent: Node(wire.parent), rank: Rank(wire.rank), patience: time },
             2 => Self::Pull { within: time },
             3 => Self::Wait { pause: time },
             4 => Self::Refuse,

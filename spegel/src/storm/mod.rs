@@ -20,7 +20,7 @@ pub use coordinator::{Coordinator, Limits};
 pub use message::{
     Have, Holding, MAX_AVOIDED, MAX_BLOB, MAX_MESSAGE, MAX_SLOTS, MessageError, Request, Response, VERSION, Want, Why,
 };
-pub use parent::{Asker, Parent, Refusal, Standing};
+pub use parent::{Asker, Look, Parent, Refusal, Standing};
 
 /// How many coordinators a blob has: a child asks the nearest that answers, and a root reports to all.
 pub const COORDINATORS: usize = 3;
@@ -67,14 +67,9 @@ pub struct Key(pub [u8; 32]);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Zone(pub u32);
 
-/// Where one coordinator counted a node that waits for first bytes. Ranks of different terms cannot be compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Rank {
-    /// Names one coordinator's count for one blob.
-    pub term: u64,
-    /// The node's number in it.
-    pub number: u32,
-}
+/// Where a coordinator counted a node that waits for first bytes: it waits only for nodes of lower ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Rank(pub u32);
 
 /// The finalizer of splitmix64, to spread what should not come at once.
 fn mix(mut n: u64) -> u64 {

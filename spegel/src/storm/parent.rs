@@ -17,6 +17,10 @@ const SLACK: u64 = 2 << 20;
 const SLACK_SECONDS: f64 = 0.25;
 /// Another child of something complete must have brought this part of what one child got before.
 const WORTH: f64 = 0.5;
+/// How many times as much as was tried may be tried next.
+const BEYOND_PROVED: f64 = 1.5;
+/// Which part of the largest intake is kept from look to look: half of it for three seconds.
+const INTAKE_KEPT: f64 = 0.95;
 /// How long it is remembered what this node could send.
 const REMEMBERED: Duration = Duration::from_secs(600);
 
@@ -57,6 +61,7 @@ pub enum Refusal {
 struct Feed {
     key: Key,
     is_complete: bool,
+    since: Instant,
     sent: u64,
     lacks: u64,
     /// Bytes a second, sent to it and come in for it, since the last look.
@@ -67,6 +72,15 @@ struct Feed {
     available: u64,
 }
 
+/// What came of a look at the children.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// [`Parent::slots`] may have another answer.
+    pub changed: bool,
+    /// This child should be let go: our link is full, and all others are slow for it.
+    pub shed: Option<u64>,
+}
+
 /// What this node gives to others, all blobs together.
 #[derive(Debug)]
 pub struct Parent {
@@ -75,11 +89,15 @@ pub struct Parent {
     fan_out: u16,
     fan_out_complete: u16,
     most: u16,
+    /// How many bytes a second it sent at most while all children kept up.
+    proved: f64,
+    /// How many bytes this node has got of all blobs, now and at the last look, and the most of them in a second lately.
+    received: (u64, u64),
+    intake: f64,
     /// How many bytes a second it could send when its link was full, and when that was.
     capacity: Option<(f64, Instant)>,
     /// With how many children of complete blobs how much was sent: more have to bring more.
     mark: Option<(u16, f64)>,
-    changed: Instant,
     looked: Instant,
 }
 
@@ -96,7 +114,7 @@ impl Standing {
             return self.position == asker.position;
         }
         let (Some(own), Some(theirs)) = (self.rank, asker.rank) else { return false };
-        (self.position, asker.position) == (0, 0) && own.term == theirs.term && own.number < theirs.number
+        (self.position, asker.position) == (0, 0) && own < theirs
     }
 }
 
@@ -110,9 +128,11 @@ impl Parent {
             fan_out: AT_FIRST,
             fan_out_complete: AT_FIRST,
             most: most.clamp(1, MAX_SLOTS),
+            proved: 0.0,
+            received: (0, 0),
+            intake: 0.0,
             capacity: None,
             mark: None,
-            changed: now,
             looked: now,
         }
     }
@@ -140,6 +160,7 @@ impl Parent {
         let feed = Feed {
             key,
             is_complete: own.complete,
+            since: now,
             sent: from,
             lacks: own.position.saturating_sub(from),
             rate: 0.0,
@@ -148,7 +169,6 @@ impl Parent {
             available: own.position,
         };
         self.feeds.insert(number, feed);
-        self.changed = now;
     }
 
     /// A child has been sent so much of what is here.
@@ -159,11 +179,14 @@ impl Parent {
         }
     }
 
+    /// This node has got so many bytes of all blobs so far, those that are complete included.
+    pub fn received(&mut self, bytes: u64) {
+        self.received.0 = bytes;
+    }
+
     /// A child is gone, or has all.
-    pub fn end(&mut self, number: u64, now: Instant) {
-        if self.feeds.remove(&number).is_some() {
-            self.changed = now;
-        }
+    pub fn end(&mut self, number: u64) {
+        self.feeds.remove(&number);
     }
 
     /// How many children there are, of all blobs.
@@ -185,57 +208,67 @@ impl Parent {
             .map(|(capacity, _)| capacity)
     }
 
-    /// Looks at how the children do. To be called some times a second; true if [`Parent::slots`] may have changed.
-    pub fn look(&mut self, now: Instant) -> bool {
+    /// Looks at how the children do. To be called some times a second.
+    pub fn look(&mut self, now: Instant) -> Look {
         let passed = now.saturating_duration_since(self.looked);
         if passed < LOOK {
-            return false;
+            return Look::default();
         }
         self.looked = now;
         let seconds = passed.as_secs_f64();
+        let intake = self.received.0.saturating_sub(self.received.1) as f64 / seconds;
+        self.received.1 = self.received.0;
+        self.intake = intake.max(self.intake * INTAKE_KEPT);
         for feed in self.feeds.values_mut() {
             let (sent, available) = feed.before;
             feed.rate = feed.sent.saturating_sub(sent) as f64 / seconds;
             feed.coming = feed.available.saturating_sub(available) as f64 / seconds;
             feed.before = (feed.sent, feed.available);
         }
-        if now.saturating_duration_since(self.changed) < SETTLE || self.feeds.is_empty() {
-            return false;
-        }
         let before = (self.fan_out, self.fan_out_complete);
-        self.judge_coming(now);
+        let is_full = self.judge_coming(now);
         self.judge_complete(now);
-        (self.fan_out, self.fan_out_complete) != before
+        Look {
+            changed: (self.fan_out, self.fan_out_complete) != before,
+            shed: is_full.then(|| self.one_too_many()).flatten(),
+        }
     }
 
-    fn judge_coming(&mut self, now: Instant) {
-        let coming = || self.feeds.values().filter(|feed| !feed.is_complete);
+    /// Judges by the blobs that are coming in; true if our link is full.
+    fn judge_coming(&mut self, now: Instant) -> bool {
+        let is_settled = |feed: &&Feed| now.saturating_duration_since(feed.since) >= SETTLE;
+        let coming = || self.feeds.values().filter(|feed| !feed.is_complete).filter(is_settled);
         let (count, lagging) = (coming().count(), coming().filter(|feed| !feed.keeps_up()).count());
-        if count == 0 {
-            return;
-        }
         let out: f64 = self.feeds.values().map(|feed| feed.rate).sum();
-        let fullest = coming().map(|feed| self.children_of(&feed.key)).max().unwrap_or(0);
-        if lagging == 0 {
-            // Only what was tried is known to work.
-            if fullest >= self.fan_out && self.fan_out < self.most {
-                self.fan_out = fullest.saturating_mul(2).min(self.most);
-                self.changed = now;
+        let is_full = 2 * lagging > count && count > 1;
+        let limit = if count == 0 {
+            return false;
+        } else if lagging == 0 {
+            self.proved = self.proved.max(out);
+            if self.capacity(now).is_none_or(|capacity| out > capacity) {
+                self.capacity = None;
             }
-        } else if 2 * lagging > count && count > 1 {
+            // Only what was tried is known to work, and somewhat more may.
+            self.capacity(now).unwrap_or(BEYOND_PROVED * self.proved)
+        } else if is_full {
             // More than a slow one or two: it is our own link.
-            let mut by_key: HashMap<Key, f64> = HashMap::new();
-            coming().for_each(|feed| {
-                let rate = by_key.entry(feed.key).or_default();
-                *rate = rate.max(feed.coming);
-            });
-            let coming: f64 = by_key.values().sum();
             self.capacity = Some((out, now));
-            if coming > 0.0 {
-                // Casting saturates, and no fan-out is larger than the most.
-                self.fan_out = ((out / coming) as u16).clamp(1, self.most);
-            }
+            out
+        } else {
+            return false;
+        };
+        if self.intake > 0.0 {
+            // Casting saturates, and no fan-out is larger than the most.
+            self.fan_out = ((limit / self.intake) as u16).clamp(AT_FIRST, self.most);
         }
+        is_full
+    }
+
+    /// The child that came last for a blob that has more children than there should be. One more may be there for want of a better place.
+    fn one_too_many(&self) -> Option<u64> {
+        let is_over = |feed: &Feed| !feed.is_complete && self.children_of(&feed.key) > self.fan_out + 1;
+        let over = self.feeds.iter().filter(|(_, feed)| is_over(feed));
+        over.max_by_key(|(number, feed)| (feed.since, **number)).map(|(number, _)| *number)
     }
 
     fn judge_complete(&mut self, now: Instant) {

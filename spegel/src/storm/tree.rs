@@ -32,6 +32,8 @@ pub(super) struct Place {
     pub(super) parent: Option<Node>,
     level: u16,
     pub(super) position: u64,
+    /// The furthest position of all when it told its own.
+    furthest: u64,
     slots: u16,
     children: u16,
     pub(super) standing: Standing,
@@ -72,7 +74,6 @@ type Order = (u16, u16, u32, Node);
 /// Everybody who wants or has one blob.
 #[derive(Debug)]
 pub(super) struct Tree {
-    pub(super) term: u64,
     next: u32,
     pub(super) total: Option<u64>,
     places: HashMap<Node, Place>,
@@ -92,14 +93,15 @@ pub(super) struct Seeker<'a> {
     pub(super) avoid: &'a [Node],
     /// Only a parent will do that is not full.
     pub(super) only_free: bool,
+    /// One will do, for want of a better one, that it or others had trouble with.
+    pub(super) at_need: bool,
 }
 
 // === impl Tree ===
 
 impl Tree {
-    pub(super) fn new(term: u64, now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self {
-            term,
             next: 0,
             total: None,
             places: HashMap::new(),
@@ -134,6 +136,7 @@ impl Tree {
                 parent: None,
                 level: 0,
                 position: 0,
+                furthest: 0,
                 slots,
                 children: 0,
                 standing: Standing::Orphan,
@@ -149,18 +152,20 @@ impl Tree {
             self.next = self.next.wrapping_add(1);
             self.places.insert(node, place);
         }
+        let furthest = self.furthest.max(position);
         self.change(node, |place| {
             if position > place.position {
                 (place.position, place.grown) = (position, now);
             }
+            place.furthest = furthest;
             (place.slots, place.heard, place.suspected, place.is_hearsay) = (slots, now, false, false);
         });
-        self.furthest = self.furthest.max(position);
+        self.furthest = furthest;
     }
 
     /// Where the node was counted.
     pub(super) fn rank(&self, node: Node) -> Rank {
-        Rank { term: self.term, number: self.places.get(&node).map_or(0, |place| place.rank) }
+        Rank(self.places.get(&node).map_or(0, |place| place.rank))
     }
 
     /// Counts the node anew, behind all others.
@@ -186,6 +191,8 @@ impl Tree {
         let is_new_child = parent.is_some() && place.parent != parent;
         let level = match parent.and_then(|parent| self.places.get(&parent)) {
             Some(parent) => parent.level.saturating_add(1),
+            // How far it is, is told by how deep it was.
+            None if standing == Standing::Orphan => place.level,
             None => 0,
         };
         self.change(node, |place| (place.standing, place.parent, place.level) = (standing, parent, level));
@@ -312,12 +319,17 @@ impl Tree {
     /// Whether the node may be the parent of the one who seeks one, and how deep it is.
     fn may_feed(&self, node: Node, own: &Place, seeker: Seeker<'_>, now: Instant) -> Option<u16> {
         let place = self.places.get(&node)?;
-        if node == seeker.node || seeker.avoid.contains(&node) || place.shunned.is_some_and(|until| now < until) {
+        let is_out = seeker.avoid.contains(&node) || place.shunned.is_some_and(|until| now < until);
+        if node == seeker.node || (is_out && !seeker.at_need) {
             return None;
         }
         let is_ahead = match seeker.position {
             0 => place.position > 0 || place.is_apart() || place.rank < own.rank,
-            position => place.standing == Standing::Complete || place.position > position || place.level < own.level,
+            position => {
+                // Nodes tell it rarely. Whoever is fed gets at least what the furthest gets meanwhile.
+                let seems = place.position + (self.furthest - place.furthest);
+                place.standing == Standing::Complete || seems > position || place.level < own.level
+            }
         };
         if !is_ahead {
             return None;

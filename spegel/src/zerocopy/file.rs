@@ -8,13 +8,12 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use rustix::io::Errno;
 
 use super::error::BodyError;
 use super::ops::{Client, Push, Settings, Transfer};
 use super::stage::Stage;
 use super::traffic::Way;
-use super::warm::{STRIDE, Warm, Window};
+use super::warm::{PAGE, STRIDE, Warm, Window};
 
 /// Bytes that are read at once where a file is not in memory. One turn's budget.
 const WINDOW: usize = 512 << 10;
@@ -106,7 +105,7 @@ impl FileSource {
         let moved = match self.transfer {
             Transfer::Zerocopy => match self.sendfile(client, max) {
                 // A file system that sendfile(2) does not know, or a sandbox that refuses it.
-                Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::INVAL | Errno::NOSYS)) => {
+                Err(error) if super::ops::is_refused(&error) => {
                     self.transfer = Transfer::Copy;
                     self.copy(client, max)
                 }
@@ -148,7 +147,14 @@ impl FileSource {
         if ready!(warming.done.as_mut().poll(cx)).is_err() {
             return Poll::Ready(Err(BodyError::Disk { waited: PATIENCE }));
         }
-        self.resident_to = warming.end;
+        let end = warming.end;
+        self.warming = None;
+        // Some of it may be gone again, or could not be read. Of that a page is tried, which says why.
+        let there = self.window(self.offset, usize::try_from(end - self.offset).unwrap_or(WINDOW)).resident(PAGE);
+        self.resident_to = self.offset + (there as u64).max(PAGE).min(self.left);
+        if self.resident_to < end {
+            return Poll::Ready(Ok(()));
+        }
         let next = self.window(self.resident_to, WINDOW);
         self.warming = (next.resident(STRIDE) < next.len).then(|| self.warm(next));
         Poll::Ready(Ok(()))

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Context;
 
+use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -179,6 +180,12 @@ pub(super) enum Push {
     ClientFull,
     /// The source has nothing now; it will wake the task.
     Waiting,
+}
+
+/// Whether a system call is not to be had here: of a file system or kernel that does not know it, or in a sandbox that refuses it.
+pub(super) fn is_refused(error: &io::Error) -> bool {
+    let refusals = [Errno::INVAL, Errno::NOSYS, Errno::OPNOTSUPP, Errno::PERM, Errno::ACCESS];
+    Errno::from_io_error(error).is_some_and(|errno| refusals.contains(&errno))
 }
 
 /// The client's side of a transfer.

@@ -185,7 +185,7 @@ impl World {
             silent: false,
             speaks,
             refused: false,
-            coordinator: Coordinator::new(Limits::default(), spread(self.scenario.seed ^ node as u64 ^ 77), now),
+            coordinator: Coordinator::new(Limits::default(), now),
             parent: Parent::new(64, now),
             budget: Budget::new(self.scenario.storm.unwrap_or_default(), now),
             busy: now,
@@ -441,8 +441,7 @@ impl World {
             if let Some(children) = self.children.get_mut(&(parent, blob)) {
                 children.retain(|child| *child != node);
             }
-            let now = self.now;
-            self.members[parent].parent.end(feed_number(node, blob), now);
+            self.members[parent].parent.end(feed_number(node, blob));
         }
         self.active_set.remove(&(node, blob));
     }

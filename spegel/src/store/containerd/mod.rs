@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -21,7 +21,7 @@ use super::blobs::BlobDir;
 use super::index::{Index, Verdict};
 use super::ingest::{Ingests, News, Receptions};
 use super::state::State;
-use super::{Blob, Changes, Found, Health, Offered, Referrer, Store, StoreError};
+use super::{Blob, Changes, Found, Health, Offered, Outcome, Referrer, Store, StoreError};
 use crate::oci::{Digest, Filters, Repository, TagName, TagOrDigest};
 
 /// How long a request may wait for containerd to say whose content is. Past it the answer is that it is not here, which
@@ -33,6 +33,9 @@ const CLAIMS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(200), Durat
 
 /// For how much such content containerd is asked at a time. What is beyond waits for its image.
 const MAX_CLAIMS: usize = 64;
+
+/// How much that became of content is kept for who has not read it yet.
+const MAX_OUTCOMES: usize = 1024;
 
 /// How to reach containerd, and what of it to serve.
 #[derive(Clone, Debug)]
@@ -70,6 +73,7 @@ struct Inner {
     state: State,
     ownership: Ownership,
     receptions: Arc<Receptions>,
+    outcomes: broadcast::Sender<Outcome>,
     link: RwLock<Link>,
     /// For the threads that are none of tokio's.
     runtime: Handle,
@@ -103,6 +107,7 @@ impl Containerd {
             state: State::new(settings.filters.clone(), waiting),
             ownership: Ownership::default(),
             receptions: Arc::new(Receptions::new(settings.stall)),
+            outcomes: broadcast::channel(MAX_OUTCOMES).0,
             link: RwLock::new(Link { rpc: None, contents }),
             runtime: Handle::current(),
             claims: Arc::new(Semaphore::new(MAX_CLAIMS)),
@@ -201,6 +206,10 @@ impl Store for Containerd {
         self.inner.state.read(Index::offered)
     }
 
+    fn outcomes(&self) -> broadcast::Receiver<Outcome> {
+        self.inner.outcomes.subscribe()
+    }
+
     fn ingests(&self) -> Option<Ingests> {
         Some(self.inner.receptions.ingests())
     }
@@ -231,13 +240,23 @@ impl Inner {
             News::NotReceiving(digest) => {
                 self.state.change(|index| index.set_receiving(&digest, false));
             }
-            News::Arrived(digest) => {
-                // containerd records whose it is only after the file is in place.
-                self.ownership.learn(&digest, true);
-                self.state.change(|index| index.set_arrived(&digest));
-            }
+            News::Arrived(digest) => self.stored(&digest),
+            News::Discarded(digest) => self.tell(Outcome::Discarded(digest)),
             News::MayHaveArrived(digest) => self.claim_later(digest),
         }
+    }
+
+    /// Content was received for our namespace, and is in place.
+    fn stored(&self, digest: &Digest) {
+        // containerd records whose it is only after the file is in place.
+        self.ownership.learn(digest, true);
+        self.state.change(|index| index.set_arrived(digest));
+        self.tell(Outcome::Stored(digest.clone()));
+    }
+
+    fn tell(&self, outcome: Outcome) {
+        // Nobody may be listening.
+        let _ = self.outcomes.send(outcome);
     }
 
     /// Finds out whose content is that may be ours.
@@ -257,8 +276,7 @@ impl Inner {
             tokio::time::sleep(wait).await;
             let Some(rpc) = self.link().rpc else { continue };
             if let Ok(Ok(true)) = tokio::time::timeout(OWNERSHIP_TIMEOUT, rpc.has(digest)).await {
-                self.ownership.learn(digest, true);
-                self.state.change(|index| index.set_arrived(digest));
+                self.stored(digest);
                 return;
             }
         }

@@ -88,13 +88,15 @@ pub(super) struct Tracker {
     max_known: usize,
     /// How long a file may not grow until it is given up, unless it has grown in steps that took long before.
     stall: Duration,
+    /// What came whole and was not committed, since that was last asked for.
+    discarded: Vec<Digest>,
 }
 
 // === impl Tracker ===
 
 impl Tracker {
     pub(super) fn new(stall: Duration, max_known: usize) -> Self {
-        Self { receptions: HashMap::new(), max_known, stall }
+        Self { receptions: HashMap::new(), max_known, stall, discarded: Vec::new() }
     }
 
     /// Whether one more can be followed.
@@ -173,7 +175,7 @@ impl Tracker {
     /// No event will tell that the ingest's writer closed its `data`: if that is whole, it should be the blob soon.
     pub(super) fn unheard(&mut self, folder: &str, now: Instant) {
         let Some(reception) = self.receptions.get_mut(folder) else { return };
-        let is_whole = reception.sight.map(|sight| sight.position) == reception.total;
+        let is_whole = reception.is_whole();
         if let Some(live) = reception.live.as_mut().filter(|_| is_whole) {
             live.closed_at.get_or_insert(now + (COMMIT_UNHEARD - COMMIT));
         }
@@ -202,8 +204,16 @@ impl Tracker {
     /// The ingest is gone, or its `data`: whoever follows it gets no more.
     pub(super) fn gone(&mut self, folder: &str) -> Option<Digest> {
         let mut reception = self.receptions.remove(folder)?;
+        if reception.live.is_some() && reception.is_whole() {
+            self.discarded.push(reception.reference.digest.clone());
+        }
         reception.give_up();
         Some(reception.reference.digest)
+    }
+
+    /// What its receiver had all of and did not keep: its bytes are not those of its digest, or its pull was given up at that moment.
+    pub(super) fn take_discarded(&mut self) -> Vec<Digest> {
+        std::mem::take(&mut self.discarded)
     }
 
     /// Gives up what has not grown, or was closed and not committed, for too long. Returns what is offered no more.
@@ -211,7 +221,11 @@ impl Tracker {
         let stall = self.stall;
         let over = |live: &Live| live.deadline(stall) <= now;
         let receptions = self.receptions.values_mut().filter(|reception| reception.live.as_ref().is_some_and(over));
+        let discarded = &mut self.discarded;
         let given_up = receptions.map(|reception| {
+            if reception.is_whole() && reception.live.as_ref().is_some_and(|live| live.closed_at.is_some()) {
+                discarded.push(reception.reference.digest.clone());
+            }
             reception.give_up();
             reception.reference.digest.clone()
         });
@@ -275,6 +289,11 @@ impl Reception {
                 self.live = Some(Live { progress, grown_at: now, pace: self.pace, closed_at: None });
             }
         }
+    }
+
+    /// Whether as much has come as was announced.
+    fn is_whole(&self) -> bool {
+        self.total.is_some() && self.sight.map(|sight| sight.position) == self.total
     }
 
     /// A name for what was written since it last started over, the same after a restart of this process if it has not.

@@ -275,3 +275,42 @@ fn the_number_of_ingests_is_bounded() {
     let begun = (0..MAX_KNOWN + 9).filter(|n| fixture.tracker.begin(&n.to_string(), reference(), None, true)).count();
     assert_eq!(begun, MAX_KNOWN);
 }
+
+#[test]
+fn what_came_whole_and_was_not_kept_is_told_once() {
+    let mut kept = Fixture::with_layer("a");
+    kept.saw("a", 10 * MIB);
+    kept.tracker.closed("a", kept.now);
+    kept.tracker.committed("a");
+    kept.wait(2 * STALL);
+    assert_eq!(kept.tracker.take_discarded(), []);
+
+    let mut closed = Fixture::with_layer("a");
+    closed.saw("a", 10 * MIB);
+    closed.tracker.closed("a", closed.now);
+    assert_eq!(closed.tracker.take_discarded(), [], "containerd may still rename it");
+    closed.wait(COMMIT);
+    assert_eq!(closed.tracker.take_discarded(), [digest()]);
+    closed.wait(STALL);
+    closed.tracker.gone("a");
+    assert_eq!(closed.tracker.take_discarded(), []);
+
+    let mut removed = Fixture::with_layer("a");
+    removed.saw("a", 10 * MIB);
+    removed.tracker.gone("a");
+    assert_eq!(removed.tracker.take_discarded(), [digest()]);
+}
+
+#[test]
+fn what_did_not_come_whole_was_not_discarded() {
+    for is_closed in [false, true] {
+        let mut cut = Fixture::with_layer("a");
+        cut.saw("a", 9 * MIB);
+        if is_closed {
+            cut.tracker.closed("a", cut.now);
+        }
+        cut.wait(6 * STALL);
+        cut.tracker.gone("a");
+        assert_eq!(cut.tracker.take_discarded(), []);
+    }
+}

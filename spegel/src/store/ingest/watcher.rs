@@ -49,6 +49,8 @@ pub(in super::super) enum News {
     Arrived(Digest),
     /// It is complete, and was being received for our namespace a moment ago. That the one is the other was not seen: it may be another's.
     MayHaveArrived(Digest),
+    /// All of it came for our namespace, and was not kept.
+    Discarded(Digest),
 }
 
 /// Ends the thread when dropped.
@@ -264,7 +266,11 @@ impl<F: Fn(News)> Watch<F> {
         for folder in self.watches.due(now) {
             self.look(&folder, Hint::default(), now);
         }
-        let given_up = self.receptions.lock().tick(now);
+        let (given_up, discarded) = {
+            let mut tracker = self.receptions.lock();
+            (tracker.tick(now), tracker.take_discarded())
+        };
+        discarded.into_iter().for_each(|digest| (self.tell)(News::Discarded(digest)));
         given_up.into_iter().for_each(|digest| self.tell_receiving(digest));
         self.count(now);
     }
@@ -484,7 +490,11 @@ impl<F: Fn(News)> Watch<F> {
     }
 
     fn gone(&self, folder: &str) {
-        let gone = self.receptions.lock().gone(folder);
+        let (gone, discarded) = {
+            let mut tracker = self.receptions.lock();
+            (tracker.gone(folder), tracker.take_discarded())
+        };
+        discarded.into_iter().for_each(|digest| (self.tell)(News::Discarded(digest)));
         gone.into_iter().for_each(|digest| self.tell_receiving(digest));
     }
 

@@ -211,6 +211,7 @@ fn an_abort_a_stall_and_a_new_start_withdraw_it() {
     content.expect(&News::NotReceiving(digest));
 }
 
+/// As containerd does whose check of the digest failed.
 #[test]
 fn a_writer_that_closes_and_does_not_commit_is_given_up_early() {
     let content = Content::new(PATIENCE * 10);
@@ -218,6 +219,7 @@ fn a_writer_that_closes_and_does_not_commit_is_given_up_early() {
     ingest.write(3000);
     content.expect(&News::Receiving(ingest.digest.clone()));
     drop(ingest.data);
+    content.expect(&News::Discarded(ingest.digest.clone()));
     content.expect(&News::NotReceiving(ingest.digest.clone()));
     assert!(content.open(&ingest.digest).is_none(), "its bytes were wrong");
 }
@@ -465,7 +467,8 @@ fn a_whole_file_that_is_not_watched_and_not_committed_is_given_up_early() {
         turns.now += LOOK;
         told.extend(turns.turn());
     }
-    assert_eq!(told, [News::Receiving(ingest.digest.clone()), News::NotReceiving(ingest.digest)]);
+    let [received, discarded] = [News::Receiving(ingest.digest.clone()), News::Discarded(ingest.digest.clone())];
+    assert_eq!(told, [received, discarded, News::NotReceiving(ingest.digest)]);
 }
 
 /// The directory is every namespace's: a blob in it need not be what was received for ours.

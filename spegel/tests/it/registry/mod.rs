@@ -4,10 +4,12 @@
 mod choosing;
 mod hostile;
 mod local;
+mod misled;
 mod peers;
 mod ready;
 mod receiving;
 mod refusals;
+mod storms;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Seek as _, Write as _};

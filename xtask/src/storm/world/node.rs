@@ -235,10 +235,14 @@ impl World {
     fn on_response(&mut self, to: usize, blob: usize, number: u64, response: Option<Response>) {
         let now = self.now;
         self.members[to].messages += 1;
+        let coordinators = if response.is_none() { self.coordinators(blob) } else { Vec::new() };
         if let Some(child) = &mut self.members[to].blobs[blob].child {
             match response {
                 Some(response) => child.answered(number, response, now),
-                None => child.not_reached(number, now),
+                None => {
+                    child.not_reached(number, now);
+                    child.coordinators_are(coordinators);
+                }
             }
             self.drive(to, blob);
         }
@@ -383,10 +387,21 @@ impl World {
             self.members[parent].parent.sent(feed_number(node, blob), sent, &own);
         }
         for node in 0..self.members.len() {
-            if self.members[node].died.is_none()
-                && self.members[node].parent.children() > 0
-                && self.members[node].parent.look(now)
-            {
+            if self.members[node].parent.children() > 0 {
+                let received: f64 = self.members[node].blobs.iter().map(|blob| blob.position).sum();
+                self.members[node].parent.received(received as u64);
+            }
+            if self.members[node].died.is_some() || self.members[node].parent.children() == 0 {
+                continue;
+            }
+            let looked = self.members[node].parent.look(now);
+            if let Some(number) = looked.shed {
+                let (child, blob) = ((number >> 16) as usize, (number & 0xffff) as usize);
+                let pull = self.members[child].blobs[blob].pull;
+                // It cannot tell this from a crash.
+                self.soon(Event::Refused { child, blob, failure: Failure::Broke, pull });
+            }
+            if looked.changed {
                 self.tell_slots(node);
             }
         }
