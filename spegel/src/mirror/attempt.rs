@@ -210,10 +210,11 @@ async fn small(
     let Some(bytes) = read_whole(shared, response, permit).await? else {
         let late = PeerError::Late { what: "body", bound };
         let Some(before) = response.head.receiving else { return Err(late) };
-        let came = response.leftover.len() as u64;
+        // It does not send what it had.
+        if before > response.leftover.len() as u64 {
+            return Err(late);
+        }
         return match relay::position(shared, wanted, address).await {
-            // It does not send what it had.
-            _ if before > came => Err(late),
             Some((now, receives)) if receives || now > before => Ok(None),
             _ => Err(late),
         };

@@ -111,7 +111,7 @@ struct Ties {
     below: Vec<(u64, NodeId)>,
 }
 
-/// Something in [`Ties`], until dropped.
+/// What this node has to do with a blob that still arrives: that it looks for it, is given it, or gives it. Until dropped.
 #[derive(Debug)]
 pub struct Tie {
     lineage: Arc<Lineage>,

@@ -31,6 +31,8 @@ const PACE: Duration = Duration::from_millis(6);
 const RETRY: Duration = Duration::from_secs(5);
 /// How often all are looked through while there are more than are followed.
 const LOOK_THROUGH: Duration = Duration::from_secs(30);
+/// How often the log says that there are too many.
+const SAY_AGAIN: Duration = Duration::from_secs(600);
 /// How many are looked through at the most.
 const MAX_ENTRIES: usize = 65_536;
 /// The largest `ref` and `total` that are read, in bytes.
@@ -72,9 +74,9 @@ struct Watch<F> {
     /// There are more than are followed: so many, and when they are looked through again.
     overlooked: usize,
     look_through_at: Option<Instant>,
-    /// That there are too many to be watched, and to be followed, was said.
-    told_late: bool,
-    told_overlooked: bool,
+    /// When it was last said that there are too many to be watched, and to be followed.
+    told_late: Option<Instant>,
+    told_overlooked: Option<Instant>,
     /// Ingests that were seen to be made, and whose `ref` was not read yet.
     new: HashSet<Box<str>>,
 }
@@ -156,8 +158,8 @@ impl<F: Fn(News)> Watch<F> {
             retry_at: None,
             overlooked: 0,
             look_through_at: None,
-            told_late: false,
-            told_overlooked: false,
+            told_late: None,
+            told_overlooked: None,
             new: HashSet::new(),
         }
     }
@@ -285,29 +287,26 @@ impl<F: Fn(News)> Watch<F> {
         }
     }
 
-    /// Says how the ingests are noticed: in the figures, and in the log when it gets worse, and when it is well again.
+    /// Says how the ingests are noticed: in the figures, and in the log where that is late, or not at all.
     fn count(&mut self, now: Instant) {
         let [watched, looked_at, late] = self.watches.counts(now);
         self.receptions.count([watched, looked_at, self.overlooked]);
-        let has_instance = self.watches.inotify().is_some();
-        if has_instance && late > 0 && !self.told_late {
-            self.told_late = true;
+        let is_news = |told: &mut Option<Instant>| {
+            let is_news = told.is_none_or(|at| now.saturating_duration_since(at) >= SAY_AGAIN);
+            *told = if is_news { Some(now) } else { *told };
+            is_news
+        };
+        // Of a kernel that has no instance for us it was said before.
+        if late > 0 && self.watches.inotify().is_some() && is_news(&mut self.told_late) {
             tracing::warn!(
                 watched,
                 late,
                 "more pulls in progress than can be watched (fs.inotify.max_user_watches?): the others are noticed late"
             );
-        } else if self.told_late && late == 0 {
-            self.told_late = false;
-            tracing::info!(watched, "all pulls in progress are watched again");
         }
-        if self.overlooked > 0 && !self.told_overlooked {
-            self.told_overlooked = true;
+        if self.overlooked > 0 && is_news(&mut self.told_overlooked) {
             let (overlooked, path) = (self.overlooked, self.ingests());
-            tracing::warn!(overlooked, path = %path.display(), "more ingests than are followed: pulls that others left behind? Those that grow go first");
-        } else if self.told_overlooked && self.overlooked == 0 {
-            self.told_overlooked = false;
-            tracing::info!("all ingests are followed again");
+            tracing::warn!(overlooked, path = %path.display(), "more ingests than are followed: those that grow go first. Did pulls leave them behind?");
         }
     }
 

@@ -373,7 +373,8 @@ fn wrong_bytes(version: Version) {
         wait_until(PATIENCE, "a pull that succeeds", || {
             tries += 1;
             assert!(at(0).is_none() && at(1).is_none() || tries > 1, "the wrong bytes are offered");
-            Pull::start(node, &image).result().is_ok()
+            let result = Pull::start(node, &image).result();
+            result.inspect_err(|error| println!("try {tries}: {error}")).is_ok()
         })
         .unwrap_or_else(|error| panic!("{error}\n{}", logs(&cluster)));
         node.check(&image, image.reference());
