@@ -21,8 +21,8 @@ use crate::oci::{Digest, Key, RangeSpec};
 use crate::router::{self, Peer, Router};
 use crate::store::{Found, Store};
 use crate::storm::{
-    ANSWER, Action, Asker, Budget, Budgets, Child, Failure, Hold, HoldEnd, Node, Rank, Request, Response, Source,
-    Standing, Wish,
+    ANSWER, Action, Asker, Budget, Budgets, Child, Failure, Hold, HoldEnd, Node, Parent, Rank, Request, Response,
+    Source, Standing, Wish,
 };
 
 /// How long upstream's first byte is taken to need, as long as none was measured.
@@ -217,8 +217,9 @@ pub(super) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, wanted: &Wa
     };
     let held = Held::begin(storms, name, now)?;
     let pull = storms.begin(digest)?;
-    let wish = Wish { key, position, total: shared.sizes.of(digest), usual: storms.usual() };
-    let child = Child::new(wish, 1, coordinators, number(), held.deadline, now);
+    let total = shared.sizes.of(digest);
+    let wish = Wish { key, position, total, usual: storms.usual() };
+    let child = Child::new(wish, Parent::slots_at_first(total), coordinators, number(), held.deadline, now);
     let mut holding = Holding { shared, storms, wanted, digest, held, child, pull: Arc::clone(&pull) };
     let found = holding.run().await;
     let Holding { mut held, child, .. } = holding;

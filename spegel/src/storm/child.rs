@@ -12,7 +12,7 @@ use super::{
 const SLACK: u64 = 4 << 20;
 const SLOW: Duration = Duration::from_secs(2);
 /// How often a parent is asked how much it has while it delivers.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_secs(1);
 /// Parents that refused one after the other are asked for at once, and from then on after a pause that doubles, up to a bound.
 const AT_ONCE: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);

@@ -161,6 +161,20 @@ fn the_bound_of_a_lease_follows_what_upstream_takes() {
 }
 
 #[test]
+fn who_says_that_upstream_has_not_refused_it_is_given_more_time() {
+    let mut talk = Talk::new();
+    talk.want_as(1, 0, |want| want.usual = Some(Duration::from_millis(50)));
+    for _ in 0..5 {
+        talk.pass(Duration::from_millis(250));
+        talk.have(1, 0, Holding::Root);
+    }
+    assert_eq!(parent(talk.want(2)), 1, "after 1.25 s");
+    talk.pass(Duration::from_millis(250));
+    talk.have(1, 0, Holding::Root);
+    talk.pulls(3);
+}
+
+#[test]
 fn a_root_that_grows_keeps_its_lease_and_a_silent_one_loses_it() {
     let mut talk = Talk::new();
     talk.pulls(1);
