@@ -139,6 +139,11 @@ impl Storms {
         }
     }
 
+    /// Whether our containerd pulls anything from upstream.
+    fn is_root(&self) -> bool {
+        self.pulls().values().any(|pull| pull.state().is_root)
+    }
+
     fn is_current(&self, digest: &Digest, pull: &Arc<Pull>) -> bool {
         self.pulls().get(digest).is_some_and(|known| Arc::ptr_eq(known, pull))
     }
@@ -218,7 +223,7 @@ pub(super) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, wanted: &Wa
     let held = Held::begin(storms, name, now)?;
     let pull = storms.begin(digest)?;
     let total = shared.sizes.of(digest);
-    let wish = Wish { key, position, total, usual: storms.usual() };
+    let wish = Wish { key, position, total, usual: storms.usual(), busy: storms.is_root() };
     let child = Child::new(wish, Parent::slots_at_first(total), coordinators, number(), held.deadline, now);
     let mut holding = Holding { shared, storms, wanted, digest, held, child, pull: Arc::clone(&pull) };
     let found = holding.run().await;

@@ -34,6 +34,8 @@ pub struct Wish {
     pub total: Option<u64>,
     /// How long upstream's first byte usually takes, if known.
     pub usual: Option<Duration>,
+    /// Whether this node pulls something else from upstream already.
+    pub busy: bool,
 }
 
 /// Where the blob comes from.
@@ -421,6 +423,7 @@ impl Child {
             why,
             avoid: self.avoid.iter().copied().collect(),
             skipped: u8::try_from(self.at).unwrap_or(u8::MAX),
+            busy: self.wish.busy,
         };
         self.actions.push_back(Action::Send { to, request: Request::Want(want) });
     }

@@ -27,6 +27,9 @@ const WORTHWHILE_PART: u64 = 8;
 const SOON: Duration = Duration::from_millis(300);
 const LATER: Duration = Duration::from_secs(1);
 const MUCH_LATER: Duration = Duration::from_secs(5);
+/// How long somebody who pulls something else already is kept from pulling this as well: if others want it, one of them comes meanwhile. containerd
+/// asks for more layers than it gets at a time, so that a lease for the last of them would run out.
+const SPREAD: Duration = Duration::from_millis(150);
 /// How rare the reports of all nodes but roots are.
 const REPORTS_A_SECOND: u32 = 200;
 const LEAST_PAUSE: Duration = Duration::from_secs(2);
@@ -338,6 +341,10 @@ impl Asked<'_> {
         let (from, now) = (self.from, self.now);
         if want.skipped > 0 && now.saturating_duration_since(self.tree.first_heard) < GRACE {
             return Response::Wait { pause: SOON };
+        }
+        let alone = now.saturating_duration_since(self.tree.first_heard);
+        if want.busy && want.position == 0 && alone < SPREAD {
+            return Response::Wait { pause: SPREAD - alone };
         }
         let worthwhile = self.tree.total.map_or(WORTHWHILE, |total| WORTHWHILE.max(total / WORTHWHILE_PART));
         if let Some(further) = self.tree.further_than(want.position + worthwhile, &want.avoid, now)
