@@ -31,8 +31,9 @@ const USUAL: Duration = Duration::from_millis(300);
 const WAIT: Duration = Duration::from_secs(5);
 /// How often it is looked how much our containerd has got.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long after the last sign of a blob in the store it counts as given up.
-const GONE: Duration = Duration::from_secs(1);
+/// How long after the last sign of a blob in the store it counts as given up. containerd 2.2 shows none between the mirror's 404 and upstream's
+/// first bytes.
+const GONE: Duration = Duration::from_millis(1500);
 /// How many blobs are followed at a time. More are not held.
 const PULLS: usize = 1024;
 /// How long a blob is followed at the longest.
