@@ -139,7 +139,8 @@ impl Storm {
         if self.record {
             let words: Vec<String> = std::env::args().skip(1).collect();
             let command = format!("cargo xtask {}", words.join(" "));
-            crate::bench::record("storm-simulated", report::METHOD, &report::table(&outcomes), &command)?;
+            let name = if self.table { "storm-simulated" } else { "storm-simulated-large" };
+            crate::bench::record(name, report::METHOD, &report::table(&outcomes), &command)?;
         }
         Ok(outcomes.iter().all(|outcome| outcome.finished))
     }

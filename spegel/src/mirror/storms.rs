@@ -22,8 +22,8 @@ use crate::oci::{Digest, Key, RangeSpec};
 use crate::router::{self, Peer, Router};
 use crate::store::{Found, Store};
 use crate::storm::{
-    ANSWER, Action, Asker, Budget, Budgets, Child, Failure, Hold, HoldEnd, Node, Rank, Request, Response, Source,
-    Standing, Wish,
+    ANSWER, Action, Asker, Budget, Budgets, Child, Failure, Hold, HoldEnd, Node, Parent, Rank, Request, Response,
+    Source, Standing, Wish,
 };
 
 /// How long upstream's first byte is taken to need, as long as none was measured.
@@ -32,8 +32,9 @@ const USUAL: Duration = Duration::from_millis(300);
 const WAIT: Duration = Duration::from_secs(5);
 /// How often it is looked how much our containerd has got.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long after the last sign of a blob in the store it counts as given up.
-const GONE: Duration = Duration::from_secs(1);
+/// How long after the last sign of a blob in the store it counts as given up. containerd 2.2 shows none between the mirror's 404 and upstream's
+/// first bytes.
+const GONE: Duration = Duration::from_millis(1500);
 /// How many blobs are followed at a time. More are not held.
 const PULLS: usize = 1024;
 /// How long a blob is followed at the longest.
@@ -140,6 +141,11 @@ impl Storms {
         }
     }
 
+    /// Whether our containerd pulls anything from upstream.
+    fn is_root(&self) -> bool {
+        self.pulls().values().any(|pull| pull.state().is_root)
+    }
+
     fn is_current(&self, digest: &Digest, pull: &Arc<Pull>) -> bool {
         self.pulls().get(digest).is_some_and(|known| Arc::ptr_eq(known, pull))
     }
@@ -218,8 +224,9 @@ pub(super) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, wanted: &Wa
     };
     let held = Held::begin(storms, name, now)?;
     let pull = storms.begin(digest)?;
-    let wish = Wish { key, position, total: shared.sizes.of(digest), usual: storms.usual() };
-    let child = Child::new(wish, 1, coordinators, number(), held.deadline, now);
+    let total = shared.sizes.of(digest);
+    let wish = Wish { key, position, total, usual: storms.usual(), busy: storms.is_root() };
+    let child = Child::new(wish, Parent::slots_at_first(total), coordinators, number(), held.deadline, now);
     let mut holding = Holding { shared, storms, wanted, digest, held, child, pull: Arc::clone(&pull) };
     let found = holding.run().await;
     let Holding { mut held, child, .. } = holding;

@@ -17,12 +17,15 @@ use crate::mirror::{Asker, Chain, Content, Found, Gate, Kind, NodeId, Tie, Verif
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
-use crate::store::{Blob, Found as Local, Receiving};
+use crate::store::{Blob, Found as Local, Receiving, StoreError};
 use crate::storm::Rank;
 use crate::zerocopy::{Body, BodyEnd};
 
 /// The longest that a peer is made to wait for what is about to be received.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether a blob has come that the store does not see coming.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -324,10 +327,8 @@ impl Registry {
         let store = &self.settings.store;
         let found = match store.find(digest, ask.repository.as_ref()).await {
             Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
-                Some(wait) => tokio::select! {
-                    found = store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)) => found,
-                    () = self.settings.mirror.sent_away(digest), if ask.rank.is_some() => Ok(None),
-                },
+                Some(wait) if ask.rank.is_some() => self.wait_in_line(ask, digest, wait.min(LONGEST_WAIT)).await,
+                Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
                 None => Ok(None),
             },
             found => found,
@@ -336,6 +337,23 @@ impl Registry {
             warn!(%digest, %error, "cannot open content of this node, asking peers");
             None
         })
+    }
+
+    /// Waits for the first bytes of what our containerd has asked for, as long as we may be above the asker. They may come though the store
+    /// sees nothing on its way.
+    async fn wait_in_line(&self, ask: &Ask, digest: &Digest, wait: Duration) -> Result<Option<Local>, StoreError> {
+        let end = Instant::now() + wait;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let found = tokio::select! {
+                found = self.settings.store.expect(digest, ask.repository.as_ref(), left) => found?,
+                () = self.settings.mirror.sent_away(digest) => return Ok(None),
+            };
+            if found.is_some() || Instant::now() >= end || self.declines(ask, digest) {
+                return Ok(found);
+            }
+            tokio::time::sleep(LOOK.min(left)).await;
+        }
     }
 
     /// Whether the asker would wait for us while we wait for others.

@@ -12,7 +12,7 @@ use super::{
 const SLACK: u64 = 4 << 20;
 const SLOW: Duration = Duration::from_secs(2);
 /// How often a parent is asked how much it has while it delivers.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_secs(1);
 /// Parents that refused one after the other are asked for at once, and from then on after a pause that doubles, up to a bound.
 const AT_ONCE: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);
@@ -34,6 +34,8 @@ pub struct Wish {
     pub total: Option<u64>,
     /// How long upstream's first byte usually takes, if known.
     pub usual: Option<Duration>,
+    /// Whether this node pulls something else from upstream already.
+    pub busy: bool,
 }
 
 /// Where the blob comes from.
@@ -421,6 +423,7 @@ impl Child {
             why,
             avoid: self.avoid.iter().copied().collect(),
             skipped: u8::try_from(self.at).unwrap_or(u8::MAX),
+            busy: self.wish.busy,
         };
         self.actions.push_back(Action::Send { to, request: Request::Want(want) });
     }

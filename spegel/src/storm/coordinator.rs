@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use super::rate::Rate;
 use super::tree::{Seeker, Standing, Tree};
-use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, Want, Why, Zone};
+use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT, Want, Why, Zone};
 
 /// How long a blob is remembered of which nothing is heard.
 const FORGOTTEN: Duration = Duration::from_secs(60);
-/// How long a holder of a lease is given for its first byte where nothing is known of upstream, and the bounds where it is.
+/// How long a holder of a lease is given for its first byte where nothing is known of upstream, and the bounds where it is. It is given the
+/// longest as long as it says that upstream has not refused it: containerd shows nothing before it has a whole MiB.
 const FIRST_BYTE: Duration = Duration::from_secs(1);
 const SHORTEST_FIRST_BYTE: Duration = Duration::from_millis(500);
 const LONGEST_FIRST_BYTE: Duration = Duration::from_millis(1500);
@@ -26,6 +27,9 @@ const WORTHWHILE_PART: u64 = 8;
 const SOON: Duration = Duration::from_millis(300);
 const LATER: Duration = Duration::from_secs(1);
 const MUCH_LATER: Duration = Duration::from_secs(5);
+/// How long somebody who pulls something else already is kept from pulling this as well: if others want it, one of them comes meanwhile. containerd
+/// asks for more layers than it gets at a time, so that a lease for the last of them would run out.
+const SPREAD: Duration = Duration::from_millis(150);
 /// How rare the reports of all nodes but roots are.
 const REPORTS_A_SECOND: u32 = 200;
 const LEAST_PAUSE: Duration = Duration::from_secs(2);
@@ -322,7 +326,7 @@ impl Asked<'_> {
     fn fetch(&mut self, parent: Node) -> Response {
         let patience = match self.tree.get(parent) {
             Some(place) => match place.standing {
-                Standing::Leased { until } => until.saturating_duration_since(self.now) + BEYOND_USUAL,
+                Standing::Leased { .. } => LONGEST_FIRST_BYTE + BEYOND_USUAL,
                 _ if place.position == 0 => PATIENCE_BELOW,
                 _ => PATIENCE,
             },
@@ -337,6 +341,10 @@ impl Asked<'_> {
         let (from, now) = (self.from, self.now);
         if want.skipped > 0 && now.saturating_duration_since(self.tree.first_heard) < GRACE {
             return Response::Wait { pause: SOON };
+        }
+        let alone = now.saturating_duration_since(self.tree.first_heard);
+        if want.busy && want.position == 0 && alone < SPREAD {
+            return Response::Wait { pause: SPREAD - alone };
         }
         let worthwhile = self.tree.total.map_or(WORTHWHILE, |total| WORTHWHILE.max(total / WORTHWHILE_PART));
         if let Some(further) = self.tree.further_than(want.position + worthwhile, &want.avoid, now)
@@ -382,7 +390,10 @@ impl Asked<'_> {
                     self.learn(now.saturating_duration_since(granted));
                     self.tree.stand(from, Standing::Root, None);
                 }
-                Some((Standing::Leased { .. }, _, position)) if have.position <= position => {}
+                Some((Standing::Leased { until }, granted, position)) if have.position <= position => {
+                    let until = until.max((now + SUSPECT).min(granted + LONGEST_FIRST_BYTE));
+                    self.tree.stand(from, Standing::Leased { until }, None);
+                }
                 // Another coordinator told it to pull, or nobody did: it has time to get something all the same.
                 None if have.position == 0 => {
                     let until = now + LONGEST_FIRST_BYTE;

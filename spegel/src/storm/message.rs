@@ -54,6 +54,8 @@ pub struct Want {
     pub avoid: Vec<Node>,
     /// How many coordinators that are nearer to the key gave no answer.
     pub skipped: u8,
+    /// It pulls something else from upstream already: others had better pull this.
+    pub busy: bool,
 }
 
 /// Why a node looks for a source.
@@ -176,6 +178,8 @@ struct WireRequest {
     /// Only in a *have*; 1 to 4.
     #[prost(uint32, tag = "11")]
     holding: u32,
+    #[prost(bool, tag = "12")]
+    busy: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -232,6 +236,7 @@ impl Request {
                 usual: want.usual.map_or(0, millis),
                 avoid: want.avoid.iter().take(MAX_AVOIDED).map(|node| node.0).collect(),
                 skipped: want.skipped.into(),
+                busy: want.busy,
                 holding: 0,
             },
             Self::Have(have) => WireRequest {
@@ -271,6 +276,7 @@ impl Request {
                 why,
                 avoid: wire.avoid.into_iter().map(Node).collect(),
                 skipped: u8::try_from(wire.skipped).unwrap_or(u8::MAX),
+                busy: wire.busy,
             })),
             (Some(_), None) => Err(MessageError::Invalid("list of nodes to avoid")),
             (None, Some(holding)) => {

@@ -5,8 +5,11 @@ use std::time::{Duration, Instant};
 
 use super::{Key, MAX_SLOTS, Rank};
 
-/// How many children a blob may have as long as nothing was measured; and one that is so small that it comes in one piece.
+/// How many children a blob may have as long as nothing was measured. What is so small that it comes in one piece has many; and what has so few
+/// MiB, in which it is passed on, that each level is felt, two.
 const AT_FIRST: u16 = 1;
+const OF_MEDIUM: u16 = 2;
+const MEDIUM: u64 = 32 << 20;
 const OF_SMALL: u16 = 16;
 const SMALL: u64 = 1 << 20;
 /// How often children are looked at, and for how long after a change nothing is concluded.
@@ -197,8 +200,16 @@ impl Parent {
     /// How many children a blob of this length may have here.
     pub fn slots(&self, total: Option<u64>, complete: bool) -> u16 {
         let measured = if complete { self.fan_out.max(self.fan_out_complete) } else { self.fan_out };
-        let least = if total.is_some_and(|total| total <= SMALL) { OF_SMALL } else { 1 };
-        measured.max(least).min(self.most)
+        measured.max(Self::slots_at_first(total)).min(self.most)
+    }
+
+    /// The same where nothing was measured.
+    pub fn slots_at_first(total: Option<u64>) -> u16 {
+        match total {
+            Some(..=SMALL) => OF_SMALL,
+            Some(..=MEDIUM) => OF_MEDIUM,
+            _ => AT_FIRST,
+        }
     }
 
     /// How many bytes a second this node can send, if that has shown lately.
@@ -248,8 +259,9 @@ impl Parent {
             if self.capacity(now).is_none_or(|capacity| out > capacity) {
                 self.capacity = None;
             }
-            // Only what was tried is known to work, and somewhat more may.
-            self.capacity(now).unwrap_or(BEYOND_PROVED * self.proved)
+            // Only what was tried is known to work; half as much again may, or one child more.
+            let more = (BEYOND_PROVED * self.proved).max(self.proved + self.intake);
+            self.capacity(now).unwrap_or(more)
         } else if is_full {
             // More than a slow one or two: it is our own link.
             self.capacity = Some((out, now));

@@ -50,6 +50,7 @@ impl Talk {
             why: Why::New,
             avoid: Vec::new(),
             skipped: 0,
+            busy: false,
         };
         change(&mut want);
         self.say(node, zone, &Request::Want(want)).expect("an answer")
@@ -161,6 +162,35 @@ fn the_bound_of_a_lease_follows_what_upstream_takes() {
 }
 
 #[test]
+fn who_says_that_upstream_has_not_refused_it_is_given_more_time() {
+    let mut talk = Talk::new();
+    talk.want_as(1, 0, |want| want.usual = Some(Duration::from_millis(50)));
+    for _ in 0..5 {
+        talk.pass(Duration::from_millis(250));
+        talk.have(1, 0, Holding::Root);
+    }
+    assert_eq!(parent(talk.want(2)), 1, "after 1.25 s");
+    talk.pass(Duration::from_millis(250));
+    talk.have(1, 0, Holding::Root);
+    talk.pulls(3);
+}
+
+#[test]
+fn who_pulls_something_else_lets_others_pull_this() {
+    let mut talk = Talk::new();
+    let busy = |want: &mut Want| want.busy = true;
+    let answer = talk.want_as(1, 0, busy);
+    let Response::Wait { pause } = answer else { panic!("{answer:?}") };
+    talk.pulls(2);
+    talk.pass(pause);
+    assert_eq!(parent(talk.want_as(1, 0, busy)), 2);
+    let mut talk = Talk::new();
+    talk.want_as(1, 0, busy);
+    talk.pass(pause);
+    assert!(matches!(talk.want_as(1, 0, busy), Response::Pull { .. }), "nobody else came");
+}
+
+#[test]
 fn a_root_that_grows_keeps_its_lease_and_a_silent_one_loses_it() {
     let mut talk = Talk::new();
     talk.pulls(1);
@@ -240,6 +270,7 @@ fn repetitions_are_answered_as_before_and_what_was_overtaken_is_not() {
             why,
             avoid: Vec::new(),
             skipped: 0,
+            busy: false,
         })
     };
     let first = talk.say(1, 0, &want(5, Why::New));

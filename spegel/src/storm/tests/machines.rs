@@ -12,7 +12,7 @@ const MAX: Duration = Duration::from_secs(2);
 const RANK: Rank = Rank(8);
 
 fn child(now: Instant) -> Child {
-    let wish = Wish { key: KEY, position: 0, total: Some(64 << 20), usual: None };
+    let wish = Wish { key: KEY, position: 0, total: Some(64 << 20), usual: None, busy: false };
     Child::new(wish, 1, vec![Node(1), Node(2), Node(3)], 100, now + MAX, now)
 }
 
@@ -251,7 +251,7 @@ fn fed(children: u64, each: f64, time: Duration) -> (Parent, Instant, Vec<u64>) 
 
 #[test]
 fn more_are_taken_while_all_keep_up() {
-    assert_eq!(fed(1, 25e6, Duration::from_secs(2)).0.slots(Some(64 << 20), false), 1);
+    assert_eq!(fed(1, 25e6, Duration::from_secs(2)).0.slots(Some(64 << 20), false), 2);
     let (parent, now, shed) = fed(4, 25e6, Duration::from_secs(2));
     assert_eq!((parent.slots(Some(64 << 20), false), parent.capacity(now), shed.len()), (6, None, 0));
     assert_eq!(Parent::new(64, now).slots(Some(1000), false), 16, "what is small comes in one piece");

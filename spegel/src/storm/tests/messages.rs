@@ -29,6 +29,7 @@ fn request() -> impl Strategy<Value = Request> {
                     why: *why,
                     avoid: avoid.into_iter().map(Node).collect(),
                     skipped,
+                    busy: skipped % 2 == 1,
                 }),
                 None => {
                     Request::Have(Have { key, number, position, total, slots, holding: holdings[kind - whys.len()] })

@@ -242,7 +242,13 @@ impl Net {
             self.go_upstream(node);
             return Ok(());
         };
-        let wish = Wish { key: KEY, position: peer.position, total: Some(TOTAL), usual: None };
+        let wish = Wish {
+            key: KEY,
+            position: peer.position,
+            total: Some(TOTAL),
+            usual: None,
+            busy: self.rng.random_bool(0.2),
+        };
         peer.hold = Some((hold, now, deadline));
         peer.child = Some(Child::new(wish, 1, coordinators, peer.numbers, deadline, now));
         self.drive(node)

@@ -69,9 +69,10 @@ impl World {
             self.totals.given_up += 1;
             return self.go_upstream(node, blob);
         };
+        let busy = member.blobs.iter().any(|blob| blob.from == Some(From::Upstream));
         let at = &mut member.blobs[blob];
         let (key, total) = (self.keys[blob], self.lengths[blob]);
-        let wish = Wish { key, position: at.position as u64, total: Some(total), usual: None };
+        let wish = Wish { key, position: at.position as u64, total: Some(total), usual: None, busy };
         let slots = member.parent.slots(Some(total), false);
         let at = &mut member.blobs[blob];
         at.child = Some(Child::new(wish, slots, coordinators, number, deadline, now));
