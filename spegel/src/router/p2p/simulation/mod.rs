@@ -202,6 +202,7 @@ impl Network {
             Event::Told(from, to, offered, withdrawn) => {
                 let Some(addresses) = self.nodes.get(&from).map(|node| node.contact.clone()) else { return };
                 let Some(node) = self.nodes.get_mut(&to) else { return };
+                std::hint::black_box(node.records.touch(&offered));
                 node.records.add(now, offered, from, addresses.addresses());
                 withdrawn.iter().for_each(|id| node.records.withdrawn(id, &from));
             }
