@@ -140,6 +140,23 @@ impl Holdings {
         true
     }
 
+    /// Reads what adding these will read: all rings a step at a time. A thousand simulated nodes do not fit into a processor's cache, and
+    /// reads that do not wait for each other are waited for together.
+    #[cfg(test)]
+    pub(super) fn touch(&self, ids: &[ContentId]) -> u32 {
+        let mut rings: Vec<(u32, u32)> = ids.iter().filter_map(|id| self.last(id)).map(|last| (last, last)).collect();
+        let mut sum = 0;
+        while !rings.is_empty() {
+            rings.retain_mut(|(at, last)| {
+                let slot = &self.slots[*at as usize];
+                sum ^= slot.provider;
+                *at = slot.next;
+                at != last
+            });
+        }
+        sum
+    }
+
     /// What it takes now, in bytes.
     #[cfg(test)]
     pub(super) fn memory(&self) -> usize {

@@ -26,9 +26,9 @@ struct Hostile {
     metrics: RouterMetrics,
 }
 
-fn address(number: u8) -> SocketAddr {
+fn address(network: u8, number: u8) -> SocketAddr {
     let process = u8::try_from(std::process::id() % 200).unwrap() + 20;
-    SocketAddr::from(([127, process, 220, number], PORT))
+    SocketAddr::from(([127, process, network, number], PORT))
 }
 
 fn id(n: u32) -> ContentId {
@@ -44,10 +44,11 @@ fn offer(id: &[u8], provider: &PeerId, address: SocketAddr) -> Vec<u8> {
 }
 
 impl Hostile {
-    fn start() -> Self {
+    /// Each test has a network of its own.
+    fn start(network: u8) -> Self {
         let metrics = RouterMetrics::default();
         let settings = P2pSettings {
-            listen: vec![address(1)],
+            listen: vec![address(network, 1)],
             registry_port: 5_000,
             identity: Identity::fresh(),
             bootstrap: Vec::new(),
@@ -64,7 +65,7 @@ impl Hostile {
             max_records: P2pSettings::MAX_RECORDS,
         };
         let victim = P2pRouter::start(settings, &CancellationToken::new()).unwrap();
-        let to = Contact::new(victim.peer_id().parse().unwrap(), &[address(1)]);
+        let to = Contact::new(victim.peer_id().parse().unwrap(), &[address(network, 1)]);
         let keypair = Keypair::generate_ed25519();
         let local = keypair.public().to_peer_id();
         let (open, opens) = mpsc::channel(QUEUE);
@@ -80,7 +81,7 @@ impl Hostile {
         let mut swarm = behaviour::swarm(setup).unwrap();
         tokio::spawn(async move { while swarm.next().await.is_some() {} });
         let client = Client::new(local, open, RouterMetrics::default());
-        Self { keypair, client, own: address(2), to, victim, metrics }
+        Self { keypair, client, own: address(network, 2), to, victim, metrics }
     }
 
     fn peer(&self) -> PeerId {
@@ -129,7 +130,7 @@ impl Hostile {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_record_that_names_a_third_peer_is_dropped_and_counted() {
-    let hostile = Hostile::start();
+    let hostile = Hostile::start(220);
     let third = PeerId::random();
     for n in 1..=3 {
         hostile.say(Purpose::Kademlia, &offer(&id(7).multihash(), &third, hostile.own)).await;
@@ -142,7 +143,7 @@ async fn a_record_that_names_a_third_peer_is_dropped_and_counted() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_used_is_dropped_and_counted() {
-    let hostile = Hostile::start();
+    let hostile = Hostile::start(221);
     let elsewhere = SocketAddr::from(([10, 1, 2, 3], PORT));
     hostile.say(Purpose::Kademlia, &offer(b"no content", &hostile.peer(), hostile.own)).await;
     hostile.refused("key", 1).await;

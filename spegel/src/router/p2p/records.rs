@@ -88,6 +88,12 @@ impl Records {
         self.foreign.len()
     }
 
+    /// Reads what adding these will read.
+    #[cfg(test)]
+    pub(super) fn touch(&self, ids: &[ContentId]) -> u32 {
+        self.foreign.touch(ids)
+    }
+
     /// What the records of others take now, in bytes.
     #[cfg(test)]
     pub(super) fn memory(&self) -> usize {

@@ -27,6 +27,8 @@ struct Item {
 #[derive(Debug, Default)]
 pub(super) struct News {
     items: BTreeMap<NewsId, Item>,
+    /// The same by whom they are about.
+    by_tag: BTreeSet<(Tag, NewsId)>,
     /// How many are still passed on.
     hot: usize,
 }
@@ -36,12 +38,15 @@ pub(super) struct News {
 impl News {
     /// Passes this on from now, and nothing older about the same member. What was heard before stays as it is.
     pub(super) fn spread(&mut self, now: Instant, name: NewsId, tag: Tag) {
-        for older in self.items.values_mut().filter(|item| item.tag == tag && item.left > 0) {
-            older.left = 0;
-            self.hot -= 1;
+        for (_, older) in self.by_tag.range((tag, NewsId(0))..=(tag, NewsId(u32::MAX))) {
+            if let Some(older) = self.items.get_mut(older).filter(|older| older.left > 0) {
+                older.left = 0;
+                self.hot -= 1;
+            }
         }
         if self.items.len() < MAX_NEWS && !self.items.contains_key(&name) {
             self.items.insert(name, Item { tag, left: PATIENCE, at: now });
+            self.by_tag.insert((tag, name));
             self.hot += 1;
         }
     }
@@ -83,10 +88,13 @@ impl News {
     }
 
     pub(super) fn sweep(&mut self, now: Instant) {
-        let hot = &mut self.hot;
-        self.items.retain(|_, item| {
+        let (hot, by_tag) = (&mut self.hot, &mut self.by_tag);
+        self.items.retain(|name, item| {
             let kept = now.saturating_duration_since(item.at) < KEPT;
             *hot -= usize::from(!kept && item.left > 0);
+            if !kept {
+                by_tag.remove(&(item.tag, *name));
+            }
             kept
         });
     }
@@ -118,6 +126,6 @@ mod tests {
         news.spread(now, NewsId(3), Tag(8));
         assert_eq!(news.tell(&BTreeSet::new()), [NewsId(3)], "only the newest about one member");
         news.sweep(now + KEPT);
-        assert_eq!((news.about(name), news.is_hot()), (None, false));
+        assert_eq!((news.about(name), news.is_hot(), news.by_tag.len()), (None, false, 0));
     }
 }

@@ -176,14 +176,16 @@ impl Node {
         self.due = Some(advertise::pace(P2pSettings::ADVERTISE_TTL).1);
     }
 
-    /// As the advertiser's loop.
-    pub(super) fn plan(&mut self) {
+    /// As the advertiser's loop. A node that has no member list walks to those nearest to each key, and `everyone` is what it finds.
+    pub(super) fn plan(&mut self, everyone: &Table) {
         while self.due.is_some() || (self.outbox.is_clear() && !self.offers.is_idle()) {
             let mut batch = self.offers.take(self.due.take(), &self.table);
             let mut plan = Plan::new();
             while !batch.is_empty() {
-                batch.place(&self.table, &mut plan);
+                batch.place(if self.membership.is_some() { &self.table } else { everyone }, &mut plan);
             }
+            // It does not tell itself.
+            plan.remove(&self.contact.peer());
             self.outbox.add(plan);
         }
     }
