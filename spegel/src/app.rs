@@ -28,7 +28,7 @@ use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, 
 use crate::web::Web;
 use crate::{hosts, metrics};
 
-pub use trace::trace;
+pub use trace::{trace, write_out};
 
 /// How often it is looked whether responses are still under way.
 const POLL: Duration = Duration::from_millis(20);

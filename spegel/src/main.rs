@@ -9,12 +9,14 @@ fn main() -> ExitCode {
         Ok(invocation) => invocation,
         Err(code) => return code,
     };
-    let _lines = app::trace(&invocation.log);
-    match app::run(invocation.command) {
+    let lines = app::trace(&invocation.log);
+    let code = match app::run(invocation.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{}", app::describe(&error));
             ExitCode::FAILURE
         }
-    }
+    };
+    app::write_out(lines);
+    code
 }

@@ -4,7 +4,9 @@
 //! is dropped and counted.
 
 use std::io::IsTerminal as _;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
@@ -17,6 +19,9 @@ use crate::cli::{Log, LogFormat, LogLevel};
 
 /// Lines that wait to be written; some MiB at the most.
 const WAITING: usize = 8192;
+
+/// How long lines may take to be written at the end.
+const LAST_LINES: Duration = Duration::from_millis(500);
 
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
@@ -45,6 +50,19 @@ pub fn trace(log: &Log) -> WorkerGuard {
         LogFormat::Text => lines.with_ansi(terminal).init(),
     }
     guard
+}
+
+/// Writes the lines that wait, for no longer than half a second: standard error may be stuck.
+pub fn write_out(guard: WorkerGuard) {
+    let (done, is_done) = mpsc::channel::<()>();
+    // Its end ends the wait, and so does a thread that cannot be had.
+    let writing = thread::Builder::new().name("last-lines".into()).spawn(move || {
+        drop(guard);
+        drop(done);
+    });
+    if writing.is_ok() {
+        let _ = is_done.recv_timeout(LAST_LINES);
+    }
 }
 
 /// Tells how many lines were dropped.

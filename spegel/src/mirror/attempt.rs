@@ -3,13 +3,13 @@
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeouts};
 use super::fetch::{Streamed, Taken, Use};
@@ -156,10 +156,11 @@ async fn manifest(
     }
     let permit = shared.afford(response.head.content_length).await?;
     let bound = shared.settings.stall;
-    let bytes = read_whole(shared, &mut response, permit).await?.ok_or(PeerError::Late { what: "body", bound })?;
+    let bytes = read_whole(shared, &mut response, permit, 1).await?.ok_or(PeerError::Late { what: "body", bound })?;
     if !verify::matches(&digest, &bytes) {
         return Err(PeerError::WrongBytes);
     }
+    let bytes = shared.deliver(wanted, bytes)?;
     let media_type = response.head.content_type.take();
     shared.keep(address, response);
     Ok(Verified { digest, bytes, media_type })
@@ -207,7 +208,7 @@ async fn small(
 ) -> Result<Option<Verified>, PeerError> {
     let bound = shared.settings.stall;
     let permit = shared.afford(response.head.content_length).await?;
-    let Some(bytes) = read_whole(shared, response, permit).await? else {
+    let Some(bytes) = read_whole(shared, response, permit, 2).await? else {
         let late = PeerError::Late { what: "body", bound };
         let Some(before) = response.head.receiving else { return Err(late) };
         // It does not send what it had.
@@ -225,7 +226,7 @@ async fn small(
             None => PeerError::WrongBytes,
         });
     }
-    Ok(Some(Verified { digest: digest.clone(), bytes, media_type: None }))
+    Ok(Some(Verified { digest: digest.clone(), bytes: shared.deliver(wanted, bytes)?, media_type: None }))
 }
 
 impl Shared {
@@ -280,10 +281,22 @@ fn told_range(head: &PeerHead) -> Option<ContentRange> {
     head.content_range.as_deref().and_then(|text| text.parse().ok())
 }
 
-/// Bytes that count against the budget as long as anybody has them.
+/// Bytes that count against a budget as long as anybody has them.
 struct Afforded {
     bytes: Bytes,
     _permit: OwnedSemaphorePermit,
+}
+
+impl Shared {
+    /// Verified bytes on their way to a client. They count against another budget than those that are being verified, which slow clients must not
+    /// use up; beyond it only our own containerd gets any.
+    fn deliver(&self, wanted: &Wanted, bytes: Bytes) -> Result<Bytes, PeerError> {
+        match Arc::clone(&self.deliveries).try_acquire_many_owned(kib(bytes.len() as u64)) {
+            Ok(permit) => Ok(Bytes::from_owner(Afforded { bytes, _permit: permit })),
+            Err(_) if wanted.is_own => Ok(bytes),
+            Err(_) => Err(PeerError::NoMemory(Duration::ZERO)),
+        }
+    }
 }
 
 impl AsRef<[u8]> for Afforded {
@@ -292,14 +305,16 @@ impl AsRef<[u8]> for Afforded {
     }
 }
 
-/// Reads a small body to its end. In each stall timeout as much has to come as the floor says. None if less came; what did is in the response
-/// again.
+/// Reads a small body to its end, which takes so many `times` the stall timeout at the most, in each of which as much has to come as the floor says.
+/// None if less came; what did is in the response again.
 async fn read_whole(
     shared: &Shared,
     response: &mut PeerResponse,
     permit: OwnedSemaphorePermit,
+    times: u32,
 ) -> Result<Option<Bytes>, PeerError> {
     let (bound, floor) = (shared.settings.stall, shared.settings.floor);
+    let deadline = tokio::time::Instant::now() + bound * times;
     let length = usize::try_from(response.head.content_length).map_err(|_| PeerError::Malformed("too long"))?;
     let least = usize::try_from(floor.saturating_mul(bound.as_secs().max(1))).unwrap_or(usize::MAX).max(1);
     let mut bytes = BytesMut::with_capacity(length);
@@ -307,13 +322,15 @@ async fn read_whole(
     let is_growing = response.head.receiving.is_some();
     loop {
         let before = bytes.len();
-        match timeout(bound, fill(&mut response.stream, &mut bytes, length)).await {
+        let until = deadline.min(tokio::time::Instant::now() + bound);
+        match timeout_at(until, fill(&mut response.stream, &mut bytes, length)).await {
             Ok(Ok(())) => {
-                return Ok(Some(Bytes::from_owner(Afforded { bytes: bytes.freeze(), _permit: permit })));
+                drop(permit);
+                return Ok(Some(bytes.freeze()));
             }
             Ok(Err(error)) if is_growing && error.kind() == ErrorKind::UnexpectedEof => return Err(PeerError::GaveUp),
             Ok(Err(error)) => return Err(PeerError::Lost(error)),
-            Err(_) if bytes.len() - before >= least => {}
+            Err(_) if bytes.len() - before >= least && until < deadline => {}
             Err(_) => {
                 response.leftover = bytes.freeze();
                 return Ok(None);

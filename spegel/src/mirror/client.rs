@@ -21,7 +21,7 @@ const MAX_HEADERS: usize = 64;
 
 /// How many addresses of one peer are tried, and how long after each other: all of them within the bound of one
 /// ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)).
-const MAX_TRIED: usize = 4;
+pub(super) const MAX_TRIED: usize = 4;
 const STAGGER: Duration = Duration::from_millis(100);
 
 /// The response header of a busy node's 503 that names others: addresses of registries, with commas between.

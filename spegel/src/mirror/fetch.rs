@@ -32,7 +32,8 @@ const MORE: usize = 3;
 /// How long a search goes on for the sake of later requests.
 const SEARCH_ON: Duration = Duration::from_secs(2);
 
-type Attempt = BoxFuture<'static, (Peer, Result<Taken, PeerError>)>;
+/// A peer as it is known, what of it was met, and what it gave.
+type Attempt = BoxFuture<'static, (Peer, Peer, Result<Taken, PeerError>)>;
 
 /// A good answer.
 pub(super) enum Taken {
@@ -120,7 +121,10 @@ async fn race_once(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(Peer, Taken
     let is_whole = wanted.range.is_none() && !wanted.head_only && matches!(wanted.key, Key::Digest(_));
     let flight = is_whole.then(|| shared.flights.join(&wanted.key));
     let Some(flight) = flight else { return race(shared, wanted, &HashSet::new()).await };
-    let mut landed = flight.turn().await;
+    // One who came upon a slow peer must not keep the others from better ones.
+    let Ok(mut landed) = timeout(shared.settings.hold, flight.turn()).await else {
+        return race(shared, wanted, &HashSet::new()).await;
+    };
     match &*landed {
         Landed::Content(content) => {
             let (peer, verified) = (**content).clone();
@@ -208,14 +212,15 @@ impl Race<'_> {
             }
             tokio::select! {
                 biased;
-                Some((peer, result)) = self.attempts.next() => match result {
+                Some((peer, met, result)) = self.attempts.next() => match result {
                     Ok(taken) => {
                         self.shared.sources.found(&self.wanted.key, &peer, now());
                         self.learn(&taken);
-                        return Some((peer, taken));
+                        return Some((met, taken));
                     }
                     Err(error) => {
-                        self.gave_nothing(&peer, error);
+                        self.asked.extend(&met.addresses);
+                        self.gave_nothing(&met, error);
                         hedge_at = Instant::now();
                     }
                 },
@@ -284,7 +289,7 @@ impl Race<'_> {
             };
             self.tried += 1;
             self.met += 1;
-            self.asked.extend(&peer.addresses);
+            self.asked.insert(first);
             let (shared, wanted) = (Arc::clone(self.shared), self.wanted.clone());
             self.attempts.push(Box::pin(async move {
                 let (start, mut contact) = (now(), Contact::default());
@@ -293,13 +298,14 @@ impl Race<'_> {
                 shared.metrics.attempted(outcome(&result));
                 let now = now();
                 let took = [contact.answered.unwrap_or(now), now].map(|end| end.duration_since(start));
-                // Only what was met is judged: a peer may name addresses that are others'.
-                let peer = match contact.address {
-                    Some(address) => Peer { addresses: vec![address], ..peer },
-                    None => peer,
+                // Only what was met is judged, or what was tried in vain: a peer may name addresses that are others'.
+                let addresses = match contact.address {
+                    Some(address) => vec![address],
+                    None => peer.addresses.iter().take(client::MAX_TRIED).copied().collect(),
                 };
-                shared.judge(&wanted.key, &peer, took, &result);
-                (peer, result)
+                let met = Peer { addresses, ..peer.clone() };
+                shared.judge(&wanted.key, &met, took, &result);
+                (peer, met, result)
             }));
             return Some(patience);
         }

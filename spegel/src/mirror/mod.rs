@@ -251,6 +251,7 @@ struct Shared {
     lineage: Arc<lineage::Lineage>,
     flights: flights::Flights,
     budget: Arc<Semaphore>,
+    deliveries: Arc<Semaphore>,
     metrics: MirrorMetrics,
 }
 
@@ -291,6 +292,7 @@ impl Mirror {
             lineage: Arc::default(),
             flights: flights::Flights::default(),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
+            deliveries: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
             metrics,
         };
         Self { shared: Arc::new(shared) }

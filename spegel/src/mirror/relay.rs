@@ -57,6 +57,8 @@ struct State {
     fed: Option<Tie>,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
+    /// The present peer has done nothing wrong, and is left for one that says that it has all of it.
+    is_left: bool,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
@@ -74,6 +76,7 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         _use_of: use_of,
         fed,
         broken: HashSet::new(),
+        is_left: false,
     };
     let chain = Arc::new(Chain {
         shared: Arc::clone(shared),
@@ -199,7 +202,9 @@ impl Chain {
             if !is_step && step.1.elapsed() >= SLOWEST * chain.shared.settings.stall {
                 return false;
             }
-            if now <= before && chain.is_elsewhere(address).await {
+            if !is_step && chain.is_elsewhere(address).await {
+                let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
+                state.is_left = true;
                 return false;
             }
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -229,10 +234,17 @@ impl Chain {
 
     /// Finds another peer for the bytes from `offset` of the body on.
     fn resume(chain: Arc<Self>, offset: u64, cause: &io::Error) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
-        let (wanted, broken) = chain.rest(offset, cause);
+        let (wanted, broken, left) = chain.rest(offset, cause);
         Box::pin(async move {
             let _sought = chain.shared.seek(&wanted, chain.start + offset);
-            let streamed = match race(&chain.shared, &wanted, &broken).await {
+            let mut excluded = broken.clone();
+            excluded.extend(left);
+            let mut found = race(&chain.shared, &wanted, &excluded).await;
+            if found.is_err() && left.is_some() {
+                // It was not true that another has it.
+                found = race(&chain.shared, &wanted, &broken).await;
+            }
+            let streamed = match found {
                 Ok((_, Taken::Streamed(streamed))) if streamed.part.is_some_and(|(_, total)| total == chain.total) => {
                     streamed
                 }
@@ -260,15 +272,17 @@ impl Chain {
         })
     }
 
-    fn rest(&self, offset: u64, cause: &io::Error) -> (Wanted, HashSet<SocketAddr>) {
+    /// What is still wanted, who is not to be asked for it, and who only if nobody else gives it.
+    fn rest(&self, offset: u64, cause: &io::Error) -> (Wanted, HashSet<SocketAddr>, Option<SocketAddr>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
         // One that our client left waiting is as good as any.
-        if cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {
+        let is_left = std::mem::take(&mut state.is_left);
+        if !is_left && cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {
             self.shared.broke(&self.wanted, address, state.gave_up(cause));
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
         let wanted = Wanted { range: Some(range), total: Some(self.total), resumes: true, ..self.wanted.clone() };
-        (wanted, state.broken.clone())
+        (wanted, state.broken.clone(), is_left.then_some(address))
     }
 }

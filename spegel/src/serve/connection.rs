@@ -35,7 +35,7 @@ const COPIED: usize = 8 << 10;
 /// Answers from memory in a turn, before other connections get theirs.
 const ANSWERS: usize = 16;
 
-/// Bytes of heads that are not whole, of all connections together: whoever has sent half of one may take its time for the other.
+/// Bytes of heads that are not whole or not answered, of all connections together: whoever has sent half of one may take its time for the other.
 const UNFINISHED: usize = 8 << 20;
 
 /// How long a connection that is one too many may take for its head. Its place is wanted for the next.
@@ -80,7 +80,8 @@ pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings:
         limits.header_read = limits.header_read.min(REFUSED_HEAD);
     }
     let watch = Watch::new(limits);
-    let mut lane = Lane { client, settings, phase: Phase::Bare(Bare::fresh(stream)), watch, draining: false };
+    let mut lane =
+        Lane { client, settings, phase: Phase::Bare(Bare::fresh(stream)), watch, draining: false, head: None };
     let (mut drain, mut abort) = (pin!(shared.stop.drain.cancelled()), pin!(shared.stop.abort.cancelled()));
     let mut armed = false;
     let end = poll_fn(|cx| {
@@ -121,6 +122,8 @@ struct Lane {
     phase: Phase,
     watch: Watch,
     draining: bool,
+    /// The bytes of the head that hyper was given.
+    head: Option<Unfinished>,
 }
 
 enum Phase {
@@ -183,6 +186,9 @@ impl Lane {
     }
 
     fn enter_http(&mut self, unread: Bytes) -> io::Result<()> {
+        // What is in its headers stays as long as the request is under way.
+        let held = Unfinished::new(&self.client.shared.unfinished, unread.len());
+        self.head = Some(held.ok_or_else(|| io::Error::other("no memory for more requests"))?);
         let Phase::Bare(bare) = std::mem::replace(&mut self.phase, Phase::Nothing) else { return Ok(()) };
         let is_last = self.client.is_refused || self.draining;
         let session = Session::new(bare.stream, unread, is_last, &self.client, &self.settings)?;
@@ -191,6 +197,7 @@ impl Lane {
     }
 
     fn enter_bare(&mut self) {
+        self.head = None;
         if let Phase::Http(session) = std::mem::replace(&mut self.phase, Phase::Nothing) {
             let (stream, unread) = session.into_parts();
             self.phase = Phase::Bare(Bare::new(stream, unread));
@@ -234,7 +241,7 @@ enum Next {
     Http(Bytes),
 }
 
-/// So many bytes among those of heads that are not whole, until dropped.
+/// So many bytes among those of heads that are not whole or not answered, until dropped.
 struct Unfinished {
     all: Arc<AtomicUsize>,
     bytes: usize,

@@ -57,6 +57,8 @@ pub(super) fn parse<T>(buffer: &[u8], longest: usize, answer: impl FnOnce(&Head<
     let length = match request.parse_with_uninit_headers(buffer, &mut headers) {
         Ok(httparse::Status::Complete(length)) => length,
         Ok(httparse::Status::Partial) if buffer.len() < longest => return Parsed::Partial,
+        // It may have any number of them; whole it is hyper's.
+        Err(httparse::Error::TooManyHeaders) if buffer.len() < longest && !has_end(buffer) => return Parsed::Partial,
         _ => return Parsed::Other,
     };
     let (Some(method), Some(target), Some(1)) = (request.method, request.path, request.version) else {
@@ -70,6 +72,11 @@ pub(super) fn parse<T>(buffer: &[u8], longest: usize, answer: impl FnOnce(&Head<
         Some(answer) => Parsed::Answered(length, answer),
         None => Parsed::Other,
     }
+}
+
+/// Whether an empty line ends a head in it.
+fn has_end(buffer: &[u8]) -> bool {
+    buffer.windows(4).any(|window| window == b"\r\n\r\n") || buffer.windows(2).any(|window| window == b"\n\n")
 }
 
 /// Whether a header leaves the connection and the request's body out of the matter.
@@ -169,6 +176,9 @@ mod tests {
         ] {
             assert_eq!(taken(&format!("GET / HTTP/1.1\r\n{header}\r\n\r\n")), None, "{header}");
         }
+        let cut: String = (0..=HEADERS).map(|n| format!("x-{n}: y\r\n")).collect();
+        let cut = format!("GET / HTTP/1.1\r\n{cut}");
+        assert!(matches!(parse(cut.as_bytes(), 4096, |_| Some(())), Parsed::Partial));
         let many: String = (0..=HEADERS).map(|n| format!("x-{n}: y\r\n")).collect();
         assert_eq!(taken(&format!("GET / HTTP/1.1\r\n{many}\r\n")), None);
     }

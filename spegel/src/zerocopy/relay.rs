@@ -53,6 +53,9 @@ type OnEnd = Box<dyn FnOnce(RelayEnd) + Send>;
 /// Where a peer was left waiting for so long, its end is not its fault: the error is `ConnectionAborted` then.
 const LEFT_WAITING: Duration = Duration::from_secs(10);
 
+/// After how long a peer is read although there is still something of it to send.
+const TOP_UP: Duration = Duration::from_secs(2);
+
 /// A peer's response body on its way to a client, exactly `len` bytes of it.
 pub struct Relay {
     peer: TcpStream,
@@ -125,6 +128,7 @@ impl Relay {
             resuming: None,
             resumed_at: None,
             read_at: None,
+            left_waiting: false,
             failed: None,
             on_end,
         };
@@ -188,6 +192,8 @@ pub(super) struct RelaySource {
     resumed_at: Option<u64>,
     /// When bytes of the peer's were last taken, if it has not been waited for since.
     read_at: Option<Instant>,
+    /// It once had to wait for our client for long, and may have given up before what it had sent was read.
+    left_waiting: bool,
     failed: Option<io::Error>,
     on_end: EndHook,
 }
@@ -235,6 +241,7 @@ impl RelaySource {
                 Poll::Pending => return Ok(Push::Waiting),
             }
         }
+        self.top_up();
         match self.drain(client, max) {
             Ok(n) => {
                 self.on_end.sent += n as u64;
@@ -242,6 +249,22 @@ impl RelaySource {
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(Push::ClientFull),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Takes what there is room for from a peer that was not read for a while, since our client is slow: it must see that somebody is there. Whether
+    /// it has ended shows when nothing is held any more.
+    fn top_up(&mut self) {
+        if self.read_at.is_none_or(|at| at.elapsed() < TOP_UP) {
+            return;
+        }
+        let (Some(peer), Some(pipe)) = (&self.peer, &mut self.pipe) else { return };
+        if self.transfer == Transfer::Zerocopy
+            && let Ok(n @ 1..) = splice_in(peer, pipe, self.unread)
+        {
+            self.unread -= n as u64;
+            self.read_at = Some(Instant::now());
+            self.stall.gained(n);
         }
     }
 
@@ -267,6 +290,7 @@ impl RelaySource {
     /// Makes `peer` the source of what is left, on the runtime that this is called on.
     fn adopt(&mut self, peer: TcpStream, prefetched: Bytes) -> io::Result<()> {
         self.peer = Some(TcpStream::from_std(peer.into_std()?)?);
+        (self.read_at, self.left_waiting) = (None, false);
         if prefetched.len() as u64 > self.unread {
             return Err(io::Error::new(ErrorKind::InvalidData, "the peer sent more than it said"));
         }
@@ -320,10 +344,10 @@ impl RelaySource {
                     Err(error) => return Poll::Ready(Err(error)),
                 }
             }
-            let unread_for = self.read_at.take().map_or(Duration::ZERO, |at| at.elapsed());
+            self.left_waiting |= self.read_at.take().is_some_and(|at| at.elapsed() >= LEFT_WAITING);
             let read = if self.stall.too_slow() { Poll::Pending } else { self.read(cx) };
             let error = match read {
-                Poll::Ready(Ok(0) | Err(_)) if unread_for >= LEFT_WAITING => io::Error::new(
+                Poll::Ready(Ok(0) | Err(_)) if self.left_waiting => io::Error::new(
                     ErrorKind::ConnectionAborted,
                     "our client took nothing for so long that the peer gave up",
                 ),
@@ -413,7 +437,7 @@ impl RelaySource {
 }
 
 fn splice_in(peer: &TcpStream, pipe: &mut Pipe, unread: u64) -> io::Result<usize> {
-    let len = usize::try_from(unread).unwrap_or(usize::MAX).min(pipe.capacity());
+    let len = usize::try_from(unread).unwrap_or(usize::MAX).min(pipe.capacity().saturating_sub(pipe.held()));
     let into = pipe.write_end()?;
     let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
     let n = peer.try_io(Interest::READABLE, || Ok(rustix::pipe::splice(peer, None, into, None, len, flags)?))?;
