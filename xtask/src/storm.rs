@@ -6,7 +6,9 @@
 #[path = "../../spegel/src/storm/mod.rs"]
 mod machines;
 
+mod chart;
 mod fluid;
+mod lab;
 mod report;
 mod scenario;
 mod world;
@@ -24,8 +26,23 @@ use scenario::{Kill, Scenario};
 #[derive(Debug, Args)]
 pub(crate) struct Storm {
     /// Simulate so many nodes, in a model of their links: the daemon's own state machines, no process, no socket
-    #[arg(long, value_name = "N", value_delimiter = ',', required = true)]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
     simulate: Vec<usize>,
+    /// How many nodes with a real containerd each, where nothing is simulated; needs root
+    #[arg(long, default_value_t = 8, value_name = "N", conflicts_with = "simulate")]
+    nodes: usize,
+    /// Run this program on each node instead of building spegel
+    #[arg(long, value_name = "PATH", conflicts_with = "simulate")]
+    binary: Option<PathBuf>,
+    /// Run no mirror at all
+    #[arg(long, conflicts_with = "simulate")]
+    no_mirror: bool,
+    /// Arguments for every mirror
+    #[arg(long, num_args = 1.., allow_hyphen_values = true, value_name = "ARGUMENT", conflicts_with = "simulate")]
+    with: Vec<String>,
+    /// Draw what each node had over time, and who gave it, into this SVG file
+    #[arg(long, value_name = "FILE", conflicts_with = "simulate")]
+    svg: Option<PathBuf>,
     /// What upstream sends in all
     #[arg(long, default_value = "200mbit", value_parser = rate)]
     upstream: f64,
@@ -33,7 +50,7 @@ pub(crate) struct Storm {
     #[arg(long, default_value = "1gbit", value_parser = rate)]
     node: f64,
     /// What one connection to upstream carries [default: what upstream's link does]
-    #[arg(long, value_parser = rate)]
+    #[arg(long, value_parser = rate, requires = "simulate")]
     throttle: Option<f64>,
     /// How many layers the image has
     #[arg(long, default_value_t = 1)]
@@ -45,40 +62,40 @@ pub(crate) struct Storm {
     #[arg(long, default_value_t = 0.0)]
     stagger: f64,
     /// How many percent of the nodes die in a minute, half of them without a word, each replaced by a new one
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, requires = "simulate")]
     churn: f64,
     /// Kill a node when the first layer is half way
     #[arg(long)]
     kill: Option<Kill>,
     /// Kill it without a word to those connected, as when a machine is lost
-    #[arg(long)]
+    #[arg(long, requires = "simulate")]
     silent: bool,
-    /// How many nodes send a tenth as fast as the others
-    #[arg(long, default_value_t = 0)]
+    /// How many nodes send a tenth as fast as the others [if not told: 1]
+    #[arg(long = "slow-node", default_value_t = 0, num_args = 0..=1, default_missing_value = "1", value_name = "N")]
     slow: usize,
-    /// How many of those that ask upstream first it refuses
-    #[arg(long, default_value_t = 0)]
+    /// How many nodes upstream refuses [if not told: 1]; of simulated ones those that ask it first
+    #[arg(long, default_value_t = 0, num_args = 0..=1, default_missing_value = "1", value_name = "N")]
     refuse: usize,
-    /// How many nodes do not speak the protocol
-    #[arg(long, default_value_t = 0)]
-    mute: usize,
-    /// How many other nodes have the image already
-    #[arg(long, default_value_t = 0)]
+    /// Half of the nodes do not speak the protocol
+    #[arg(long)]
+    mixed: bool,
+    /// How many other nodes have the image already [if not told: 1]
+    #[arg(long, default_value_t = 0, num_args = 0..=1, default_missing_value = "1", value_name = "N")]
     seeds: usize,
     /// How many zones the nodes are in
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, requires = "simulate")]
     zones: u32,
     /// How long upstream's first byte takes, in milliseconds
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 300, requires = "simulate")]
     first_byte: u64,
     /// For how many seconds one pull may be held in all
     #[arg(long, default_value_t = 2.0)]
     max_wait: f64,
     /// Chance: the same seed, the same run
-    #[arg(long, value_delimiter = ',', default_value = "1")]
+    #[arg(long, value_delimiter = ',', default_value = "1", requires = "simulate")]
     seed: Vec<u64>,
     /// All scenarios of the table of aims, beside the same with the protocol off
-    #[arg(long)]
+    #[arg(long, requires = "simulate")]
     table: bool,
     /// Without the protocol
     #[arg(long)]
@@ -102,6 +119,9 @@ impl Storm {
             "an image has at least a layer, and that a byte"
         );
         ensure!(self.zones > 0 && self.simulate.iter().all(|nodes| *nodes > 0), "there is at least one node and zone");
+        if self.simulate.is_empty() {
+            return lab::run(&self);
+        }
         let mut outcomes = Vec::new();
         report::header();
         for seed in &self.seed {
@@ -140,7 +160,7 @@ impl Storm {
             silent: self.silent,
             slow: self.slow,
             refuse: self.refuse,
-            mute: self.mute.min(nodes),
+            mute: if self.mixed { nodes / 2 } else { 0 },
             seeds: self.seeds,
             zones: self.zones,
             first_byte: Duration::from_millis(self.first_byte),

@@ -63,6 +63,11 @@ impl RememberedPeers {
         Ok(removed)
     }
 
+    /// Who is remembered now; nobody if that cannot be read.
+    pub fn known(&self) -> Vec<BootstrapPeer> {
+        self.read().unwrap_or_default()
+    }
+
     fn read(&self) -> io::Result<Vec<BootstrapPeer>> {
         let mut bytes = Vec::new();
         File::open(&self.path)?.take(MAX_FILE).read_to_end(&mut bytes)?;
@@ -103,6 +108,7 @@ mod tests {
         assert_eq!(remembered.peers().await.unwrap(), []);
         remembered.remember(&[peer(1), peer(2)]).unwrap();
         assert_eq!(remembered.peers().await.unwrap(), [peer(1), peer(2)]);
+        assert_eq!(remembered.known(), [peer(1), peer(2)]);
         remembered.remember(&(0..200).map(peer).collect::<Vec<_>>()).unwrap();
         assert_eq!(remembered.peers().await.unwrap().len(), MAX_KEPT);
         assert_eq!(RememberedPeers::forget(dir.path()).unwrap(), Some(dir.path().join(FILE)));

@@ -13,8 +13,9 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, sleep_until, timeout};
 use tracing::{debug, info};
 
+use super::attempt::{Contact, attempt};
 use super::client::{PeerError, Timeouts};
-use super::fetch::{Taken, Use, attempt};
+use super::fetch::{Taken, Use};
 use super::relay;
 use super::{Shared, StormSettings, Wanted};
 use crate::oci::{Digest, Key, RangeSpec};
@@ -331,7 +332,8 @@ impl<'a> Holding<'a> {
         let (shared, wanted) = (Arc::clone(self.shared), self.wanted.clone());
         Some(Box::pin(async move {
             let wanted = Wanted { wait: Some(WAIT), rank: Some(rank), ..wanted };
-            let result = attempt(&shared, &wanted, &peer, timeouts, Use::new(&shared, first)).await;
+            let result =
+                attempt(&shared, &wanted, &peer, timeouts, Use::new(&shared, first), &mut Contact::default()).await;
             (peer, result)
         }))
     }

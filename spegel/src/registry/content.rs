@@ -13,7 +13,7 @@ use tracing::warn;
 use super::metrics::ClientKind;
 use super::promises::{Client, Refusal};
 use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
+use crate::mirror::{Asker, Chain, Content, Found, Gate, Kind, NodeId, Tie, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
@@ -154,6 +154,7 @@ impl Registry {
         {
             return Ok(answer);
         }
+        self.note_pull(ask, reference);
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, "no node has this manifest");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
@@ -164,6 +165,8 @@ impl Registry {
             kind: Kind::Manifest,
             head_only: ask.head_only,
             range: None,
+            total: None,
+            resumes: false,
             gate: None,
             node: self.fed_node(ask),
             feeds_us: false,
@@ -198,7 +201,8 @@ impl Registry {
             return Ok(None);
         }
         let Ok(media_type) = MediaType::detect(&bytes) else { return Ok(None) };
-        let response = respond::manifest(digest, media_type.as_str(), Body::bytes(bytes));
+        // Not these bytes: a client that takes its time would keep them in memory.
+        let response = respond::manifest(digest, media_type.as_str(), Body::file(blob.file, 0, blob.size));
         Ok(Some(Answer::from(response, Source::Local)))
     }
 
@@ -220,6 +224,7 @@ impl Registry {
         if let Some(answer) = self.local_blob(ask, digest).await {
             return Ok(answer);
         }
+        self.note_pull(ask, &TagOrDigest::Digest(digest.clone()));
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
@@ -237,6 +242,8 @@ impl Registry {
             kind: Kind::Blob,
             head_only: ask.head_only,
             range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
+            total: self.told_total(ask, digest),
+            resumes: false,
             gate: Some(self.gate(ask, digest)),
             node: self.fed_node(ask),
             feeds_us: self.may_be_ours(ask),
@@ -253,15 +260,15 @@ impl Registry {
 
     /// What this node has, or receives. Only where the asker cannot be who receives it here is the latter looked for.
     async fn local_blob(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
-        let chain = if self.may_be_ours(ask) { None } else { self.chain_below(ask, digest) };
-        let found = match chain {
-            None => self.open(ask, digest).await.map(Local::Complete),
-            Some(_) => self.find(ask, digest).await,
+        let found = if self.may_be_ours(ask) || self.is_above(ask, digest) {
+            self.open(ask, digest).await.map(Local::Complete)
+        } else {
+            self.find(ask, digest).await
         };
         let found = found?;
-        let size = match &found {
-            Local::Complete(blob) => blob.size,
-            Local::Receiving(receiving) => receiving.total,
+        let (size, admitted) = match &found {
+            Local::Complete(blob) => (blob.size, None),
+            Local::Receiving(receiving) => (receiving.total, Some(self.admit(ask, digest, receiving)?)),
         };
         if let (true, Local::Complete(blob)) = (ask.mirrored && ask.complains, &found) {
             self.audits.hear(digest, Arc::clone(&blob.file), size, Instant::now());
@@ -273,16 +280,17 @@ impl Registry {
                 return Some(self.busy(ask, digest));
             }
         }
-        let Answer { response, source, held } = match found {
-            Local::Complete(blob) => self.complete_blob(ask, digest, &blob),
-            Local::Receiving(Receiving { growing, total }) => {
-                let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
-                let mut answer = self.give(ask, digest, total, Source::Receiving, body);
-                respond::mark_receiving(&mut answer.response, growing.progress().position, total, &chain?);
+        let (chain, tie) = admitted.unzip();
+        let Answer { response, source, held } = match &found {
+            Local::Complete(blob) => self.complete_blob(ask, digest, blob),
+            Local::Receiving(receiving) => {
+                let body = |start, end: u64| Body::growing(receiving.growing.clone(), start, end - start);
+                let mut answer = self.give(ask, digest, size, Source::Receiving, body);
+                respond::mark_receiving(&mut answer.response, receiving, &chain?);
                 answer
             }
         };
-        Some(Answer { response: response.map(|body| body.with_end(move |_| drop(upload))), source, held })
+        Some(Answer { response: response.map(|body| body.with_end(move |_| drop((upload, tie)))), source, held })
     }
 
     fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
@@ -359,14 +367,38 @@ impl Registry {
         }
     }
 
-    /// The nodes that a blob comes through for those who get it from here while it is received, unless the asker is one of them or
-    /// they are too many.
-    fn chain_below(&self, ask: &Ask, digest: &Digest) -> Option<Chain> {
-        let above = self.settings.mirror.lineage(digest);
+    /// Whether the asker gives it to us, so that there is no point in waiting for anything.
+    fn is_above(&self, ask: &Ask, digest: &Digest) -> bool {
+        matches!(&ask.client, Client::Node(name) if self.settings.mirror.lineage(digest).contains(NodeId::of(name)))
+    }
+
+    /// Takes the asker as one who is given a blob while it is received, and says which nodes it comes through; none where it may come through
+    /// the asker, or through too many. The name of this node has to be known for that.
+    fn admit(&self, ask: &Ask, digest: &Digest, receiving: &Receiving) -> Option<(Chain, Option<Tie>)> {
         let own = NodeId::of(self.settings.node_name.as_deref()?);
-        let chain = above.below(own)?;
-        let is_circle = matches!(&ask.client, Client::Node(name) if chain.contains(NodeId::of(name)));
-        (!is_circle).then_some(chain)
+        let node = match &ask.client {
+            Client::Node(name) => Some(NodeId::of(name)),
+            Client::Address(_) => None,
+        };
+        let first = match ask.range.map(|range| range.resolve(receiving.total)) {
+            Some(RangeOutcome::Part { start, .. }) if !ask.head_only => start,
+            _ => 0,
+        };
+        let position = receiving.growing.progress().position;
+        self.settings.mirror.admit(digest, Asker { own, node, first, position })
+    }
+
+    /// Tells the store what our own containerd is about to receive, from us or from upstream.
+    fn note_pull(&self, ask: &Ask, reference: &TagOrDigest) {
+        if let Some(repository) = ask.repository.as_ref().filter(|_| self.may_be_ours(ask)) {
+            self.settings.store.pulls(repository, reference);
+        }
+    }
+
+    /// The blob's length, where the client goes on with one that it was told the length of.
+    fn told_total(&self, ask: &Ask, digest: &Digest) -> Option<u64> {
+        ask.first_byte().filter(|first| *first > 0 && !ask.head_only)?;
+        self.promises.total(&ask.client, digest, Instant::now())
     }
 
     /// Whether our own containerd may be who asks.

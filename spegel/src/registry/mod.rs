@@ -27,9 +27,9 @@ use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
 use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror, RANK_HEADER, WAIT_HEADER};
-use crate::oci::{ErrorCode, Filters, Key, OciError, Request, TagOrDigest};
+use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
-use crate::store::{Health, Store};
+use crate::store::{Health, Outcome, Store};
 use crate::storm::Rank;
 use crate::zerocopy::{Body, BodyEnd};
 
@@ -144,10 +144,12 @@ impl Registry {
         }
     }
 
-    /// Hears what this node's store has from now on: content that was relayed and is stored is what its digest says.
-    pub fn stored(&self, keys: &[Key]) {
-        self.settings.mirror.confirmed(keys);
-        self.audits.stored(keys);
+    /// Hears what became of what this node's containerd received: what was relayed and is stored is what its digest says.
+    pub fn hear(&self, outcome: &Outcome) {
+        self.settings.mirror.hear(outcome);
+        if let Outcome::Stored(digest) = outcome {
+            self.audits.stored(digest);
+        }
     }
 
     /// Refuses new requests from now on, in the way that makes containerd look elsewhere; what is under way goes on.

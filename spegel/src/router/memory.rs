@@ -70,10 +70,15 @@ impl MemoryNetwork {
 
     /// Adds a node whose registry listens on `registry`. A node of the same name is replaced, and what it offered is gone.
     pub fn join(&self, id: &str, registry: SocketAddr) -> Arc<MemoryRouter> {
+        self.join_at(id, vec![registry])
+    }
+
+    /// The same for a node that says that its registry has several addresses.
+    pub fn join_at(&self, id: &str, registry: Vec<SocketAddr>) -> Arc<MemoryRouter> {
         let id: Arc<str> = id.into();
         let (readiness, readiness_seen) = watch::channel(Readiness::Alone);
         let (members, members_seen) = watch::channel(Members::default());
-        let peer = Peer::new(id.clone(), vec![registry]);
+        let peer = Peer::new(id.clone(), registry);
         let mut table = self.lock();
         table.withdraw_all(&id);
         let coordinator = Coordinator::new(Limits::default(), Instant::now());

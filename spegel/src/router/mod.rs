@@ -92,6 +92,11 @@ pub trait Router: Send + Sync + fmt::Debug + 'static {
     /// known to nearly all within half a minute, and one that died is forgotten as soon.
     fn members(&self) -> watch::Receiver<Members>;
 
+    /// Whether a peer may be at an address, as far as this node is told to believe that. Routers without such bounds need not implement it.
+    fn accepts(&self, _address: SocketAddr) -> bool {
+        true
+    }
+
     /// Whom to ask about cold storms; nothing if this node takes no part in them.
     fn storms(&self) -> Option<Arc<dyn Storms>> {
         None

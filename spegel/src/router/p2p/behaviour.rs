@@ -15,6 +15,8 @@ use libp2p::{
     yamux,
 };
 
+use super::guarded::Guarded;
+use super::metrics::RouterMetrics;
 use super::opener::Opener;
 use super::per_ip::PerIp;
 use super::records::SharedRecords;
@@ -63,7 +65,7 @@ pub(super) struct Behaviour {
     identify: identify::Behaviour,
     pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
     per_ip: PerIp,
-    pub(super) kad: kad::Behaviour<SharedRecords>,
+    pub(super) kad: Guarded,
     pub(super) opener: Opener,
 }
 
@@ -75,6 +77,7 @@ pub(super) struct Setup<'a> {
     pub(super) network_key: Option<PreSharedKey>,
     pub(super) records: SharedRecords,
     pub(super) opener: Opener,
+    pub(super) metrics: RouterMetrics,
 }
 
 /// A swarm that listens nowhere yet.
@@ -83,7 +86,7 @@ pub(super) struct Setup<'a> {
 ///
 /// The identity cannot be used for TLS or noise, or multicast DNS cannot be used.
 pub(super) fn swarm(setup: Setup<'_>) -> Result<Swarm<Behaviour>, Box<dyn std::error::Error + Send + Sync>> {
-    let Setup { identity, mdns, network_key, records, opener } = setup;
+    let Setup { identity, mdns, network_key, records, opener, metrics } = setup;
     let local = identity.public().to_peer_id();
     let mdns = if mdns { Some(mdns::tokio::Behaviour::new(mdns_config(), local)?) } else { None };
     let behaviour = Behaviour {
@@ -99,7 +102,7 @@ pub(super) fn swarm(setup: Setup<'_>) -> Result<Swarm<Behaviour>, Box<dyn std::e
         identify: identify::Behaviour::new(identify_config(identity)),
         mdns: mdns.into(),
         per_ip: PerIp::default(),
-        kad: kademlia(local, records),
+        kad: Guarded::new(kademlia(local, records), metrics),
         opener,
     };
     let builder = SwarmBuilder::with_existing_identity(identity.clone()).with_tokio();

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use super::addresses::multiaddr;
 use super::keys::ContentId;
 use super::members;
-use super::metrics::{Direction, RouterMetrics};
+use super::metrics::{Direction, Reason, RouterMetrics};
 use super::opener::{Open, Purpose};
 use super::table::Contact;
 use super::wire::{Kind, Message, WirePeer, read_message};
@@ -154,6 +154,9 @@ impl Client {
             batch.retain(|request| !request.reply.is_closed());
             if let Err(error) = self.exchange(&to, &mut stream, &mut batch).await {
                 tracing::debug!(peer = %to.peer(), %error, "request failed");
+                if error.kind() == ErrorKind::InvalidData {
+                    self.metrics.0.refuse(Reason::Undecodable);
+                }
                 stream = None;
                 batch.clear();
             }

@@ -190,13 +190,13 @@ impl Driver {
         match event {
             kad::Event::InboundRequest { request: InboundRequest::AddProvider { record: Some(record) } } => {
                 figures.message(Direction::Received, "add_provider", 1);
-                // kad has checked that the sender names itself.
+                // Who names another than itself does not come so far.
                 let addresses = self.scope.filter(&record.addresses);
                 match ContentId::from_multihash(record.key.as_ref()) {
                     None => figures.refuse(Reason::Key),
                     Some(_) if addresses.is_empty() => figures.refuse(Reason::Address),
                     Some(id) => {
-                        self.records.lock().add(Instant::now(), id, record.provider, &addresses);
+                        self.records.lock().add(Instant::now(), [id], record.provider, &addresses);
                     }
                 }
             }
@@ -394,9 +394,7 @@ impl Driver {
             if addresses.is_empty() {
                 self.metrics.0.refuse(Reason::Address);
             }
-            for id in members::ids(&offer.keys) {
-                records.add(now, id, peer, &addresses);
-            }
+            records.add(now, members::ids(&offer.keys), peer, &addresses);
         }
         members::ids(&message.withdrawn).for_each(|id| records.withdrawn(&id, &peer));
     }

@@ -15,13 +15,14 @@ const MULTIHASH_PREFIX: [u8; 2] = [0x12, 0x20];
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct ContentId([u8; 32]);
 
-/// A place in the key space, in which distance is the exclusive or.
+/// A place in the key space, in which distance is the exclusive or. In four numbers, the first the most significant: comparing is what a
+/// table does most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Position([u8; 32]);
+pub(super) struct Position([u64; 4]);
 
 /// How far two positions are from each other; the smaller the nearer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Distance([u8; 32]);
+pub(super) struct Distance([u64; 4]);
 
 // === impl ContentId ===
 
@@ -52,7 +53,7 @@ impl ContentId {
     }
 
     pub(super) fn position(&self) -> Position {
-        Position(Sha256::digest(self.multihash()).into())
+        Position::of(&self.multihash())
     }
 }
 
@@ -60,45 +61,48 @@ impl ContentId {
 
 impl Position {
     pub(super) fn of_peer(peer: &PeerId) -> Self {
-        Self(Sha256::digest(peer.to_bytes()).into())
+        Self::of(&peer.to_bytes())
+    }
+
+    fn of(bytes: &[u8]) -> Self {
+        let hash: [u8; 32] = Sha256::digest(bytes).into();
+        let mut words = [0; 4];
+        for (word, bytes) in words.iter_mut().zip(hash.as_chunks::<8>().0) {
+            *word = u64::from_be_bytes(*bytes);
+        }
+        Self(words)
     }
 
     /// The first of those that begin with these eight bytes.
     pub(super) fn with_prefix(prefix: u64) -> Self {
-        let mut bytes = [0; 32];
-        bytes[..8].copy_from_slice(&prefix.to_be_bytes());
-        Self(bytes)
+        Self([prefix, 0, 0, 0])
     }
 
     /// Its first eight bytes.
     pub(super) fn prefix(&self) -> u64 {
-        let [a, b, c, d, e, f, g, h, ..] = self.0;
-        u64::from_be_bytes([a, b, c, d, e, f, g, h])
+        self.0[0]
     }
 
     pub(super) fn distance(&self, other: &Self) -> Distance {
-        let mut distance = [0; 32];
-        for (to, (a, b)) in distance.iter_mut().zip(self.0.iter().zip(&other.0)) {
-            *to = a ^ b;
-        }
-        Distance(distance)
+        let ([a, b, c, d], [e, f, g, h]) = (self.0, other.0);
+        Distance([a ^ e, b ^ f, c ^ g, d ^ h])
     }
 
     /// How many bits both begin with alike: 256 if they are the same.
     pub(super) fn common_bits(&self, other: &Self) -> usize {
-        let differing = self.0.iter().zip(&other.0).enumerate().find(|(_, (a, b))| a != b);
-        differing.map_or(256, |(at, (a, b))| at * 8 + (a ^ b).leading_zeros() as usize)
+        let differing = self.distance(other).0.into_iter().enumerate().find(|(_, word)| *word != 0);
+        differing.map_or(256, |(at, word)| at * 64 + word.leading_zeros() as usize)
     }
 
     /// All positions that begin with the first `bits` bits of this one.
     pub(super) fn around(&self, bits: usize) -> RangeInclusive<Self> {
         let (mut low, mut high) = (self.0, self.0);
-        if let Some(byte) = low.get_mut(bits / 8) {
-            let rest = 0xff_u8 >> (bits % 8);
-            *byte &= !rest;
-            high[bits / 8] |= rest;
-            low[bits / 8 + 1..].fill(0);
-            high[bits / 8 + 1..].fill(0xff);
+        if bits < 256 {
+            let (at, rest) = (bits / 64, u64::MAX >> (bits % 64));
+            low[at] &= !rest;
+            high[at] |= rest;
+            low[at + 1..].fill(0);
+            high[at + 1..].fill(u64::MAX);
         }
         Self(low)..=Self(high)
     }
@@ -107,7 +111,7 @@ impl Position {
     /// that shares fewer bits. `bits` is less than 256.
     pub(super) fn branch(&self, bits: usize) -> RangeInclusive<Self> {
         let mut other = *self;
-        other.0[bits / 8] ^= 0x80 >> (bits % 8);
+        other.0[bits / 64] ^= 1 << (63 - bits % 64);
         other.around(bits + 1)
     }
 }
@@ -160,7 +164,7 @@ mod tests {
         }
         assert_eq!((before, target.common_bits(&target)), (256, 256));
         assert_eq!(target.around(256), target..=target);
-        assert_eq!(target.around(0), Position([0; 32])..=Position([0xff; 32]));
+        assert_eq!(target.around(0), Position([0; 4])..=Position([u64::MAX; 4]));
     }
 
     #[test]

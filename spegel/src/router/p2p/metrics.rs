@@ -76,6 +76,8 @@ pub(super) enum Reason {
     Key,
     /// It names no address that could be the peer's.
     Address,
+    /// It names another provider than the peer that told it.
+    Provider,
     /// A card without its member's signature, or without an address.
     Card,
 }
@@ -172,11 +174,18 @@ impl Figures {
         self.messages.get_or_create(&MessageLabels { direction: "sent", kind }).get()
     }
 
+    /// How much was refused for a reason.
+    #[cfg(test)]
+    pub(super) fn refused(&self, reason: &'static str) -> u64 {
+        self.refused.get_or_create(&ReasonLabel { reason }).get()
+    }
+
     pub(super) fn refuse(&self, reason: Reason) {
         let reason = match reason {
             Reason::Undecodable => "undecodable",
             Reason::Key => "key",
             Reason::Address => "address",
+            Reason::Provider => "provider",
             Reason::Card => "card",
         };
         self.refused.get_or_create(&ReasonLabel { reason }).inc();

@@ -9,7 +9,10 @@ mod behaviour;
 pub(crate) mod checks;
 mod client;
 mod driver;
+mod guarded;
 mod holdings;
+#[cfg(test)]
+mod hostile_tests;
 mod identity;
 mod joining;
 mod keys;
@@ -139,6 +142,7 @@ pub enum RouterError {
 pub struct P2pRouter {
     id: Arc<str>,
     listen: Vec<SocketAddr>,
+    scope: Scope,
     records: SharedRecords,
     table: SharedTable,
     searches: Searches,
@@ -191,10 +195,12 @@ impl P2pRouter {
             network_key: settings.network_key.as_ref().map(NetworkKey::shared),
             records: records.clone(),
             opener,
+            metrics: settings.metrics.clone(),
         };
         let mut swarm = behaviour::swarm(setup).map_err(|error| RouterError::Setup(error.to_string()))?;
         let listen = listen(&mut swarm, &settings.listen)?;
         let scope = Scope::of_listeners(&listen).within(&settings.peer_networks);
+        let accepted = scope.clone();
 
         let context = Context {
             local,
@@ -279,6 +285,7 @@ impl P2pRouter {
         tokio::spawn(driver.run(cancelled.clone()));
         tokio::spawn(advertiser.clone().run(settings.advertise_ttl, cancelled.clone()));
         Ok(Arc::new(Self {
+            scope: accepted,
             id: local.to_base58().into(),
             listen,
             records,
@@ -347,6 +354,10 @@ impl Router for P2pRouter {
 
     fn members(&self) -> watch::Receiver<Members> {
         self.members.clone()
+    }
+
+    fn accepts(&self, address: SocketAddr) -> bool {
+        self.scope.accepts(address)
     }
 
     fn storms(&self) -> Option<Arc<dyn super::Storms>> {

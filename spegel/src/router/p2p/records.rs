@@ -88,6 +88,12 @@ impl Records {
         self.foreign.len()
     }
 
+    /// Reads what adding these will read.
+    #[cfg(test)]
+    pub(super) fn touch(&self, ids: &[ContentId]) -> u32 {
+        self.foreign.touch(ids)
+    }
+
     /// What the records of others take now, in bytes.
     #[cfg(test)]
     pub(super) fn memory(&self) -> usize {
@@ -95,15 +101,28 @@ impl Records {
         self.foreign.memory() + self.providers.len() * provider
     }
 
-    /// Keeps what `peer` told about itself. One peer may fill half of the store at most; beyond that it is not heard.
-    pub(super) fn add(&mut self, now: Instant, id: ContentId, peer: PeerId, addresses: &[SocketAddr]) -> bool {
+    /// Keeps what `peer` told about itself, and says of how many of the keys. One peer may fill half of the store at most; beyond that it
+    /// is not heard.
+    pub(super) fn add(
+        &mut self,
+        now: Instant,
+        ids: impl IntoIterator<Item = ContentId>,
+        peer: PeerId,
+        addresses: &[SocketAddr],
+    ) -> usize {
         if peer == self.local || addresses.is_empty() || self.limits.foreign == 0 {
-            return false;
+            return 0;
         }
         let told = self.seconds(now);
+        let mut ids = ids.into_iter();
+        let Some(first) = ids.next() else { return 0 };
+        // It stays valid: after each of them the peer has a record, and is not forgotten.
         let index = self.intern(peer, addresses);
-        let provider = &mut self.providers[index as usize];
-        provider.gone = false;
+        self.providers[index as usize].gone = false;
+        std::iter::once(first).chain(ids).filter(|id| self.add_of(index, *id, told)).count()
+    }
+
+    fn add_of(&mut self, index: u32, id: ContentId, told: u32) -> bool {
         if self.foreign.renew(&id, index, told) {
             return true;
         }

@@ -25,8 +25,8 @@ fn records_expire_without_being_read() {
     let start = Instant::now();
     let mut records = store(10, start);
     let peer = PeerId::random();
-    assert!(records.add(start, id(1), peer, &[address(1)]));
-    assert!(records.add(start + Duration::from_secs(60), id(2), peer, &[address(1)]));
+    assert_eq!(records.add(start, [id(1)], peer, &[address(1)]), 1);
+    assert_eq!(records.add(start + Duration::from_secs(60), [id(2)], peer, &[address(1)]), 1);
     let later = start + Duration::from_secs(101);
     assert!(peers(&records, later, 1).is_empty(), "not told when expired, even before the sweep");
     records.sweep(later);
@@ -41,8 +41,8 @@ fn telling_again_renews() {
     let start = Instant::now();
     let mut records = store(10, start);
     let peer = PeerId::random();
-    records.add(start, id(1), peer, &[address(1)]);
-    records.add(start + Duration::from_secs(90), id(1), peer, &[address(2)]);
+    records.add(start, [id(1)], peer, &[address(1)]);
+    records.add(start + Duration::from_secs(90), [id(1)], peer, &[address(2)]);
     let later = start + Duration::from_secs(150);
     records.sweep(later);
     assert_eq!(records.others(later, &id(1), &mut rand::rng())[0].1[..], [address(2)]);
@@ -55,7 +55,7 @@ fn the_oldest_of_others_go_first_and_our_own_never() {
     (0..100).for_each(|n| records.offer(id(1000 + n)));
     for n in 0..8 {
         let now = start + Duration::from_secs(n.into());
-        assert!(records.add(now, id(n), PeerId::random(), &[address(n)]));
+        assert_eq!(records.add(now, [id(n)], PeerId::random(), &[address(n)]), 1);
     }
     let now = start + Duration::from_secs(8);
     let held: Vec<u16> = (0..8).filter(|n| !peers(&records, now, *n).is_empty()).collect();
@@ -68,9 +68,9 @@ fn one_peer_cannot_push_out_all_others() {
     let now = Instant::now();
     let mut records = store(10, now);
     let good = PeerId::random();
-    (0..4).for_each(|n| assert!(records.add(now, id(n), good, &[address(0)])));
+    (0..4).for_each(|n| assert_eq!(records.add(now, [id(n)], good, &[address(0)]), 1));
     let hostile = PeerId::random();
-    let taken = (100..300).filter(|n| records.add(now, id(*n), hostile, &[address(1)])).count();
+    let taken = records.add(now, (100..300).map(id), hostile, &[address(1)]);
     assert_eq!(taken, 5);
     assert!((0..4).all(|n| peers(&records, now, n).contains(&good)));
 }
@@ -80,10 +80,10 @@ fn the_dead_are_not_told_until_they_speak_again() {
     let now = Instant::now();
     let mut records = store(10, now);
     let peer = PeerId::random();
-    records.add(now, id(1), peer, &[address(1)]);
+    records.add(now, [id(1)], peer, &[address(1)]);
     records.forget(&peer);
     assert!(peers(&records, now, 1).is_empty());
-    records.add(now, id(2), peer, &[address(1)]);
+    records.add(now, [id(2)], peer, &[address(1)]);
     assert_eq!(peers(&records, now, 1), HashSet::from([peer]));
     records.forget(&PeerId::random());
 }
@@ -92,7 +92,7 @@ fn the_dead_are_not_told_until_they_speak_again() {
 fn all_of_many_providers_are_reached_over_several_answers() {
     let now = Instant::now();
     let mut records = store(1000, now);
-    (0..100).for_each(|n| assert!(records.add(now, id(1), PeerId::random(), &[address(n)])));
+    (0..100).for_each(|n| assert_eq!(records.add(now, [id(1)], PeerId::random(), &[address(n)]), 1));
     let reached: HashSet<PeerId> = (0..60).flat_map(|_| peers(&records, now, 1)).collect();
     assert_eq!(reached.len(), 100);
 }
@@ -103,7 +103,7 @@ fn what_a_peer_takes_back_is_gone_at_once_and_nothing_else() {
     let mut records = store(10, now);
     let (a, b) = (PeerId::random(), PeerId::random());
     for peer in [a, b] {
-        records.add(now, id(1), peer, &[address(1)]);
+        records.add(now, [id(1)], peer, &[address(1)]);
     }
     records.withdrawn(&id(1), &a);
     records.withdrawn(&id(2), &b);
@@ -114,7 +114,7 @@ fn what_a_peer_takes_back_is_gone_at_once_and_nothing_else() {
 fn an_answer_is_bounded_and_changes() {
     let now = Instant::now();
     let mut records = store(1000, now);
-    (0..200).for_each(|n| assert!(records.add(now, id(1), PeerId::random(), &[address(n)])));
+    (0..200).for_each(|n| assert_eq!(records.add(now, [id(1)], PeerId::random(), &[address(n)]), 1));
     let answers: HashSet<Vec<PeerId>> = (0..10)
         .map(|_| records.others(now, &id(1), &mut rand::rng()).into_iter().map(|(peer, _)| peer).collect())
         .collect();
@@ -172,7 +172,7 @@ proptest! {
         for step in steps {
             match step {
                 Step::Add { key, peer } => {
-                    if records.add(now, id(key), peers[peer], &[address(0)]) {
+                    if records.add(now, [id(key)], peers[peer], &[address(0)]) == 1 {
                         told.insert((key, peers[peer]), now);
                     }
                 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::ops::Bound::{Excluded, Unbounded};
 use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -173,28 +172,38 @@ impl Table {
 
     /// The known peers nearest to a position, in no order.
     pub(super) fn closest(&self, target: &Position) -> Vec<Contact> {
+        let bits = self.common_to_closest(target);
         let mut found: Vec<Contact> = Vec::with_capacity(REPLICAS);
-        found.extend(self.known.get(target).and_then(Entry::contact).cloned());
-        // Who shares the most bits with the target stands beside it.
-        let below = self.known.range(..target).next_back();
-        let above = self.known.range((Excluded(target), Unbounded)).next();
-        let Some(most) = below.into_iter().chain(above).map(|(at, _)| target.common_bits(at)).max() else {
-            return found;
-        };
-        for bits in (0..=most).rev() {
-            let room = REPLICAS - found.len();
-            let branch = self.known.range(target.branch(bits)).filter_map(|(_, entry)| entry.contact());
-            let mut branch: Vec<&Contact> = branch.collect();
-            if branch.len() > room {
-                branch.select_nth_unstable_by_key(room, |contact| contact.position().distance(target));
-                branch.truncate(room);
-            }
-            found.extend(branch.into_iter().cloned());
-            if found.len() == REPLICAS {
-                break;
+        let mut farthest: Vec<&Contact> = Vec::with_capacity(REPLICAS);
+        for contact in self.known.range(target.around(bits)).filter_map(|(_, entry)| entry.contact()) {
+            if contact.position().common_bits(target) > bits && found.len() < REPLICAS {
+                found.push(contact.clone());
+            } else {
+                farthest.push(contact);
             }
         }
+        let room = REPLICAS - found.len();
+        if farthest.len() > room {
+            farthest.select_nth_unstable_by_key(room, |contact| contact.position().distance(target));
+            farthest.truncate(room);
+        }
+        found.extend(farthest.into_iter().cloned());
         found
+    }
+
+    /// How many bits those nearest to a position have in common with it at least: the most that so many share, or none if there are
+    /// not so many. Those who share the most stand beside it on either side, the more the nearer.
+    fn common_to_closest(&self, target: &Position) -> usize {
+        let bits = |(at, _): (&Position, &Entry)| target.common_bits(at);
+        let mut below = self.known.range(..target).rev().map(bits).peekable();
+        let mut above = self.known.range(target..).map(bits).peekable();
+        let mut last = 0;
+        for _ in 0..REPLICAS {
+            let next = if below.peek() > above.peek() { below.next() } else { above.next() };
+            let Some(bits) = next else { return 0 };
+            last = bits;
+        }
+        last
     }
 
     /// Whether everyone that is known is near to every key.

@@ -47,7 +47,7 @@ impl Containerd {
         self.progress.send_replace(Progress { position: bytes.len() as u64, ended: bytes.len() == total });
         if is_first {
             let growing = Growing::new(self.file.clone(), self.progress.subscribe());
-            let receiving = Receiving { growing, total: total as u64 };
+            let receiving = Receiving { growing, total: total as u64, ingest: 1 };
             self.node.shelf.receiving.lock().unwrap().insert(self.digest.clone(), receiving);
             self.node.shelf.expected.lock().unwrap().remove(&self.digest);
         }

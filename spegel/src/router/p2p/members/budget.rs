@@ -26,6 +26,12 @@ impl Budget {
         }
     }
 
+    /// Whether so many bytes may be sent now.
+    pub(super) fn has(&mut self, now: Instant, bytes: usize) -> bool {
+        self.refill(now);
+        self.left >= bytes
+    }
+
     /// Whether so many bytes may be sent now; they then count as sent.
     pub(super) fn spend(&mut self, now: Instant, bytes: usize) -> bool {
         self.refill(now);

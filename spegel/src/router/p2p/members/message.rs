@@ -37,7 +37,7 @@ pub(in super::super) struct Tag(pub(super) u64);
 
 /// The name of one piece of news, in four bytes. Two with one name are taken for the same until lists are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct NewsId(pub(super) u32);
+pub(in super::super) struct NewsId(pub(super) u32);
 
 /// One message. What is absent is not said.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -171,11 +171,31 @@ pub(in super::super) trait Signer: Send {
     fn sign(&self, bytes: &[u8]) -> Vec<u8>;
     /// Whether the peer has signed the bytes.
     fn verify(&self, peer: &PeerId, bytes: &[u8], signature: &[u8]) -> bool;
-    /// Reads a card, if it is to be believed.
-    fn read(&self, signed: SignedCard, scope: &Scope) -> Option<Arc<Believed>> {
-        let card = Card::read(&signed, scope, self)?;
-        Some(Arc::new(Believed::new(card, signed)))
+    /// Reads a card. Its signature is looked at only if there is something new in it, by what `lacks` says of its member and its time:
+    /// that takes more time than all else.
+    fn read(&self, signed: SignedCard, scope: &Scope, lacks: &dyn Fn(Tag, u64) -> bool) -> Read {
+        let Some(card) = Card::read(&signed, scope) else { return Read::Unusable };
+        let tag = Tag::of(&Position::of_peer(&card.peer));
+        if !lacks(tag, card.stamp) {
+            Read::Known(tag.news(card.stamp, false))
+        } else if self.verify(&card.peer, &signed.card, &signed.signature) {
+            Read::Believed(Arc::new(Believed::new(card, signed)))
+        } else {
+            Read::Forged
+        }
     }
+}
+
+/// What a card turned out to be.
+#[derive(Debug)]
+pub(in super::super) enum Read {
+    Believed(Arc<Believed>),
+    /// Nothing new, with the name of the news that it would be.
+    Known(NewsId),
+    /// Not readable, or without an address where its member could be.
+    Unusable,
+    /// Not signed by its member.
+    Forged,
 }
 
 impl Signer for Keypair {
@@ -256,15 +276,15 @@ impl Card {
         SignedCard { signature: signer.sign(&card).into(), card: card.into() }
     }
 
-    /// A card that its member signed, with the believable ones of its addresses; nothing of any other.
-    pub(in super::super) fn read(signed: &SignedCard, scope: &Scope, signer: &(impl Signer + ?Sized)) -> Option<Self> {
+    /// What a card says, with the believable ones of its addresses, if there are any. Whether its member signed it is not looked at.
+    pub(in super::super) fn read(signed: &SignedCard, scope: &Scope) -> Option<Self> {
         let wire = WireCard::decode(&*signed.card).ok()?;
         let peer = PeerId::from_bytes(&wire.id).ok()?;
         if wire.zone.len() > MAX_ZONE || wire.addrs.len() > MAX_ADDRESSES {
             return None;
         }
         let addresses = addresses(scope, &wire.addrs);
-        if addresses.is_empty() || !signer.verify(&peer, &signed.card, &signed.signature) {
+        if addresses.is_empty() {
             return None;
         }
         Some(Self {
@@ -275,6 +295,15 @@ impl Card {
             version: wire.version,
             load: wire.load.checked_sub(1).map(|load| u8::try_from(load.min(100)).unwrap_or(100)),
         })
+    }
+}
+
+// === impl SignedCard ===
+
+impl SignedCard {
+    /// What it has in a message, in bytes.
+    pub(super) fn size(&self) -> usize {
+        self.card.len() + self.signature.len() + 8
     }
 }
 
@@ -290,6 +319,12 @@ impl Message {
 
     pub(in super::super) fn withdraw(ids: &[ContentId]) -> Self {
         Self { withdrawn: ids.iter().take(MAX_KEYS).flat_map(|id| *id.hash()).collect(), ..Self::default() }
+    }
+
+    /// Cards that nobody asked for.
+    #[cfg(test)]
+    pub(in super::super) fn cards(cards: Vec<SignedCard>) -> Self {
+        Self { cards, ..Self::default() }
     }
 
     /// The message in a text of bytes, whatever they are.

@@ -10,13 +10,16 @@
 //! connected to it do not believe, and which it answers with a newer card.
 
 mod budget;
+mod comparing;
+#[cfg(test)]
+mod hostile_tests;
 mod list;
 mod message;
 mod news;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -30,27 +33,24 @@ use super::addresses::Scope;
 use super::keys::Position;
 
 use budget::Budget;
-use list::{List, MAX_MEMBERS, ON_ITS_WAY, PARTS};
-pub(super) use message::{Believed, Card, MAX_KEYS, Message, SignedCard, Signer, ids};
-use message::{Compare, NewsId, Rumour, Tag, VERSION, VERSION_WITH_STORMS};
+use comparing::Comparison;
+use list::{List, MAX_MEMBERS, PARTS};
+pub(super) use message::{Believed, Card, MAX_KEYS, Message, Read, SignedCard, Signer, Tag, ids};
+use message::{NewsId, Rumour, VERSION, VERSION_WITH_STORMS};
 use news::News;
 
 /// How often [`Membership::tick`] is to be called.
 pub(super) const TICK: Duration = Duration::from_millis(500);
 
+/// How often what is too old is forgotten: nothing of it is looked at as if it were not.
+const SWEEP: Duration = Duration::from_secs(5);
+
 /// How often a neighbour is told news while there is some, varied by a quarter. With as many who tell as are told, news comes to
 /// three thousand nodes in ten rounds, and in six if a hundred hear it at first.
 const ROUND: Duration = Duration::from_millis(2_500);
 
-/// How often lists are compared: soon after a difference was found, then ever more seldom, varied by a quarter.
-const FIRST_COMPARISON: Duration = Duration::from_secs(10);
-const LAST_COMPARISON: Duration = Duration::from_secs(120);
-
 /// How long after there was news lists are compared at the latest.
 const AFTER_NEWS: Duration = Duration::from_secs(45);
-
-/// How long a comparison may take before another is begun.
-const COMPARE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a member without connection is looked at.
 const PROBE_INTERVAL: Duration = Duration::from_secs(60);
@@ -81,6 +81,13 @@ const NEWS_SIZE: usize = 160;
 /// What one neighbour may make us send it in cards: a list of 3,000 at once, and then a fifth of that a minute.
 const CARDS_BURST: usize = 1_500_000;
 const CARDS_RATE: usize = 5_000;
+
+/// What one neighbour may make us look at in cards: twice of what it would send if it were one of us.
+const HEARD_BURST: usize = 2 * CARDS_BURST;
+const HEARD_RATE: usize = 2 * CARDS_RATE;
+
+/// What is reckoned for one that is gone, in bytes.
+const RUMOUR_SIZE: usize = 20;
 
 /// How many bytes of cards one message has.
 const CARDS_CHUNK: usize = 60_000;
@@ -134,22 +141,18 @@ pub(super) struct Membership {
     next_round: Instant,
     comparison: Comparison,
     probed: Instant,
+    swept: Instant,
     actions: VecDeque<Action>,
     /// Cards that were not believed.
     refused: u64,
 }
 
 struct Neighbour {
+    /// What it is sent, and what is heard of it.
     budget: Budget,
+    heard: Budget,
     /// One of those that are told news and compared with. The others are answered.
     chosen: bool,
-}
-
-/// When lists are compared, and with whom that is under way.
-struct Comparison {
-    next: Option<Instant>,
-    pause: Duration,
-    with: Option<(PeerId, Instant, u64)>,
 }
 
 // === impl Membership ===
@@ -184,8 +187,9 @@ impl Membership {
             second_tries: Vec::new(),
             budget: Budget::new(NEWS_RATE, NEWS_BURST, now),
             next_round: now,
-            comparison: Comparison { next: None, pause: FIRST_COMPARISON, with: None },
+            comparison: Comparison::default(),
             probed: now,
+            swept: now,
             actions: VecDeque::new(),
             refused: 0,
         };
@@ -278,8 +282,11 @@ impl Membership {
 
     /// What is to be done twice a second.
     pub(super) fn tick(&mut self, now: Instant) {
-        self.list.sweep(now);
-        self.news.sweep(now);
+        if now.duration_since(self.swept) >= SWEEP {
+            self.swept = now;
+            self.list.sweep(now);
+            self.news.sweep(now);
+        }
         self.asked.retain(|_, at| now.duration_since(*at) < WANT_TIMEOUT);
         self.defend(now);
         self.tell_load(now);
@@ -296,16 +303,22 @@ impl Membership {
         self.neighbour(now, from).chosen |= unasked && !message.answer;
         let mut answer = Message { answer: true, ..Message::default() };
         self.hear(now, &message, &mut answer);
-        for rumour in message.rumours.iter().take(MAX_MEMBERS).filter(|rumour| rumour.gone) {
-            self.hear_of_death(now, from, rumour);
+        // Of each member the newest, once: what is said a thousand times is not passed on as often.
+        let deaths = message.rumours.iter().take(MAX_MEMBERS).filter(|rumour| rumour.gone);
+        for (tag, stamp) in deaths.map(|rumour| (rumour.tag, rumour.stamp)).collect::<BTreeSet<_>>().into_iter().rev() {
+            self.hear_of_death(now, from, &Rumour { tag, stamp, gone: true });
         }
         for signed in message.cards {
-            self.take_card(now, signed, !message.old_news);
+            let size = signed.size();
+            if !self.neighbour(now, from).heard.spend(now, size) || !self.take_card(now, signed, !message.old_news) {
+                break;
+            }
         }
         let mut cards = Vec::new();
-        for name in message.wanted.into_iter().take(MAX_ASKED).map(NewsId) {
+        let wanted: BTreeSet<NewsId> = message.wanted.into_iter().take(MAX_ASKED).map(NewsId).collect();
+        for name in wanted {
             self.news.was_new(name);
-            self.answer_want(name, &mut cards, &mut answer.rumours);
+            self.answer_want(now, from, name, &mut cards, &mut answer.rumours);
         }
         if let Some(theirs) = message.sum.filter(|theirs| *theirs != self.list.sum(now, theirs.from)) {
             answer.parts = self.list.parts(now, theirs.from);
@@ -320,7 +333,11 @@ impl Membership {
     }
 
     fn neighbour(&mut self, now: Instant, peer: PeerId) -> &mut Neighbour {
-        let neighbour = || Neighbour { budget: Budget::new(CARDS_RATE, CARDS_BURST, now), chosen: false };
+        let neighbour = || Neighbour {
+            budget: Budget::new(CARDS_RATE, CARDS_BURST, now),
+            heard: Budget::new(HEARD_RATE, HEARD_BURST, now),
+            chosen: false,
+        };
         self.neighbours.entry(peer).or_insert_with(neighbour)
     }
 
@@ -381,13 +398,13 @@ impl Membership {
         }
         let Some(peer) = self.any_neighbour() else { return };
         self.next_round = now + self.vary(ROUND);
-        let news = numbers(&self.news.tell(&[]));
+        let news = numbers(&self.news.tell(&BTreeSet::new()));
         self.send(peer, Message { news, ..Message::default() });
     }
 
     /// The names of news: what of it is new here is asked for, and what is new here and not among it is told.
     fn hear(&mut self, now: Instant, message: &Message, answer: &mut Message) {
-        let theirs: Vec<NewsId> = message.news.iter().take(MAX_ASKED).copied().map(NewsId).collect();
+        let theirs: BTreeSet<NewsId> = message.news.iter().take(MAX_ASKED).copied().map(NewsId).collect();
         for name in &theirs {
             let known = self.news.about(*name).is_some() || self.list.named(*name).is_some();
             if !known
@@ -405,11 +422,20 @@ impl Membership {
     }
 
     /// The newest that is known of whom the news is about.
-    fn answer_want(&self, name: NewsId, cards: &mut Vec<SignedCard>, rumours: &mut Vec<Rumour>) {
+    fn answer_want(
+        &mut self,
+        now: Instant,
+        to: PeerId,
+        name: NewsId,
+        cards: &mut Vec<SignedCard>,
+        rumours: &mut Vec<Rumour>,
+    ) {
         let Some(tag) = self.news.about(name).or(self.list.named(name)) else { return };
         if let Some(card) = self.list.get(tag) {
             cards.push(card.signed.clone());
-        } else if let Some(stamp) = self.list.gone(tag) {
+        } else if let Some(stamp) = self.list.gone(tag)
+            && self.neighbour(now, to).budget.spend(now, RUMOUR_SIZE)
+        {
             rumours.push(Rumour { tag: tag.0, stamp, gone: true });
         }
     }
@@ -441,10 +467,24 @@ impl Membership {
         }
     }
 
-    fn take_card(&mut self, now: Instant, signed: SignedCard, is_news: bool) {
-        let Some(card) = self.signer.read(signed, &self.scope) else {
-            self.refused += 1;
-            return;
+    /// False if its member did not sign it: nobody of us passes such a card on, and the others of the same message are not looked at.
+    fn take_card(&mut self, now: Instant, signed: SignedCard, is_news: bool) -> bool {
+        let list = &self.list;
+        let read = self.signer.read(signed, &self.scope, &|tag, stamp| list.lacks(tag, stamp));
+        let card = match read {
+            Read::Believed(card) => card,
+            Read::Known(name) => {
+                self.asked.remove(&name);
+                return true;
+            }
+            Read::Unusable => {
+                self.refused += 1;
+                return true;
+            }
+            Read::Forged => {
+                self.refused += 1;
+                return false;
+            }
         };
         self.asked.remove(&card.news());
         if card.tag == self.own_tag {
@@ -454,10 +494,11 @@ impl Membership {
             }
         } else if self.list.lacks(card.tag, card.card.stamp) {
             if !is_news {
-                self.comparison.pause = FIRST_COMPARISON;
+                self.comparison.found_something();
             }
             self.put(now, card, is_news);
         }
+        true
     }
 
     fn put(&mut self, now: Instant, card: Arc<Believed>, is_news: bool) {
@@ -484,7 +525,7 @@ impl Membership {
     fn answer(&mut self, now: Instant, to: PeerId, mut message: Message, cards: Vec<SignedCard>) {
         let mut size = 0;
         for card in cards {
-            let bytes = card.card.len() + card.signature.len() + 8;
+            let bytes = card.size();
             if !self.neighbour(now, to).budget.spend(now, bytes) {
                 break;
             }
@@ -503,53 +544,7 @@ impl Membership {
         }
     }
 
-    // --- Comparisons, and looks at members ---
-
-    fn compare_in_time(&mut self, now: Instant) {
-        if self.comparison.next.is_some_and(|next| now < next) {
-            return;
-        }
-        let Some(peer) = self.any_neighbour() else { return };
-        let on_its_way = u64::try_from(ON_ITS_WAY.as_millis()).unwrap_or(0);
-        let sum = self.begin_comparing(now, peer, self.unix(now).saturating_sub(on_its_way));
-        self.send(peer, Message { sum, ..Message::default() });
-    }
-
-    fn begin_comparing(&mut self, now: Instant, peer: PeerId, from: u64) -> Option<message::Sum> {
-        let pause = self.vary(self.comparison.pause);
-        self.comparison.pause = (self.comparison.pause * 2).min(LAST_COMPARISON);
-        self.comparison.next = Some(now + pause);
-        self.comparison.with = Some((peer, now, from));
-        Some(self.list.sum(now, from))
-    }
-
-    /// Only with the one that was asked: anybody else would make us tell our whole list.
-    fn compare(&mut self, now: Instant, from: PeerId, theirs: &[u32]) -> Option<Compare> {
-        let (_, _, since) =
-            self.comparison.with.take_if(|(peer, at, _)| *peer == from && now.duration_since(*at) < COMPARE_TIMEOUT)?;
-        let ours = self.list.parts(now, since);
-        let differing = ours.iter().zip(theirs).enumerate().filter(|(_, (ours, theirs))| ours != theirs);
-        let parts: Vec<u32> = differing.filter_map(|(part, _)| u32::try_from(part).ok()).collect();
-        let rumours = self.list.rumours_of(&parts);
-        (!parts.is_empty()).then_some(Compare { parts, rumours })
-    }
-
-    fn answer_comparison(&mut self, now: Instant, from: PeerId, theirs: &Compare) {
-        let mut answer = Message { old_news: true, answer: true, ..Message::default() };
-        for rumour in theirs.rumours.iter().take(MAX_MEMBERS) {
-            let (tag, name) = (Tag(rumour.tag), Tag(rumour.tag).news(rumour.stamp, false));
-            if let Some(stamp) = self.list.gone(tag).filter(|stamp| *stamp >= rumour.stamp) {
-                answer.rumours.push(Rumour { stamp, gone: true, ..*rumour });
-            } else if self.list.lacks(tag, rumour.stamp)
-                && self.asked.len() < MAX_ASKED
-                && self.asked.insert(name, now).is_none()
-            {
-                answer.wanted.push(name.0);
-            }
-        }
-        let missing = self.list.missing_in(&theirs.parts, &theirs.rumours);
-        self.answer(now, from, answer, missing.iter().map(|card| card.signed.clone()).collect());
-    }
+    // --- Looks at members ---
 
     fn probe(&mut self, now: Instant) {
         let mut due: Vec<PeerId> =

@@ -1,6 +1,6 @@
 //! What a node has heard lately, and how often it still passes it on: until a few of those whom it told knew it before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::message::{NewsId, Tag};
@@ -27,6 +27,8 @@ struct Item {
 #[derive(Debug, Default)]
 pub(super) struct News {
     items: BTreeMap<NewsId, Item>,
+    /// The same by whom they are about.
+    by_tag: BTreeSet<(Tag, NewsId)>,
     /// How many are still passed on.
     hot: usize,
 }
@@ -36,12 +38,15 @@ pub(super) struct News {
 impl News {
     /// Passes this on from now, and nothing older about the same member. What was heard before stays as it is.
     pub(super) fn spread(&mut self, now: Instant, name: NewsId, tag: Tag) {
-        for older in self.items.values_mut().filter(|item| item.tag == tag && item.left > 0) {
-            older.left = 0;
-            self.hot -= 1;
+        for (_, older) in self.by_tag.range((tag, NewsId(0))..=(tag, NewsId(u32::MAX))) {
+            if let Some(older) = self.items.get_mut(older).filter(|older| older.left > 0) {
+                older.left = 0;
+                self.hot -= 1;
+            }
         }
         if self.items.len() < MAX_NEWS && !self.items.contains_key(&name) {
             self.items.insert(name, Item { tag, left: PATIENCE, at: now });
+            self.by_tag.insert((tag, name));
             self.hot += 1;
         }
     }
@@ -58,7 +63,7 @@ impl News {
 
     /// What is to be passed on to one who is known to know `theirs`; the newest first if it is too much. Each is counted as told in
     /// vain, until it is asked for.
-    pub(super) fn tell(&mut self, theirs: &[NewsId]) -> Vec<NewsId> {
+    pub(super) fn tell(&mut self, theirs: &BTreeSet<NewsId>) -> Vec<NewsId> {
         let mut told: Vec<(u8, NewsId)> =
             self.items.iter().filter(|(_, item)| item.left > 0).map(|(name, item)| (item.left, *name)).collect();
         told.retain(|(_, name)| !theirs.contains(name));
@@ -83,10 +88,13 @@ impl News {
     }
 
     pub(super) fn sweep(&mut self, now: Instant) {
-        let hot = &mut self.hot;
-        self.items.retain(|_, item| {
+        let (hot, by_tag) = (&mut self.hot, &mut self.by_tag);
+        self.items.retain(|name, item| {
             let kept = now.saturating_duration_since(item.at) < KEPT;
             *hot -= usize::from(!kept && item.left > 0);
+            if !kept {
+                by_tag.remove(&(item.tag, *name));
+            }
             kept
         });
     }
@@ -102,22 +110,22 @@ mod tests {
         let (mut news, name) = (News::default(), NewsId(1));
         news.spread(now, name, Tag(7));
         for _ in 0..20 {
-            assert_eq!(news.tell(&[]), [name]);
+            assert_eq!(news.tell(&BTreeSet::new()), [name]);
             news.was_new(name);
         }
-        assert_eq!(news.tell(&[name]), [], "who has told us knows it");
+        assert_eq!(news.tell(&BTreeSet::from([name])), [], "who has told us knows it");
         for _ in 0..PATIENCE {
             assert!(news.is_hot());
-            assert_eq!(news.tell(&[]), [name]);
+            assert_eq!(news.tell(&BTreeSet::new()), [name]);
         }
         assert!(!news.is_hot());
-        assert_eq!(news.tell(&[]), []);
+        assert_eq!(news.tell(&BTreeSet::new()), []);
         news.spread(now, name, Tag(7));
         assert_eq!((news.is_hot(), news.about(name)), (false, Some(Tag(7))), "heard again it is no news");
         news.spread(now, NewsId(2), Tag(8));
         news.spread(now, NewsId(3), Tag(8));
-        assert_eq!(news.tell(&[]), [NewsId(3)], "only the newest about one member");
+        assert_eq!(news.tell(&BTreeSet::new()), [NewsId(3)], "only the newest about one member");
         news.sweep(now + KEPT);
-        assert_eq!((news.about(name), news.is_hot()), (None, false));
+        assert_eq!((news.about(name), news.is_hot(), news.by_tag.len()), (None, false, 0));
     }
 }

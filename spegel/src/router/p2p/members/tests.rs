@@ -1,15 +1,14 @@
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_precision_loss)]
 
 use libp2p::identity::Keypair;
 use proptest::prelude::*;
-use prost::Message as _;
 
-use super::super::simulation::{Kind, Network, NoSigner, SILENCE, scope};
-use super::list::{MAX_GONE, PARTS};
+use super::super::simulation::{Aim, Kind, Network, NoSigner, Report, SILENCE, scope};
+use super::list::{ON_ITS_WAY, PARTS};
 use super::message::{Card, SignedCard};
 use super::*;
 
-fn network(seed: u64, size: usize) -> Network {
+pub(super) fn network(seed: u64, size: usize) -> Network {
     let mut network = Network::new(seed, false);
     for _ in 0..size {
         network.join(Kind::Member);
@@ -25,13 +24,17 @@ fn others(network: &Network) -> impl Iterator<Item = usize> + '_ {
 
 /// The aims of the member list: who joins or dies is known, or forgotten, by 99 of 100 within half a minute, and a node sends and
 /// receives less than a kilobyte a second with one change a second.
-fn check_aims(seed: u64, size: usize) {
+fn missed_aims(seed: u64, size: usize) -> Vec<String> {
+    println!("seed {seed}");
+    let mut report = Report::new(size);
     let mut network = network(seed, size);
-    assert_eq!(others(&network).min(), Some(size - 1), "after a minute and a half everyone knows everyone");
+    let fewest = others(&network).min().unwrap() as f64;
+    report.check("members known to the one that knows the fewest", fewest, Aim::AtLeast(size as f64 - 1.0));
 
     network.reset_traffic();
     network.run(Duration::from_secs(120));
     let at_rest = network.member_bytes() / 120.0;
+    report.check("member list alone at rest, bytes/s a node, sent and received", at_rest, Aim::AtMost(1_000.0));
 
     let (mut joined, mut died) = (0.0_f64, 0.0_f64);
     for _ in 0..5 {
@@ -41,20 +44,17 @@ fn check_aims(seed: u64, size: usize) {
         network.kill(victim, SILENCE);
         died = died.max(network.seconds_until(&victim, false, 0.99));
     }
+    report.check("a join known to 99 %, slowest of 5 (s)", joined, Aim::AtMost(30.0));
+    report.check("a silent death known to 99 %, slowest of 5 (s)", died, Aim::AtMost(30.0));
+
     let changing = changes(&mut network, Duration::from_secs(1));
-    let figures = [
-        ("a join known to 99 %, slowest of 5 (s)", joined),
-        ("a silent death known to 99 %, slowest of 5 (s)", died),
-        ("member list at rest, bytes/s a node, sent and received", at_rest),
-        ("member list with a change a second, bytes/s a node, sent and received", changing),
-    ];
-    println!("seed {seed}");
-    figures.iter().for_each(|(what, value)| println!("figure {size}|{what}|{value:.1}"));
-    assert!(joined <= 30.0 && died <= 30.0, "a join took {joined} s, a death {died} s");
-    assert!(at_rest < 50.0 && changing < 1_000.0, "{at_rest} and {changing} B/s");
+    let what = "member list with a change a second, bytes/s a node, sent and received";
+    report.check(what, changing, Aim::AtMost(1_000.0));
     network.run(Duration::from_secs(150));
-    let known: Vec<usize> = others(&network).collect();
-    assert!(known.iter().all(|known| *known == network.nodes.len() - 1), "lists differ at the end: {known:?}");
+    let right = others(&network).filter(|known| *known == network.nodes.len() - 1).count();
+    let share = right as f64 / network.nodes.len() as f64;
+    report.check("lists that are right 150 s after the last change (share)", share, Aim::AtLeast(1.0));
+    report.missed()
 }
 
 /// Nodes come and go in turn for two minutes, half of those who go without a word. What that costs a node, in bytes a second.
@@ -79,15 +79,15 @@ fn changes(network: &mut Network, pause: Duration) -> f64 {
 }
 
 #[test]
-fn two_hundred_nodes_know_each_other_at_little_cost() {
-    check_aims(7, 200);
+fn a_hundred_nodes_know_each_other_at_little_cost() {
+    assert_eq!(missed_aims(7, 100), [""; 0]);
 }
 
 #[test]
 #[ignore = "takes minutes; cargo xtask bench router runs it"]
 fn bench_members() {
-    for size in [100, 1_000, 3_000] {
-        check_aims(7, size);
+    for size in [10, 100, 1_000, 3_000] {
+        missed_aims(7, size);
     }
 }
 
@@ -108,21 +108,21 @@ fn lists_that_were_apart_become_one() {
     assert_eq!((pair.a.others().count(), pair.b.others().count()), (301, 301));
 }
 
-fn own_card(node: &Membership) -> Card {
+pub(super) fn own_card(node: &Membership) -> Card {
     node.card(&node.local).unwrap().clone()
 }
 
-fn address(n: u8) -> SocketAddr {
+pub(super) fn address(n: u8) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, n], 5001))
 }
 
-fn node(keypair: &Keypair, n: u8, now: Instant) -> Membership {
+pub(super) fn node(keypair: &Keypair, n: u8, now: Instant) -> Membership {
     let own = Own { addresses: vec![address(n)], zone: Some("b".into()), load: None, storms: n.is_multiple_of(2) };
     let clock = (now, SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
     Membership::new(keypair.public().to_peer_id(), own, scope(), Box::new(keypair.clone()), 1, clock)
 }
 
-fn sent(node: &mut Membership) -> Vec<(PeerId, Message)> {
+pub(super) fn sent(node: &mut Membership) -> Vec<(PeerId, Message)> {
     let actions = std::iter::from_fn(|| node.next_action());
     actions
         .filter_map(|action| if let Action::Send(to, message) = action { Some((to, message)) } else { None })
@@ -130,14 +130,14 @@ fn sent(node: &mut Membership) -> Vec<(PeerId, Message)> {
 }
 
 /// Two nodes that are connected, until neither has anything to say.
-struct Pair {
-    a: Membership,
-    b: Membership,
-    now: Instant,
+pub(super) struct Pair {
+    pub(super) a: Membership,
+    pub(super) b: Membership,
+    pub(super) now: Instant,
 }
 
 impl Pair {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let now = Instant::now();
         let (a, b) = (Keypair::generate_ed25519(), Keypair::generate_ed25519());
         let mut pair = Self { a: node(&a, 1, now), b: node(&b, 2, now), now };
@@ -147,7 +147,7 @@ impl Pair {
         pair
     }
 
-    fn talk(&mut self) {
+    pub(super) fn talk(&mut self) {
         loop {
             let (from_a, from_b) = (sent(&mut self.a), sent(&mut self.b));
             if from_a.is_empty() && from_b.is_empty() {
@@ -159,7 +159,7 @@ impl Pair {
         }
     }
 
-    fn pass(&mut self, seconds: u64) {
+    pub(super) fn pass(&mut self, seconds: u64) {
         for _ in 0..seconds {
             for _ in 0..2 {
                 self.now += TICK;
@@ -289,54 +289,6 @@ fn only_its_member_can_make_a_card() {
 }
 
 #[test]
-fn what_a_peer_can_make_us_send_is_bounded() {
-    let mut network = network(3, 120);
-    let peer = network.any();
-    let now = network.now;
-    let node = network.nodes.get_mut(&peer).unwrap().membership.as_mut().unwrap();
-    let all: Vec<u32> = node.list.members().map(|card| card.news().0).collect();
-    for asker in [*node.neighbours.keys().next().unwrap(), PeerId::random()] {
-        let mut bytes = 0;
-        for _ in 0..1_000 {
-            node.receive(now, asker, Message { wanted: all.clone(), ..Message::default() });
-            bytes += sent(node).iter().map(|(_, message)| message.encoded_len()).sum::<usize>();
-        }
-        assert!(bytes <= CARDS_BURST + CARDS_CHUNK, "{bytes} bytes");
-    }
-}
-
-#[test]
-fn what_a_peer_makes_up_is_bounded() {
-    let now = Instant::now();
-    let mut node = node(&Keypair::generate_ed25519(), 1, now);
-    let mut wanted = 0;
-    for batch in 0..20_u64 {
-        let rumours = (0..5_000).map(|n| Rumour { tag: batch * 5_000 + n, stamp: 1, gone: n % 2 == 0 }).collect();
-        let news = (0..5_000).map(|n| u32::try_from(batch * 5_000 + n).unwrap()).collect();
-        node.receive(now, PeerId::random(), Message { rumours, news, ..Message::default() });
-        wanted += sent(&mut node).iter().map(|(_, message)| message.wanted.len()).sum::<usize>();
-    }
-    let gone = (0..100_000).filter(|tag| node.list.gone(Tag(*tag)).is_some()).count();
-    assert!(gone <= MAX_GONE && node.asked.len() <= MAX_ASKED && wanted * NEWS_SIZE <= NEWS_BURST);
-    assert!(!node.news.is_hot() || node.news.tell(&[]).len() <= 1, "and none of it is passed on");
-}
-
-/// Whoever lies about a member again and again makes it defend itself now and then, and not each time.
-#[test]
-fn lies_are_answered_in_measure() {
-    let mut pair = Pair::new();
-    let (first, mut answers) = (own_card(&pair.b).stamp, 0);
-    for _ in 0..60 {
-        let before = own_card(&pair.b).stamp;
-        let lie = Rumour { tag: pair.b.own_tag.0, stamp: before, gone: true };
-        pair.b.receive(pair.now, PeerId::random(), Message { rumours: vec![lie], ..Message::default() });
-        pair.pass(1);
-        answers += usize::from(own_card(&pair.b).stamp > before);
-    }
-    assert!(own_card(&pair.b).stamp > first && (2..=13).contains(&answers), "{answers} answers");
-}
-
-#[test]
 fn sums_spare_what_is_on_its_way() {
     let mut pair = Pair::new();
     pair.pass(60);
@@ -392,6 +344,6 @@ proptest! {
             version: 3,
             load,
         };
-        prop_assert_eq!(Card::read(&card.sign(&keypair), &scope(), &keypair), Some(card));
+        prop_assert_eq!(Card::read(&card.sign(&keypair), &scope()), Some(card));
     }
 }

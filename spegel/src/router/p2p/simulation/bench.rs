@@ -1,7 +1,7 @@
-//! The router's bench under simulated time. `cargo xtask bench router` runs it and reads the lines that begin with `figure `.
+//! The router's bench under simulated time: what `cargo xtask bench router` shows, and whether its aims are met.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use libp2p::PeerId;
 use prost::Message as _;
@@ -12,30 +12,43 @@ use super::super::keys::ContentId;
 use super::super::table::REPLICAS;
 use super::super::wire::{Kind as WireKind, Message as WireMessage};
 use super::lookups::{Connections, Outcomes};
+use super::report::{Aim, Report};
 use super::{CONNECTION, FRAMING, Kind, Network, SILENCE, STREAM, id};
 
 const SEED: u64 = 20_260_801;
-const KEYS_PER_NODE: u32 = 2_000;
 /// How many nodes have each key.
 const PROVIDERS: u32 = 10;
-const LOOKUPS: usize = 600;
+
+/// How much is done.
+#[derive(Clone, Copy, Debug)]
+struct Effort {
+    /// How many keys each node has.
+    keys: u32,
+    lookups: usize,
+    newcomers: usize,
+    churn: Duration,
+}
+
+/// What the bench does.
+const FULL: Effort = Effort { keys: 2_000, lookups: 600, newcomers: 20, churn: Duration::from_secs(600) };
+
+/// What a test does in each build.
+const SMALL: Effort = Effort { keys: 100, lookups: 60, newcomers: 3, churn: Duration::from_secs(60) };
 
 /// A network with content, and what each node has of it.
 struct Cluster {
     network: Network,
     size: usize,
+    effort: Effort,
+    report: Report,
     ids: Vec<ContentId>,
     contents: BTreeMap<PeerId, Vec<ContentId>>,
     /// Keys that nobody had at first.
     next: u32,
 }
 
-fn figure(size: usize, what: &str, value: f64) {
-    println!("figure {size}|{what}|{value:.3}");
-}
-
 impl Cluster {
-    fn new(size: usize, kind: impl Fn(usize) -> Kind, keys: u32) -> Self {
+    fn new(size: usize, kind: impl Fn(usize) -> Kind, effort: Effort) -> Self {
         let mut network = Network::new(SEED ^ size as u64, true);
         for n in 0..size {
             network.join(kind(n));
@@ -43,7 +56,7 @@ impl Cluster {
         }
         network.run(Duration::from_secs(90));
         let providers = PROVIDERS.min(size as u32);
-        let ids: Vec<ContentId> = (0..size as u32 * keys / providers).map(id).collect();
+        let ids: Vec<ContentId> = (0..size as u32 * effort.keys / providers).map(id).collect();
         let mut contents: BTreeMap<PeerId, Vec<ContentId>> = BTreeMap::new();
         for id in &ids {
             for peer in network.nodes.keys().copied().choose_multiple(&mut network.rng, providers as usize) {
@@ -55,11 +68,19 @@ impl Cluster {
             network.run(Duration::from_millis(20));
         }
         network.run(Duration::from_secs(30));
-        Self { network, size, ids, contents, next: 1 << 30 }
+        Self { network, size, effort, report: Report::new(size), ids, contents, next: 1 << 30 }
     }
 
     fn figure(&self, what: &str, value: f64) {
-        figure(self.size, what, value);
+        self.report.figure(what, value);
+    }
+
+    fn check(&mut self, what: &str, value: f64, aim: Aim) {
+        self.report.check(what, value, aim);
+    }
+
+    fn look_up(&mut self, connections: Connections) -> Outcomes {
+        self.network.look_up_many(self.effort.lookups, &self.ids, connections)
     }
 
     fn fresh(&mut self) -> ContentId {
@@ -68,21 +89,23 @@ impl Cluster {
     }
 
     fn lookups(&mut self) {
-        let mut warm = self.network.look_up_many(LOOKUPS, &self.ids, Connections::All);
+        let mut warm = self.look_up(Connections::All);
         self.figure("lookup p50, warm connections (ms)", warm.at(0.5));
-        self.figure("lookup p99, warm connections (ms)", warm.at(0.99));
-        let cold = self.network.look_up_many(LOOKUPS, &self.ids, Connections::None).at(0.99);
-        self.figure("lookup p99, cold connections (ms)", cold);
-        let mut real = self.network.look_up_many(LOOKUPS, &self.ids, Connections::AsTheyAre);
+        self.check("lookup p99, warm connections (ms)", warm.at(0.99), Aim::AtMost(5.0));
+        let mut cold = self.look_up(Connections::None);
+        self.figure("lookup p99, cold connections (ms)", cold.at(0.99));
+        let mut real = self.look_up(Connections::AsTheyAre);
         self.figure("lookup p99, connections as they are (ms)", real.at(0.99));
-        self.figure("lookups that find (share)", real.found());
-        assert!(warm.found() >= 0.999 && real.found() >= 0.999, "{} and {} found", warm.found(), real.found());
+        warm.add_all(cold);
+        warm.add_all(real);
+        self.check("lookups that find (share)", warm.found(), Aim::AtLeast(0.999));
+        self.check("lookups that name one who has it not", warm.wrong(), Aim::AtMost(0.0));
     }
 
     /// From when content is offered until somebody else finds it.
     fn advertising(&mut self) {
         let mut times = Outcomes::default();
-        for _ in 0..200 {
+        for _ in 0..self.effort.lookups / 3 {
             let (provider, id) = (self.network.any(), self.fresh());
             let mut from = self.network.any();
             while from == provider {
@@ -101,10 +124,10 @@ impl Cluster {
                 }
                 self.network.run(Duration::from_millis(1));
             };
-            times.add(first);
+            times.add(first, false);
         }
-        self.figure("new content found by another, p99 (ms)", times.at(0.99));
-        assert!(times.found() == 1.0 && times.at(0.99) < 1_000.0);
+        let slowest = if times.found() < 1.0 { f64::INFINITY } else { times.at(0.99) };
+        self.check("new content found by another, p99 (ms)", slowest, Aim::AtMost(1_000.0));
     }
 
     /// What advertising costs beside walking to each key for itself, and the member list at rest.
@@ -114,22 +137,22 @@ impl Cluster {
         self.network.run(time);
         let seconds = time.as_secs_f64();
         let (messages, bytes) = self.network.offer_traffic();
-        self.figure("advertising 2,000 keys, messages/s a node", messages / seconds);
-        self.figure("advertising 2,000 keys, bytes/s a node", bytes / seconds);
+        let (messages, bytes) = (messages / seconds, bytes / seconds);
         let (each_messages, each_bytes) = self.key_by_key();
+        self.figure("advertising, messages/s a node", messages);
+        self.figure("advertising, bytes/s a node", bytes);
         self.figure("the same key by key, messages/s a node", each_messages);
         self.figure("the same key by key, bytes/s a node", each_bytes);
-        self.figure(
-            "member list with content at rest, bytes/s a node, sent and received",
-            self.network.member_bytes() / seconds,
-        );
-        assert!(self.size < 100 || 10.0 * bytes / seconds <= each_bytes, "more than a tenth of key by key");
+        self.check("advertising beside key by key, messages (share)", messages / each_messages, Aim::AtMost(0.1));
+        self.check("advertising beside key by key, bytes (share)", bytes / each_bytes, Aim::AtMost(0.1));
+        let members = self.network.member_bytes() / seconds;
+        self.check("member list at rest, bytes/s a node, sent and received", members, Aim::AtMost(1_000.0));
     }
 
     /// A walk and twenty messages for each key within four fifths of its time to live; a fourth of them over new connections.
     fn key_by_key(&self) -> (f64, f64) {
         let told = REPLICAS.min(self.size - 1) as f64;
-        let keys = f64::from(KEYS_PER_NODE) / 720.0;
+        let keys = f64::from(self.effort.keys) / 720.0;
         let request = WireMessage::request(WireKind::GetProviders, &self.ids[0].multihash()).encoded_len() + FRAMING;
         // An answer names twenty peers of some sixty bytes.
         let answer = told * 60.0 + FRAMING as f64;
@@ -148,8 +171,8 @@ impl Cluster {
     /// Nodes that come with content of their own: when they find what was there, and when all of theirs that is looked for is found.
     fn newcomers(&mut self) {
         let (mut find, mut found) = (Outcomes::default(), Outcomes::default());
-        for _ in 0..20 {
-            let own: Vec<ContentId> = (0..KEYS_PER_NODE).map(|_| self.fresh()).collect();
+        for _ in 0..self.effort.newcomers {
+            let own: Vec<ContentId> = (0..self.effort.keys).map(|_| self.fresh()).collect();
             let start = self.network.now;
             let peer = self.network.join(Kind::Member);
             self.network.offer(peer, own.iter().copied());
@@ -166,13 +189,14 @@ impl Cluster {
                     is_found = self.all_found(&peer, &own).then_some(passed);
                 }
             }
-            find.add(finds);
-            found.add(is_found);
+            find.add(finds, false);
+            found.add(is_found, false);
             self.contents.insert(peer, own);
         }
-        self.figure("a new node finds, slowest of 20 (s)", find.at(1.0) / 1e3);
-        self.figure("all content of a new node is found, slowest of 20 (s)", found.at(1.0) / 1e3);
-        assert!(find.found() == 1.0 && found.found() == 1.0 && found.at(1.0) <= 3_000.0);
+        for (what, times) in [("a new node finds", &mut find), ("all content of a new node is found", &mut found)] {
+            let slowest = if times.found() < 1.0 { f64::INFINITY } else { times.at(1.0) / 1e3 };
+            self.report.check(&format!("{what}, the slowest (s)"), slowest, Aim::AtMost(3.0));
+        }
     }
 
     fn all_found(&mut self, provider: &PeerId, own: &[ContentId]) -> bool {
@@ -189,7 +213,7 @@ impl Cluster {
         let (start, mut replaced) = (self.network.now, 0);
         let mut outcomes = Outcomes::default();
         self.network.reset_traffic();
-        while self.network.now - start < Duration::from_secs(600) {
+        while self.network.now - start < self.effort.churn {
             while self.network.now - start >= pause * replaced {
                 replaced += 1;
                 let victim = self.network.any();
@@ -203,9 +227,11 @@ impl Cluster {
             self.network.run(step);
             outcomes.add_all(self.network.look_up_many(2, &self.ids, Connections::AsTheyAre));
         }
-        self.figure("5 % churn a minute for 10 minutes: found (share)", outcomes.found());
+        self.check("5 % churn a minute for 10 minutes: found (share)", outcomes.found(), Aim::AtLeast(0.999));
+        self.check("5 % churn a minute for 10 minutes: named and has it not", outcomes.wrong(), Aim::AtMost(0.0));
         self.figure("5 % churn a minute for 10 minutes: lookup p99 (ms)", outcomes.at(0.99));
-        assert!(outcomes.found() >= 0.999, "{} found under churn", outcomes.found());
+        let members = self.network.member_bytes() / self.effort.churn.as_secs_f64();
+        self.check("5 % churn a minute for 10 minutes: member list, bytes/s a node", members, Aim::AtMost(1_000.0));
     }
 
     /// A fifth of the nodes vanishes without a word.
@@ -221,13 +247,13 @@ impl Cluster {
             self.network.run(Duration::from_millis(200));
         }
         self.figure("20 % dead, first 10 s: found (share)", at_once.found());
+        self.check("20 % dead, first 10 s: named and has it not", at_once.wrong(), Aim::AtMost(0.0));
         self.figure("20 % dead, first 10 s: lookup p99 (ms)", at_once.at(0.99));
-        let mut after = self.network.look_up_many(LOOKUPS, &self.ids, Connections::AsTheyAre);
-        self.figure("20 % dead, after 10 s: found (share)", after.found());
+        let mut after = self.look_up(Connections::AsTheyAre);
+        self.check("20 % dead, after 10 s: found (share)", after.found(), Aim::AtLeast(0.999));
         self.figure("20 % dead, after 10 s: lookup p99 (ms)", after.at(0.99));
-        assert!(after.found() >= 0.999, "{} found after 10 s", after.found());
         self.network.run(Duration::from_secs(30));
-        let mut noticed = self.network.look_up_many(LOOKUPS, &self.ids, Connections::AsTheyAre);
+        let mut noticed = self.look_up(Connections::AsTheyAre);
         self.figure("20 % dead, after 40 s: lookup p99 (ms)", noticed.at(0.99));
     }
 
@@ -244,28 +270,38 @@ impl Cluster {
             let from = self.network.nodes.keys().copied().filter(|peer| !providers.contains(peer));
             let from = from.choose(&mut self.network.rng).unwrap();
             let outcome = self.network.look_up(&from, hot, Connections::AsTheyAre);
-            *named.entry(outcome.provider.unwrap()).or_default() += 1;
+            outcome.provider.into_iter().for_each(|provider| *named.entry(provider).or_default() += 1);
         }
         let share = f64::from(*named.values().max().unwrap()) * count as f64 / lookups as f64;
-        self.figure("one hot key: largest share of its providers (x mean)", share);
-        assert!(named.len() == count && share <= 2.0, "{} of {count} named, {share} x the mean", named.len());
+        self.check("one hot key: largest share of its providers (x mean)", share, Aim::AtMost(2.0));
+        let named = named.len() as f64 / count as f64;
+        self.check("one hot key: providers that are named (share)", named, Aim::AtLeast(1.0));
     }
 }
 
 /// Half of the nodes do not speak the member protocol. Fewer keys: it is the ways to them that count.
-fn mixed(size: usize) {
+fn mixed(size: usize, effort: Effort) -> Vec<String> {
     let kind = |n: usize| if n.is_multiple_of(2) { Kind::Member } else { Kind::Plain };
-    let mut cluster = Cluster::new(size, kind, KEYS_PER_NODE / 10);
-    let mut outcomes = cluster.network.look_up_many(LOOKUPS, &cluster.ids, Connections::AsTheyAre);
-    figure(size, "half not members, 200 keys a node: found (share)", outcomes.found());
-    figure(size, "half not members, 200 keys a node: lookup p99 (ms)", outcomes.at(0.99));
-    assert!(outcomes.found() >= 0.999, "{} found in a mixed network", outcomes.found());
+    let mut cluster = Cluster::new(size, kind, Effort { keys: effort.keys / 10, ..effort });
+    cluster.report = Report::new(size).with_prefix("half not members: ");
+    cluster.lookups();
+    cluster.advertising();
+    cluster.deaths();
+    cluster.report.missed()
 }
 
-fn measure(size: usize) {
-    let start = Instant::now();
-    let mut cluster = Cluster::new(size, |_| Kind::Member, KEYS_PER_NODE);
-    let step = |what: &str| println!("{size} nodes: {what} after {:.1} s", start.elapsed().as_secs_f64());
+/// What this process has had of the processor, so far as the system counts it: hundredths of a second.
+fn cpu_seconds() -> f64 {
+    let text = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The name, in parentheses, may have spaces; the user's and the system's time are the twelfth and thirteenth after it.
+    let fields = text.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+    fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
+/// Prints the figures of a network of this size, and says which aims it misses.
+fn measure(size: usize, effort: Effort) -> Vec<String> {
+    let step = |what: &str| println!("{size} nodes: {what} by {:.1} s of this process's time", cpu_seconds());
+    let mut cluster = Cluster::new(size, |_| Kind::Member, effort);
     step("together");
     cluster.lookups();
     cluster.advertising();
@@ -279,21 +315,23 @@ fn measure(size: usize) {
     step("churn");
     cluster.deaths();
     step("deaths");
-    drop(cluster);
-    mixed(size);
+    let mut missed = cluster.report.missed();
+    drop(cluster.network);
+    missed.extend(mixed(size, effort));
     step("done");
+    missed
 }
 
 #[test]
 fn ten_nodes_meet_the_aims() {
-    measure(10);
+    assert_eq!(measure(10, SMALL), [""; 0]);
 }
 
 /// What is printed twice is the same: whoever doubts a figure can look into it.
 #[test]
 fn a_seed_makes_a_run() {
     let run = || {
-        let mut cluster = Cluster::new(30, |_| Kind::Member, 50);
+        let mut cluster = Cluster::new(30, |_| Kind::Member, Effort { keys: 50, ..SMALL });
         let victim = cluster.network.any();
         cluster.network.kill(victim, SILENCE);
         cluster.network.run(Duration::from_secs(20));
@@ -303,11 +341,32 @@ fn a_seed_makes_a_run() {
     assert_eq!(run(), run());
 }
 
+fn bench(size: usize) {
+    println!("seed {SEED}");
+    measure(size, FULL);
+}
+
+#[test]
+#[ignore = "cargo xtask bench router runs it"]
+fn bench_10_nodes() {
+    bench(10);
+}
+
+/// Beside as many real ones.
+#[test]
+#[ignore = "cargo xtask bench router runs it"]
+fn bench_30_nodes() {
+    bench(30);
+}
+
+#[test]
+#[ignore = "cargo xtask bench router runs it"]
+fn bench_100_nodes() {
+    bench(100);
+}
+
 #[test]
 #[ignore = "takes minutes; cargo xtask bench router runs it"]
-fn bench_router() {
-    println!("seed {SEED}");
-    for size in [10, 100, 1_000] {
-        measure(size);
-    }
+fn bench_1000_nodes() {
+    bench(1_000);
 }

@@ -5,6 +5,7 @@
 mod bench;
 mod lookups;
 mod node;
+mod report;
 mod swarms;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,10 +20,11 @@ use rand::{Rng as _, SeedableRng as _};
 use super::advertise::{self, Told};
 use super::keys::{ContentId, Position};
 use super::members::{self, Action, Message};
-use super::table::{Contact, REPLICAS};
+use super::table::{Contact, REPLICAS, Table};
 use crate::router::P2pSettings;
 
 pub(super) use node::{NoSigner, Node, scope};
+pub(super) use report::{Aim, Report};
 
 /// One way between two nodes; varied by a fifth.
 pub(super) const LINK: Duration = Duration::from_micros(500);
@@ -30,6 +32,8 @@ pub(super) const LINK: Duration = Duration::from_micros(500);
 const SERVICE: Duration = Duration::from_micros(50);
 /// TCP, security and multiplexer before the first request: three round trips and the handshake's arithmetic.
 const COLD: Duration = Duration::from_micros(3 * 1_000 + 1_500);
+/// What a node that has no member list takes to find those nearest to a key: four questions in a row.
+const WALK: Duration = Duration::from_micros(4 * 5_550);
 /// Until it is known that a peer that is connected or dialled does not answer.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
 /// After how long kad looks for others once it knows one, and how often it does again.
@@ -80,11 +84,13 @@ pub(super) struct Network {
     pub(super) nodes: BTreeMap<PeerId, Node>,
     start: Instant,
     pub(super) now: Instant,
-    queue: BTreeMap<(Instant, u64), Event>,
+    queue: BTreeMap<(Instant, u64), Box<Event>>,
     sequence: u64,
     rng: StdRng,
     joined: u32,
     signer: NoSigner,
+    /// All that live.
+    everyone: Table,
     /// Whether lookups and advertising are looked at, and so tables and records are kept.
     content: bool,
 }
@@ -101,13 +107,14 @@ impl Network {
             rng: StdRng::seed_from_u64(seed),
             joined: 0,
             signer: NoSigner::default(),
+            everyone: Table::default(),
             content,
         }
     }
 
     fn schedule(&mut self, after: Duration, event: Event) {
         self.sequence += 1;
-        self.queue.insert((self.now + after, self.sequence), event);
+        self.queue.insert((self.now + after, self.sequence), Box::new(event));
     }
 
     fn link(&mut self) -> Duration {
@@ -121,6 +128,7 @@ impl Network {
         let node = Node::new(&mut self.rng, self.joined, kind, &self.signer, clock);
         let peer = node.contact.peer();
         let first = self.nodes.keys().copied().choose(&mut self.rng);
+        self.everyone.insert(node.contact.clone());
         self.nodes.insert(peer, node);
         if let Some(first) = first {
             self.schedule(COLD, Event::Connect(peer, first));
@@ -140,6 +148,7 @@ impl Network {
     /// The node vanishes; those connected to it notice after a while.
     pub(super) fn kill(&mut self, peer: PeerId, noticed: Duration) {
         let Some(node) = self.nodes.remove(&peer) else { return };
+        self.everyone.remove(&peer);
         for other in node.connected {
             let jitter = self.rng.random_range(Duration::ZERO..Duration::from_millis(500));
             let after = noticed.mul_f64(self.rng.random_range(0.7..1.0)) + jitter;
@@ -158,7 +167,7 @@ impl Network {
         while let Some(entry) = self.queue.first_entry().filter(|entry| entry.key().0 <= end) {
             let ((at, _), event) = entry.remove_entry();
             self.now = at;
-            self.handle(event);
+            self.handle(*event);
         }
         self.now = end;
     }
@@ -175,6 +184,7 @@ impl Network {
             }
             Event::Round(peer) if self.content => {
                 let Some(node) = self.nodes.get_mut(&peer) else { return };
+                node.recent.retain(|_, used| now.duration_since(*used) < IDLE);
                 node.round();
                 self.schedule(advertise::pace(P2pSettings::ADVERTISE_TTL).0, Event::Round(peer));
                 self.send_offers(peer);
@@ -182,7 +192,6 @@ impl Network {
             Event::Sweep(peer) if self.content => {
                 let Some(node) = self.nodes.get_mut(&peer) else { return };
                 node.records.sweep(now);
-                node.recent.retain(|_, used| now.duration_since(*used) < IDLE);
                 node.offers.grown(node.table.members());
                 self.schedule(SWEEP, Event::Sweep(peer));
                 self.send_offers(peer);
@@ -200,9 +209,8 @@ impl Network {
             Event::Told(from, to, offered, withdrawn) => {
                 let Some(addresses) = self.nodes.get(&from).map(|node| node.contact.clone()) else { return };
                 let Some(node) = self.nodes.get_mut(&to) else { return };
-                for id in offered {
-                    node.records.add(now, id, from, addresses.addresses());
-                }
+                std::hint::black_box(node.records.touch(&offered));
+                node.records.add(now, offered, from, addresses.addresses());
                 withdrawn.iter().for_each(|id| node.records.withdrawn(id, &from));
             }
             Event::Sent(peer, to, missed) => {
@@ -246,7 +254,8 @@ impl Network {
             {
                 membership.connected(now, other);
             }
-            if self.content {
+            // Others than ours tell whoever came later in their next round only.
+            if self.content && node.kind() == Kind::Member {
                 node.offers.newcomer(other);
                 self.send_offers(peer);
             }
@@ -304,7 +313,7 @@ impl Network {
     fn send_offers(&mut self, peer: PeerId) {
         loop {
             let Some(node) = self.nodes.get_mut(&peer) else { return };
-            node.plan();
+            node.plan(&self.everyone);
             let mut sent = Vec::new();
             while let Some(told) = node.outbox.next() {
                 sent.push(told);
@@ -322,7 +331,7 @@ impl Network {
         let to = told.contact.peer();
         let there = self.nodes.contains_key(&to);
         let node = self.nodes.get_mut(&peer).unwrap();
-        let open = node.table.contains(&to) || node.recent.contains_key(&to);
+        let open = node.table.contains(&to) || node.is_recent(self.now, &to);
         node.recent.insert(to, self.now);
         let bytes = STREAM + if open { 0 } else { CONNECTION };
         if node.table.is_member(&to) {
@@ -333,7 +342,9 @@ impl Network {
             node.traffic.offers.bytes += FRAMING;
         }
         node.traffic.offers.bytes += bytes;
-        let there_after = if open { self.link() } else { self.link() + COLD };
+        let is_member = node.kind() == Kind::Member;
+        let there_after =
+            if open { self.link() } else { self.link() + COLD } + if is_member { Duration::ZERO } else { WALK };
         let back = self.link();
         if there {
             self.schedule(there_after, Event::Told(peer, to, told.offered, told.withdrawn));

@@ -13,10 +13,10 @@ use rand::rngs::StdRng;
 
 use super::super::addresses::Scope;
 use super::super::advertise::{self, Offers, Outbox, Plan};
-use super::super::members::{Believed, Card, Membership, Own, SignedCard, Signer};
+use super::super::members::{Believed, Card, Membership, Own, Read, SignedCard, Signer, Tag};
 use super::super::records::{RecordLimits, Records};
 use super::super::table::{Contact, REPLICAS, Table};
-use super::{Kind, contact_of};
+use super::{IDLE, Kind, contact_of};
 use crate::router::P2pSettings;
 
 /// Believes everything, and reads each card once for all nodes: signatures would take most of a simulation's time, and copies of the
@@ -33,16 +33,16 @@ impl Signer for NoSigner {
         true
     }
 
-    fn read(&self, signed: SignedCard, scope: &Scope) -> Option<Arc<Believed>> {
+    fn read(&self, signed: SignedCard, scope: &Scope, _: &dyn Fn(Tag, u64) -> bool) -> Read {
         let mut read = self.0.lock().unwrap();
         if let Some(known) = read.get(&signed.card) {
-            return Some(Arc::clone(known));
+            return Read::Believed(Arc::clone(known));
         }
-        let card = Card::read(&signed, scope, self)?;
+        let Some(card) = Card::read(&signed, scope) else { return Read::Unusable };
         let text = signed.card.clone();
         let believed = Arc::new(Believed::new(card, signed));
         read.insert(text, Arc::clone(&believed));
-        Some(believed)
+        Read::Believed(believed)
     }
 }
 
@@ -130,6 +130,11 @@ impl Node {
         }
     }
 
+    /// Whether a connection for the moment is still open.
+    pub(super) fn is_recent(&self, now: Instant, peer: &PeerId) -> bool {
+        self.recent.get(peer).is_some_and(|used| now.duration_since(*used) < IDLE)
+    }
+
     pub(super) fn kind(&self) -> Kind {
         if self.membership.is_some() { Kind::Member } else { Kind::Plain }
     }
@@ -171,14 +176,16 @@ impl Node {
         self.due = Some(advertise::pace(P2pSettings::ADVERTISE_TTL).1);
     }
 
-    /// As the advertiser's loop.
-    pub(super) fn plan(&mut self) {
+    /// As the advertiser's loop. A node that has no member list walks to those nearest to each key, and `everyone` is what it finds.
+    pub(super) fn plan(&mut self, everyone: &Table) {
         while self.due.is_some() || (self.outbox.is_clear() && !self.offers.is_idle()) {
             let mut batch = self.offers.take(self.due.take(), &self.table);
             let mut plan = Plan::new();
             while !batch.is_empty() {
-                batch.place(&self.table, &mut plan);
+                batch.place(if self.membership.is_some() { &self.table } else { everyone }, &mut plan);
             }
+            // It does not tell itself.
+            plan.remove(&self.contact.peer());
             self.outbox.add(plan);
         }
     }
