@@ -189,7 +189,7 @@ mod tests {
                 &["--mirror-resolve-retries", "7"],
                 &["--mirror-stall-timeout", "1m30s"],
                 &["--storm", "on"],
-                &["--storm=on", "--storm-max-wait", "1s"],
+                &["--storm-max-wait", "1s", "--storm", "on"],
                 &["--max-uploads", "7"],
                 &["--upload-rate", "1000000"],
                 &["--drain-timeout", "1s"],

@@ -147,7 +147,7 @@ impl Storm {
 
     fn scenario(&self, nodes: usize, seed: u64) -> Scenario {
         Scenario {
-            name: "as asked".into(),
+            name: format!("layers: {}, deaths: {} %/min", self.layers, self.churn),
             nodes,
             upstream: self.upstream,
             node: self.node,
