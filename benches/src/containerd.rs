@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::daemon::{Daemon, find_program, output};
@@ -202,6 +203,26 @@ impl Containerd {
         command.arg(limit.as_secs().to_string()).arg(&self.binaries.ctr).arg("--address").arg(self.socket());
         command.args(["--namespace", NAMESPACE, "images", "pull", "--hosts-dir", &hosts]);
         output(command.args(["--snapshotter", self.snapshotter, reference])).map(|_| ())
+    }
+
+    /// Fetches an image's content for this machine's platform as a pull does, all layers at once, and does not unpack it.
+    ///
+    /// # Errors
+    /// What `ctr` says, or the time is over.
+    pub fn fetch_within(&self, reference: &str, limit: Duration) -> Result<()> {
+        let hosts = self.certs_dir().display().to_string();
+        let mut command = self.node.command("timeout");
+        command.arg(limit.as_secs().to_string()).arg(&self.binaries.ctr).arg("--address").arg(self.socket());
+        command.args(["--namespace", NAMESPACE, "content", "fetch", "--hosts-dir", &hosts]);
+        output(command.arg(reference)).map(|_| ())
+    }
+
+    /// Signals the daemon.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.daemon.as_ref().context("containerd does not run")?.signal(signal)
     }
 
     /// Imports an archive, without unpacking it, for every platform.

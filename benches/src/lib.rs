@@ -11,6 +11,8 @@ pub mod gopeer;
 pub mod http;
 pub mod image;
 pub mod load;
+pub mod memory_group;
 pub mod netns;
 pub mod registry;
 pub mod spegel;
+pub mod storm;

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -23,7 +24,7 @@ use crate::mirror::{self, Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router, RouterMetrics};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
-use crate::store::{Change, Containerd, ContainerdSettings, OciLayout, OfferedCollector, Store, StoreError};
+use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Outcome, Store, StoreError};
 use crate::web::Web;
 use crate::{hosts, metrics};
 
@@ -122,6 +123,7 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     let open_files = limit_open_files(settings.serve.open_files);
     let mut figures = metrics::registry();
     let zone = node::zone(&settings.zone, &settings.node_name).await;
+    figures.register_collector(Box::new(trace::DroppedLines));
     metrics::register_node(&mut figures, &settings.node_name, zone.as_deref());
 
     let (store, mut store_task) = open_store(&settings, &stop)?;
@@ -144,11 +146,13 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
     let serve_metrics = ServeMetrics::register(&mut figures);
     serve_metrics.set_open_files(open_files);
-    let options = Options { metrics: serve_metrics, ..settings.serve.options.clone() };
+    let mut options = Options { metrics: serve_metrics, ..settings.serve.options.clone() };
+    options.limits.connections = affordable(options.limits.connections, open_files);
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
     tokio::spawn(web.serve(stop.clone()));
-    tokio::spawn(announce(store, router.clone(), Arc::clone(&registry)));
+    tokio::spawn(tell_outcomes(store.outcomes(), Arc::clone(&registry)));
+    tokio::spawn(announce(store, router.clone()));
     tokio::spawn(tell_load(router.clone(), Arc::clone(&registry)));
     tokio::spawn(strain::watch(Arc::clone(&registry), open_files));
     if let Some(taint) = settings.startup_taint {
@@ -245,6 +249,7 @@ fn start_router(
         peer_networks: settings.peers.networks.clone(),
         network_key: settings.peers.network_key.clone(),
         zone,
+        storms: settings.mirror.storm.is_some(),
         metrics,
         advertise_ttl: P2pSettings::ADVERTISE_TTL,
         join_timeout: P2pSettings::JOIN_TIMEOUT,
@@ -289,14 +294,23 @@ async fn stop_serving(registry: &Registry, server: Server, bound: Duration) -> u
 }
 
 /// Tells the network what the store has, as that changes.
-async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>, registry: Arc<Registry>) {
+async fn announce(store: Arc<dyn Store>, router: Arc<P2pRouter>) {
     let mut changes = store.subscribe();
     drop(store);
     while let Some(change) = changes.next().await {
-        if let Change::Added(keys) = &change {
-            registry.stored(keys);
-        }
         router.announce(change);
+    }
+}
+
+/// Tells the registry what became of what was received.
+async fn tell_outcomes(mut outcomes: broadcast::Receiver<Outcome>, registry: Arc<Registry>) {
+    loop {
+        match outcomes.recv().await {
+            Ok(outcome) => registry.hear(&outcome),
+            // What was missed is as if it had not been seen.
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
     }
 }
 
@@ -327,6 +341,19 @@ fn limit_open_files(asked: Option<u64>) -> u64 {
         warn!(%error, "cannot change the bound of open files");
     }
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// How many connections there can be with so many open files: each takes one at least, and what is beyond them is refused in an orderly way only
+/// while there are some left.
+fn affordable(asked: usize, open_files: u64) -> usize {
+    /// Files of the process itself, and what is kept to refuse with.
+    const OTHERS: u64 = 48;
+    let left = open_files.saturating_sub(OTHERS + (open_files / 8).min(64)).max(1);
+    let connections = usize::try_from(left).map_or(asked, |left| left.min(asked));
+    if connections < asked {
+        warn!(asked, connections, open_files, "--max-connections is more than the open files allow");
+    }
+    connections
 }
 
 /// The signals that ask a daemon to end.

@@ -188,6 +188,8 @@ mod tests {
                 &["--mirror-resolve-timeout", "1s"],
                 &["--mirror-resolve-retries", "7"],
                 &["--mirror-stall-timeout", "1m30s"],
+                &["--storm", "on"],
+                &["--storm=on", "--storm-max-wait", "1s"],
                 &["--max-uploads", "7"],
                 &["--upload-rate", "1000000"],
                 &["--drain-timeout", "1s"],

@@ -2,7 +2,7 @@
 //!
 //! | level | rooms | may import |
 //! |---|---|---|
-//! | 0 | [`oci`], [`metrics`] | nothing of ours |
+//! | 0 | [`oci`], [`metrics`], [`storm`] | nothing of ours |
 //! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`], [`kube`] | level 0 |
 //! | 2 | [`store`], [`router`] | below; `router` takes `store`'s [`store::Change`] only |
 //! | 3 | [`mirror`] | below |
@@ -27,5 +27,10 @@ pub mod registry;
 pub mod router;
 pub mod serve;
 pub mod store;
+pub mod storm;
+// Beside the room, since the simulator of xtask includes the room itself.
+#[cfg(test)]
+#[path = "storm/tests/mod.rs"]
+mod storm_tests;
 pub mod web;
 pub mod zerocopy;

@@ -9,7 +9,7 @@ fn main() -> ExitCode {
         Ok(invocation) => invocation,
         Err(code) => return code,
     };
-    app::trace(&invocation.log);
+    let _lines = app::trace(&invocation.log);
     match app::run(invocation.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

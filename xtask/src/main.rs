@@ -1,5 +1,5 @@
 //! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`,
-//! `cluster-test`, `tidy`.
+//! `cluster-test`, `storm`, `tidy`.
 
 mod bench;
 mod build;
@@ -12,6 +12,7 @@ mod helm;
 mod image;
 mod protoc;
 mod soak;
+mod storm;
 mod suites;
 mod test;
 mod tidy;
@@ -49,6 +50,8 @@ enum Command {
     Faults(faults::Faults),
     /// Three containerds pull random images while faults come and go; needs root
     Soak(soak::Soak),
+    /// Many nodes start at once what none has: a simulation of the daemon's own state machines
+    Storm(storm::Storm),
     /// Write the chart's values.yaml and README from its schema
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
@@ -82,6 +85,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(demo) => demo.run(),
         Command::Faults(faults) => faults.run(),
         Command::Soak(soak) => soak.run(),
+        Command::Storm(storm) => storm.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
         Command::ClusterTest(test) => test.run(root()),

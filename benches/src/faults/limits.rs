@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -19,13 +18,6 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long threads that were stopped stay so at the most.
 const WEDGED: Duration = Duration::from_secs(60);
-
-/// Writes a program that does `before` and then becomes the real one, whose number it keeps.
-pub(super) fn wrapper(at: &Path, before: &str, program: &Path) -> Result<PathBuf> {
-    fs::write(at, format!("#!/bin/sh\n{before} {} \"$@\"\n", program.display()))?;
-    fs::set_permissions(at, fs::Permissions::from_mode(0o755))?;
-    Ok(at.to_path_buf())
-}
 
 /// The words before a program that may then read only what its user may.
 pub(super) fn without_override() -> &'static str {
@@ -48,86 +40,6 @@ pub(super) fn with_clock(library: &Path, file: &Path) -> String {
     format!(
         "exec env LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={file} FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1"
     )
-}
-
-/// A control group for one process's memory. Removed when dropped.
-#[derive(Debug)]
-pub(super) struct MemoryGroup {
-    folder: PathBuf,
-    limit: &'static str,
-    usage: &'static str,
-}
-
-// === impl MemoryGroup ===
-
-impl MemoryGroup {
-    /// Whether there can be one.
-    ///
-    /// # Errors
-    /// What is missing.
-    pub(super) fn available() -> Result<(), String> {
-        Self::new("probe").map(|_| ()).map_err(|error| format!("no control group for memory: {error:#}"))
-    }
-
-    /// # Errors
-    /// No such control groups are mounted, or they may not be changed.
-    pub(super) fn new(name: &str) -> Result<Self> {
-        let name = format!("spegel-faults-{}-{name}", std::process::id());
-        let first = Path::new("/sys/fs/cgroup/memory");
-        let (folder, limit, usage) = if first.join("memory.limit_in_bytes").exists() || first.is_dir() {
-            (first.join(name), "memory.limit_in_bytes", "memory.usage_in_bytes")
-        } else {
-            (Path::new("/sys/fs/cgroup").join(name), "memory.max", "memory.current")
-        };
-        fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-        let group = Self { folder, limit, usage };
-        ensure!(group.folder.join(group.usage).exists(), "there is no {} in {}", group.usage, group.folder.display());
-        Ok(group)
-    }
-
-    /// The words before a program that is to be in it. In a network namespace /sys is another one, without control groups.
-    pub(super) fn words(&self) -> String {
-        let mount = match self.limit {
-            "memory.max" => "mount -t cgroup2 none /sys/fs/cgroup",
-            _ => {
-                "mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/memory && \
-                 mount -t cgroup -o memory none /sys/fs/cgroup/memory"
-            }
-        };
-        format!("{mount} || exit 1\necho $$ > {}/cgroup.procs || exit 1\nexec", self.folder.display())
-    }
-
-    /// Sets the limit just above what is in use now, and says what that is, in bytes.
-    pub(super) fn tighten(&self) -> Result<u64> {
-        let read = |name: &str| fs::read_to_string(self.folder.join(name)).with_context(|| name.to_owned());
-        let usage: u64 = read(self.usage)?.trim().parse()?;
-        let stat = read("memory.stat")?;
-        let back = stat.lines().filter_map(|line| line.split_once(' '));
-        let names = if self.limit == "memory.max" {
-            ["inactive_file", "active_file"]
-        } else {
-            ["total_inactive_file", "total_active_file"]
-        };
-        let back: u64 = back.filter(|(name, _)| names.contains(name)).filter_map(|(_, n)| n.parse::<u64>().ok()).sum();
-        let limit = usage.saturating_sub(back) * 100 / 95;
-        fs::write(self.folder.join(self.limit), limit.to_string()).context("set the limit")?;
-        Ok(limit)
-    }
-
-    /// Takes the limit far away.
-    pub(super) fn widen(&self) -> Result<()> {
-        Ok(fs::write(self.folder.join(self.limit), (4u64 << 30).to_string())?)
-    }
-}
-
-impl Drop for MemoryGroup {
-    fn drop(&mut self) {
-        // Its process may take a moment to be gone.
-        let deadline = Instant::now() + Duration::from_secs(2);
-        while fs::remove_dir(&self.folder).is_err() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
 }
 
 /// Connections that are held until dropped.

@@ -8,12 +8,13 @@ use anyhow::{Context, Result, anyhow};
 use rustix::process::Signal;
 
 use super::disk::Disk;
-use super::limits::{self, Crowd, MemoryGroup, Wedge};
+use super::limits::{self, Crowd, Wedge};
 use super::observe::{ready, wait_for};
 use super::{BAD_LAYOUT, DiskFault, LIMIT, Midway, Nodes, Scene, upsets};
 use crate::containerd::Containerd;
 use crate::http::Client;
 use crate::image::{Image, host_platform};
+use crate::memory_group::{MemoryGroup, wrapper};
 use crate::netns::Lab;
 use crate::spegel::Spegel;
 
@@ -82,12 +83,12 @@ impl Scene {
             _ => None,
         };
         if let Some(before) = before {
-            let program = limits::wrapper(&wrapped, &before, &program)?;
+            let program = wrapper(&wrapped, &before, &program)?;
             self.restart_client_as(|settings| settings.program = program)?;
             self.wait_found()?;
         }
         let bad_program = match what {
-            Midway::ContentForbidden => limits::wrapper(&wrapped, limits::without_override(), &program)?,
+            Midway::ContentForbidden => wrapper(&wrapped, limits::without_override(), &program)?,
             _ => program,
         };
         if let Midway::Disk(_) = what {

@@ -223,7 +223,7 @@ impl Row {
         let found = match self.action {
             Action::Midway(Midway::Disk(_)) => disk::available(),
             Action::Midway(Midway::Clock(_)) => limits::faketime().map(|_| ()),
-            Action::Midway(Midway::Memory) => limits::MemoryGroup::available(),
+            Action::Midway(Midway::Memory) => crate::memory_group::MemoryGroup::available(),
             Action::Upset(_) | Action::Midway(Midway::SplitAndHealed) => upsets::available(),
             _ => Ok(()),
         };

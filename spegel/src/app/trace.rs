@@ -1,14 +1,27 @@
 //! Where log lines go.
+//!
+//! A thread of its own writes them: who reads standard error may be stuck, and a data runtime must not be with it. What it cannot keep up with
+//! is dropped and counted.
 
 use std::io::IsTerminal as _;
+use std::sync::OnceLock;
 
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::counter::ConstCounter;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::cli::{Log, LogFormat, LogLevel};
 
-/// Sends log lines to standard error from now on.
-pub fn trace(log: &Log) {
+/// Lines that wait to be written; some MiB at the most.
+const WAITING: usize = 8192;
+
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// Sends log lines to standard error from now on. Those that wait are written when what is returned is dropped.
+pub fn trace(log: &Log) -> WorkerGuard {
     let level = match log.level {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Info => LevelFilter::INFO,
@@ -20,11 +33,30 @@ pub fn trace(log: &Log) {
     let filter = EnvFilter::default().add_directive(libraries.into());
     let own = format!("spegel={level}").parse();
     let filter = own.into_iter().fold(filter, EnvFilter::add_directive);
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let writer = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(WAITING).thread_name("log");
+    let (writer, guard) = writer.finish(std::io::stderr());
+    // Only the first call's lines go anywhere.
+    let _ = DROPPED.set(writer.error_counter());
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_target(false);
     let terminal = std::io::stderr().is_terminal();
     let format = log.format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json });
     match format {
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).init(),
         LogFormat::Text => lines.with_ansi(terminal).init(),
+    }
+    guard
+}
+
+/// Tells how many lines were dropped.
+#[derive(Debug)]
+pub(super) struct DroppedLines;
+
+impl Collector for DroppedLines {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let dropped = DROPPED.get().map_or(0, ErrorCounter::dropped_lines);
+        let counter = ConstCounter::new(dropped as u64);
+        let help = "Log lines that were dropped, since whoever reads standard error did not keep up";
+        let metric = encoder.encode_descriptor("spegel_log_dropped_lines", help, None, counter.metric_type())?;
+        counter.encode(metric)
     }
 }

@@ -45,6 +45,13 @@ pub enum LogFormat {
     Text,
 }
 
+/// Whether something is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Switch {
+    On,
+    Off,
+}
+
 /// How `version` prints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum VersionFormat {
@@ -199,6 +206,12 @@ pub(super) struct RegistryArgs {
     /// How long a peer may send nothing before it is given up
     #[arg(long, env, default_value = "5s", value_parser = duration, value_name = "DURATION")]
     pub(super) mirror_stall_timeout: Duration,
+    /// Whether what no node has is pulled from upstream by one, and by the others from each other while it arrives
+    #[arg(long, env, default_value = "off")]
+    pub(super) storm: Switch,
+    /// For how long the requests of one image pull may be held in all while another node begins to get what none has
+    #[arg(long, env, default_value = "2s", value_parser = duration, value_name = "DURATION")]
+    pub(super) storm_max_wait: Duration,
     /// How many blobs peers may fetch from this node at once; 0: no bound
     #[arg(long, env, default_value_t = 0, value_name = "NUMBER")]
     pub(super) max_uploads: usize,

@@ -79,7 +79,15 @@ impl ServeArgs {
 }
 
 fn duration_or_never(text: &str) -> Result<Never, String> {
-    if matches!(text, "0" | "0s") { Ok(Never(None)) } else { duration(text).map(|bound| Never(Some(bound))) }
+    if matches!(text, "0" | "0s") {
+        return Ok(Never(None));
+    }
+    match duration(text)? {
+        bound if bound < Duration::from_secs(1) => {
+            Err("it must be a second at least: a busy machine is not a hung one".to_owned())
+        }
+        bound => Ok(Never(Some(bound))),
+    }
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

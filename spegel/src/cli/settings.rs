@@ -12,7 +12,7 @@ use clap::CommandFactory as _;
 use clap::error::ErrorKind as Usage;
 use ipnet::IpNet;
 
-use super::args::{ApiArgs, Cli, ConfigurationArgs, NodeArgs, RegistryArgs};
+use super::args::{ApiArgs, Cli, ConfigurationArgs, NodeArgs, RegistryArgs, Switch};
 use super::serve::ServeSettings;
 use crate::bootstrap::{Certificates, HttpBootstrap, StaticBootstrap};
 use crate::kube::{ApiSettings, StartupTaint};
@@ -149,6 +149,7 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         resolve_timeout: args.mirror_resolve_timeout,
         resolve_retries: args.mirror_resolve_retries,
         stall: args.mirror_stall_timeout,
+        storm: (args.storm == Switch::On).then_some(mirror::StormSettings { max_wait: args.storm_max_wait }),
         authorization: basic_auth.as_ref().map(|auth| auth.header().to_owned()),
         ..mirror::Settings::default()
     };

@@ -2,8 +2,8 @@
 
 use std::net::SocketAddr;
 
+use super::attempt::{checked_part, unsatisfiable};
 use super::client::{self, MAX_HOLDERS, is_plausible, parse_holders};
-use super::fetch::{checked_part, unsatisfiable};
 use super::{Chain, Content, NodeId};
 
 /// What must hold for any text of a peer's hints: other holders, and the chain of nodes that a blob comes through. Panics where it does not.

@@ -6,16 +6,23 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures::stream::{FuturesUnordered, StreamExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use super::pool::Pool;
-use super::{CHAIN_HEADER, LOAD_HEADER, RECEIVING_HEADER};
+use super::{CHAIN_HEADER, INGEST_HEADER, LOAD_HEADER, RECEIVING_HEADER};
 
 /// The longest response head that is accepted of a peer, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
 /// The most header lines that are accepted of a peer.
 const MAX_HEADERS: usize = 64;
+
+/// How many addresses of one peer are tried, and how long after each other: all of them within the bound of one
+/// ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)).
+const MAX_TRIED: usize = 4;
+const STAGGER: Duration = Duration::from_millis(100);
 
 /// The response header of a busy node's 503 that names others: addresses of registries, with commas between.
 pub const HOLDERS_HEADER: &str = "X-Spegel-Holders";
@@ -42,18 +49,33 @@ pub enum PeerError {
     /// Not HTTP, or HTTP that cannot be relayed.
     #[error("malformed answer: {0}")]
     Malformed(&'static str),
+    /// It does not fit what is known of the content, which may be what is wrong. No fault of the peer's that is certain.
+    #[error("unfit answer: {0}")]
+    Unfit(&'static str),
     /// A status other than the ones asked for.
     #[error("answered {0}")]
     Status(u16),
-    /// It gets the blob by way of the node that wants it.
+    /// It gets the blob by way of the node that wants it, or of one that gets it from that.
     #[error("its bytes come through the node that asks")]
     Circle,
+    /// What it receives of the blob was found to be wrong before.
+    #[error("is receiving what was wrong before")]
+    Spoiled,
+    /// It was receiving the blob, and ended in an orderly way before its end: its own pull was given up.
+    #[error("gave up receiving it")]
+    GaveUp,
+    /// There is no memory here to verify its body in. No fault of the peer's.
+    #[error("no memory for its body within {0:?}")]
+    NoMemory(Duration),
     /// It has enough to do. These have it too, it says.
     #[error("is busy, and names {} others", .0.len())]
     Busy(Vec<SocketAddr>),
     /// The bytes are not those of the digest.
     #[error("sent bytes that are not those of the digest")]
     WrongBytes,
+    /// Nor are these, which it passed on while it received them, into this file if it said which.
+    #[error("passed on bytes that are not those of the digest")]
+    PassedOnWrong(Option<u64>),
 }
 
 /// What to ask of a peer.
@@ -80,6 +102,8 @@ pub(super) struct PeerHead {
     /// How many bytes the peer has, if it is still receiving what it sends.
     pub(super) receiving: Option<u64>,
     pub(super) chain: Option<String>,
+    /// Which file it receives it into.
+    pub(super) ingest: Option<u64>,
     pub(super) holders: Vec<SocketAddr>,
     /// How busy it says that it is, in percent.
     pub(super) load: Option<u8>,
@@ -111,32 +135,60 @@ impl Timeouts {
     }
 }
 
-/// Sends `request` to the first of `addresses` that can be reached, on an idle connection where there is one.
+/// Sends `request` to the first of a peer's `addresses` that can be reached, on an idle connection where there is one. `met` is the one that
+/// was reached, whatever came of it. Takes as long as `timeouts` allow for one connection and one head, not more.
 pub(super) async fn request(
     pool: &Pool,
     addresses: &[SocketAddr],
     request: &PeerRequest,
     timeouts: Timeouts,
+    met: &mut Option<SocketAddr>,
 ) -> Result<(SocketAddr, PeerResponse), PeerError> {
-    let mut last = PeerError::Malformed("the peer has no address");
-    for &address in addresses {
-        while let Some(stream) = pool.take(address) {
-            match exchange(stream, address, request, timeouts.head).await {
-                Ok(response) => return Ok((address, response)),
-                // The peer may have closed an idle connection just now: that says nothing about it.
-                Err(PeerError::Lost(_)) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        match connect(address, timeouts.connect).await {
-            Ok(stream) => {
-                let response = exchange(stream, address, request, timeouts.head).await?;
-                return Ok((address, response));
-            }
-            Err(error) => last = error,
+    let deadline = Instant::now() + timeouts.connect + timeouts.head;
+    let tried = &addresses[..addresses.len().min(MAX_TRIED)];
+    if let Some((address, stream)) = tried.iter().find_map(|address| Some((*address, pool.take(*address)?))) {
+        *met = Some(address);
+        match exchange(stream, address, request, timeouts.head).await {
+            Ok(response) => return Ok((address, response)),
+            // The peer may have closed an idle connection just now, and then all of them: that says nothing about it.
+            Err(PeerError::Lost(_)) => pool.forget(address),
+            Err(error) => return Err(error),
         }
     }
-    Err(last)
+    let left = deadline.saturating_duration_since(Instant::now());
+    let (address, stream) = connect_any(tried, timeouts.connect.min(left)).await?;
+    *met = Some(address);
+    let left = deadline.saturating_duration_since(Instant::now());
+    let response = exchange(stream, address, request, timeouts.head.min(left)).await?;
+    Ok((address, response))
+}
+
+/// Connects to whichever address answers first, each tried a moment after the one before, or at once when that has failed.
+async fn connect_any(addresses: &[SocketAddr], bound: Duration) -> Result<(SocketAddr, TcpStream), PeerError> {
+    let deadline = Instant::now() + bound;
+    let (mut rest, mut next_at) = (addresses.iter(), Instant::now());
+    let mut connecting = FuturesUnordered::new();
+    let mut last = PeerError::Malformed("the peer has no address");
+    loop {
+        if Instant::now() >= next_at {
+            match rest.next() {
+                Some(&address) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    connecting.push(async move { (address, connect(address, left).await) });
+                }
+                None if connecting.is_empty() => return Err(last),
+                None => {}
+            }
+            next_at = Instant::now() + STAGGER;
+        }
+        tokio::select! {
+            Some((address, result)) = connecting.next() => match result {
+                Ok(stream) => return Ok((address, stream)),
+                Err(error) => (last, next_at) = (error, Instant::now()),
+            },
+            () = tokio::time::sleep_until(next_at) => {}
+        }
+    }
 }
 
 async fn connect(address: SocketAddr, bound: Duration) -> Result<TcpStream, PeerError> {
@@ -227,6 +279,8 @@ pub(super) fn parse_head(bytes: &[u8], bodiless: bool) -> Result<Option<(PeerHea
             head.receiving = Some(value.split('/').next().and_then(|position| position.parse().ok()).unwrap_or(0));
         } else if is(CHAIN_HEADER) {
             head.chain = Some(value.to_owned());
+        } else if is(INGEST_HEADER) {
+            head.ingest = u64::from_str_radix(value, 16).ok();
         } else if is(LOAD_HEADER) {
             head.load = value.parse().ok().filter(|percent| *percent <= 100);
         } else if is(HOLDERS_HEADER) {

@@ -11,7 +11,11 @@ const CAPACITY: usize = 32 * 1024;
 /// The most children that are remembered of one manifest.
 const CHILDREN: usize = 1024;
 
-/// The lengths of content, in bytes, as verified manifests tell them.
+/// How many lengths are remembered of one piece of content. Where more are told, none is believed.
+const LENGTHS: usize = 4;
+
+/// The lengths of content, in bytes, as manifests tell them. Each was verified against its own digest only: somebody's may be wrong, so
+/// content may have any of the lengths that were told.
 #[derive(Debug, Default)]
 pub(super) struct Sizes {
     state: Mutex<State>,
@@ -19,7 +23,7 @@ pub(super) struct Sizes {
 
 #[derive(Debug, Default)]
 struct State {
-    by_digest: HashMap<Digest, u64>,
+    by_digest: HashMap<Digest, Vec<u64>>,
     order: VecDeque<Digest>,
 }
 
@@ -35,8 +39,13 @@ impl Sizes {
     pub(super) fn learn(&self, children: &[(Digest, u64)]) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         for (digest, size) in children {
-            if state.by_digest.insert(digest.clone(), *size).is_none() {
-                state.order.push_back(digest.clone());
+            match state.by_digest.get_mut(digest) {
+                Some(told) if told.contains(size) || told.len() >= LENGTHS => {}
+                Some(told) => told.push(*size),
+                None => {
+                    state.by_digest.insert(digest.clone(), vec![*size]);
+                    state.order.push_back(digest.clone());
+                }
             }
         }
         while state.by_digest.len() > CAPACITY {
@@ -45,10 +54,16 @@ impl Sizes {
         }
     }
 
+    /// How long a blob is, if manifests have told, and all the same.
+    pub(super) fn of(&self, digest: &Digest) -> Option<u64> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.by_digest.get(digest).filter(|told| told.len() == 1).map(|told| told[0])
+    }
+
     /// Whether a blob may have this length in all.
     pub(super) fn allow(&self, digest: &Digest, length: u64) -> bool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.by_digest.get(digest).is_none_or(|known| *known == length)
+        state.by_digest.get(digest).is_none_or(|told| told.len() >= LENGTHS || told.contains(&length))
     }
 }
 
@@ -74,6 +89,19 @@ mod tests {
         assert!(sizes.allow(&layer, 1), "nothing is known yet");
         sizes.learn(&children);
         assert!(sizes.allow(&layer, 9) && !sizes.allow(&layer, 10) && sizes.allow(&config, 7));
+    }
+
+    #[test]
+    fn one_wrong_manifest_does_not_hide_what_another_tells() {
+        let (sizes, layer) = (Sizes::default(), digest(1));
+        for size in [9, 12_345] {
+            sizes.learn(&[(layer.clone(), size)]);
+        }
+        assert!(sizes.allow(&layer, 9) && sizes.allow(&layer, 12_345) && !sizes.allow(&layer, 10));
+        for size in 0..LENGTHS as u64 {
+            sizes.learn(&[(layer.clone(), size)]);
+        }
+        assert!(sizes.allow(&layer, 9) && sizes.allow(&layer, 77), "too many are told for any to be believed");
     }
 
     #[test]

@@ -5,24 +5,22 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use rand::Rng as _;
-use tokio::io::AsyncReadExt as _;
-use tokio::sync::{SemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
-use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeouts};
+use super::attempt::{Contact, attempt};
+use super::blame::Sent;
+use super::client::{self, PeerError, PeerResponse};
+use super::flights::Landed;
+use super::lineage::Tie;
 use super::metrics::Outcome;
 use super::peers::{Leave, jitter};
-use super::{
-    COMPLAINT_HEADER, Chain, Content, Found, Kind, MIRRORED_HEADER, Miss, NodeId, Shared, VERIFIED_BODY, Verified,
-    WAIT_HEADER, Wanted, family, relay, siblings, verify,
-};
-use crate::hosts::NODE_HEADER;
-use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, parse_range};
+use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings, storms};
+use crate::oci::{Key, RangeSpec};
 use crate::router::Peer;
 
 /// How long a peer that failed lately may take to connect, and to answer.
@@ -51,8 +49,8 @@ pub(super) struct Streamed {
     /// Where it begins in the blob, and the blob's length, for a part.
     pub(super) part: Option<(u64, u64)>,
     pub(super) use_of: Use,
-    /// The nodes that it comes through, if the peer is still receiving it.
-    pub(super) chain: Option<Chain>,
+    /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
+    pub(super) fed: Option<Tie>,
 }
 
 /// A request or a body of a peer that is under way, until dropped.
@@ -84,16 +82,25 @@ struct Race<'a> {
     asked: HashSet<SocketAddr>,
     attempts: FuturesUnordered<Attempt>,
     found: usize,
+    /// Peers that were asked, and how many of them count.
+    met: usize,
     tried: usize,
     /// Those of them that answered that they have not got it.
     refused: usize,
 }
 
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
-    let (peer, taken) = match race(shared, wanted, &HashSet::new()).await {
+    // Before anybody is asked, who may be asking us at this moment.
+    let _sought = shared.seek(wanted, wanted.first_byte());
+    let (peer, taken) = match race_once(shared, wanted).await {
         Ok(taken) => taken,
         Err(miss) if wanted.kind == Kind::Manifest => return Err(miss),
-        Err(miss) => siblings::wait(shared, wanted).await.ok_or(miss)?,
+        Err(miss) => match &shared.storms {
+            Some(storms) if wanted.is_own && !wanted.head_only => {
+                storms::hold(shared, storms, wanted).await.ok_or(miss)?
+            }
+            _ => siblings::wait(shared, wanted).await.ok_or(miss)?,
+        },
     };
     if let Some(pull) = &wanted.pull {
         shared.siblings.gave(pull, &peer, now());
@@ -106,6 +113,32 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
         }
     };
     Ok(Found { peer: Some(peer), content })
+}
+
+/// The first good answer, which those who ask for the same at this time have in common, if it is small.
+async fn race_once(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(Peer, Taken), Miss> {
+    let is_whole = wanted.range.is_none() && !wanted.head_only && matches!(wanted.key, Key::Digest(_));
+    let flight = is_whole.then(|| shared.flights.join(&wanted.key));
+    let Some(flight) = flight else { return race(shared, wanted, &HashSet::new()).await };
+    let mut landed = flight.turn().await;
+    match &*landed {
+        Landed::Content(content) => {
+            let (peer, verified) = (**content).clone();
+            return Ok((peer, Taken::Content(Content::Verified(verified))));
+        }
+        Landed::Apart => drop(landed),
+        Landed::Not => {
+            let result = race(shared, wanted, &HashSet::new()).await;
+            *landed = match &result {
+                Ok((peer, Taken::Content(Content::Verified(verified)))) => {
+                    Landed::Content(Box::new((peer.clone(), verified.clone())))
+                }
+                _ => Landed::Apart,
+            };
+            return result;
+        }
+    }
+    race(shared, wanted, &HashSet::new()).await
 }
 
 /// The first good answer of a peer that is not among `excluded`.
@@ -122,6 +155,7 @@ pub(super) async fn race(
         asked: HashSet::new(),
         attempts: FuturesUnordered::new(),
         found: 0,
+        met: 0,
         tried: 0,
         refused: 0,
     };
@@ -137,7 +171,7 @@ pub(super) async fn race(
     race.tried -= race.refused;
     let lookup = shared.router.lookup(&wanted.key);
     let taken = race.run(Some(lookup)).await;
-    taken.ok_or(Miss { found: race.found, tried: race.asked.len() })
+    taken.ok_or(Miss { found: race.found, tried: race.met })
 }
 
 fn now() -> std::time::Instant {
@@ -210,14 +244,16 @@ impl Race<'_> {
     }
 
     /// Takes a peer as a candidate, unless there is a reason not to ask it.
-    fn consider(&mut self, peer: Peer) {
+    fn consider(&mut self, mut peer: Peer) {
         let (now, key) = (now(), &self.wanted.key);
         let is_out = |address: &SocketAddr| {
             self.excluded.contains(address)
                 || self.asked.contains(address)
                 || self.shared.blame.is_barred(key, *address, now)
         };
-        if peer.addresses.iter().any(is_out) || self.candidates.iter().any(|known| known.addresses == peer.addresses) {
+        // It may name addresses that are others': what is held against those says nothing about the rest.
+        peer.addresses.retain(|address| !is_out(address));
+        if peer.addresses.is_empty() || self.candidates.iter().any(|known| known.addresses == peer.addresses) {
             return;
         }
         self.found += 1;
@@ -226,7 +262,7 @@ impl Race<'_> {
 
     fn is_exhausted(&self) -> bool {
         let retries = self.shared.settings.resolve_retries;
-        self.tried >= retries || self.asked.len() >= 2 * retries + MORE
+        self.tried >= retries || self.met >= 2 * retries + MORE
     }
 
     fn can_ask(&self) -> bool {
@@ -247,14 +283,22 @@ impl Race<'_> {
                 Leave::Probe => (self.shared.settings.timeouts.at_most(PROBE), BESIDE_PROBE),
             };
             self.tried += 1;
+            self.met += 1;
             self.asked.extend(&peer.addresses);
             let (shared, wanted) = (Arc::clone(self.shared), self.wanted.clone());
             self.attempts.push(Box::pin(async move {
-                let start = now();
+                let (start, mut contact) = (now(), Contact::default());
                 let use_of = Use::new(&shared, first);
-                let result = attempt(&shared, &wanted, &peer, timeouts, use_of).await;
+                let result = attempt(&shared, &wanted, &peer, timeouts, use_of, &mut contact).await;
                 shared.metrics.attempted(outcome(&result));
-                shared.judge(&wanted.key, &peer, start, &result);
+                let now = now();
+                let took = [contact.answered.unwrap_or(now), now].map(|end| end.duration_since(start));
+                // Only what was met is judged: a peer may name addresses that are others'.
+                let peer = match contact.address {
+                    Some(address) => Peer { addresses: vec![address], ..peer },
+                    None => peer,
+                };
+                shared.judge(&wanted.key, &peer, took, &result);
                 (peer, result)
             }));
             return Some(patience);
@@ -287,15 +331,17 @@ impl Race<'_> {
         for address in &peer.addresses {
             self.shared.sources.failed(&self.wanted.key, address);
         }
-        if matches!(error, PeerError::Status(404) | PeerError::Circle) {
+        if matches!(error, PeerError::Status(404) | PeerError::Circle | PeerError::Spoiled) {
             self.refused += 1;
         }
         if let PeerError::Busy(holders) = error {
             // It has it, and told us who else does: that is no failed try.
             self.tried -= 1;
             let by = peer.addresses.first().copied();
-            for address in holders.into_iter().filter(|address| by.is_some_and(|by| client::is_plausible(*address, by)))
-            {
+            let may_be_asked = |address: &SocketAddr| {
+                by.is_some_and(|by| client::is_plausible(*address, by)) && self.shared.router.accepts(*address)
+            };
+            for address in holders.into_iter().filter(may_be_asked) {
                 self.consider(Peer {
                     id: address.to_string().into(),
                     addresses: vec![address],
@@ -337,22 +383,75 @@ impl Race<'_> {
 }
 
 impl Shared {
-    /// Remembers who failed. A peer that refuses works: it has not got what it was said to have.
-    fn judge(&self, key: &Key, peer: &Peer, start: std::time::Instant, result: &Result<Taken, PeerError>) {
+    /// Remembers who failed. A peer that refuses works: it has not got what it was said to have. `took` is the time until its head and until
+    /// all that was read of its answer.
+    fn judge(&self, key: &Key, peer: &Peer, took: [Duration; 2], result: &Result<Taken, PeerError>) {
         let now = now();
-        let took = now.duration_since(start);
+        if let Err(error) = result {
+            self.convict(key, peer, error);
+        }
         for &address in &peer.addresses {
-            match result {
-                Ok(_) | Err(PeerError::Status(404) | PeerError::Circle) => self.peers.answered(address, took, now),
-                Err(PeerError::Busy(_)) => self.peers.busy(address, now),
-                Err(PeerError::WrongBytes) => {
-                    self.peers.failed(address, took, now, jitter());
-                    if let Key::Digest(digest) = key {
-                        self.punish(digest, &self.blame.convicted(key, address, now));
-                    }
-                }
-                Err(_) => self.peers.failed(address, took, now, jitter()),
+            if let Ok(Taken::Content(Content::Verified(_))) = result {
+                self.peers.delivered(address, now);
             }
+            match result {
+                Ok(_)
+                | Err(
+                    PeerError::Status(404)
+                    | PeerError::Circle
+                    | PeerError::Spoiled
+                    | PeerError::GaveUp
+                    | PeerError::Unfit(_)
+                    | PeerError::PassedOnWrong(_),
+                ) => self.peers.answered(address, took[0], now),
+                Err(PeerError::Busy(_)) => self.peers.busy(address, now),
+                Err(PeerError::NoMemory(_)) => {}
+                Err(_) => self.peers.failed(address, took[1], now, jitter()),
+            }
+        }
+    }
+
+    /// Remembers who sent wrong bytes, if that is the error.
+    pub(super) fn convict(&self, key: &Key, peer: &Peer, error: &PeerError) {
+        let what = match error {
+            PeerError::WrongBytes => Sent::Complete,
+            PeerError::PassedOnWrong(file) => Sent::Receiving(*file),
+            _ => return,
+        };
+        let Key::Digest(digest) = key else { return };
+        for &address in &peer.addresses {
+            self.punish(digest, &self.blame.convicted(key, address, what, now()));
+        }
+    }
+
+    /// Notes that our containerd wants this from `first` on, if it is who wants it, and a blob.
+    pub(super) fn seek(&self, wanted: &Wanted, first: u64) -> Option<Tie> {
+        match &wanted.key {
+            Key::Digest(digest) if wanted.may_be_fed() => Some(self.lineage.seek(digest, first)),
+            _ => None,
+        }
+    }
+}
+
+impl Wanted {
+    /// Whether our own containerd may get a blob's bytes by it.
+    pub(super) fn may_be_fed(&self) -> bool {
+        self.feeds_us && self.kind == Kind::Blob && !self.head_only
+    }
+
+    /// The client that was told the blob's length must not be given one of another length.
+    pub(super) fn check_total(&self, told: u64) -> Result<(), PeerError> {
+        match self.total {
+            Some(total) if total != told => Err(PeerError::Unfit("another length than the client was told")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The offset of the first byte that is wanted, as far as that is known without the blob's length.
+    fn first_byte(&self) -> u64 {
+        match self.range.as_deref().and_then(RangeSpec::parse) {
+            Some(RangeSpec::From { first, .. }) => first,
+            _ => 0,
         }
     }
 }
@@ -361,229 +460,11 @@ fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
     match result {
         Ok(_) => Outcome::Answered,
         Err(PeerError::Connect(_)) => Outcome::Unreachable,
-        Err(PeerError::Late { .. }) => Outcome::Late,
-        Err(PeerError::Lost(_)) => Outcome::Lost,
-        Err(PeerError::Malformed(_)) => Outcome::Malformed,
-        Err(PeerError::Status(_) | PeerError::Circle) => Outcome::Refused,
+        Err(PeerError::Late { .. } | PeerError::NoMemory(_)) => Outcome::Late,
+        Err(PeerError::Lost(_) | PeerError::GaveUp) => Outcome::Lost,
+        Err(PeerError::Malformed(_) | PeerError::Unfit(_)) => Outcome::Malformed,
+        Err(PeerError::Status(_) | PeerError::Circle | PeerError::Spoiled) => Outcome::Refused,
         Err(PeerError::Busy(_)) => Outcome::Busy,
-        Err(PeerError::WrongBytes) => Outcome::WrongBytes,
-    }
-}
-
-/// Asks one peer. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by the stall bound.
-pub(super) async fn attempt(
-    shared: &Shared,
-    wanted: &Wanted,
-    peer: &Peer,
-    timeouts: Timeouts,
-    use_of: Use,
-) -> Result<Taken, PeerError> {
-    // A manifest is fetched whole even for a HEAD: what is promised must be at hand when it is asked for.
-    let head_only = wanted.head_only && wanted.kind == Kind::Blob;
-    let request = request(shared, wanted, head_only);
-    let (address, response) = client::request(&shared.pool, &peer.addresses, &request, timeouts).await?;
-    shared.peers.told_load(address, response.head.load, now());
-    match (wanted.kind, response.head.status) {
-        (Kind::Manifest, 200) => {
-            let verified = manifest(shared, wanted, response, address).await?;
-            if wanted.head_only {
-                shared.shelf.put(verified.clone(), now());
-            }
-            Ok(Taken::Content(Content::Verified(verified)))
-        }
-        (Kind::Blob, 200) if head_only => {
-            let length = response.head.content_length;
-            shared.check_length(&wanted.key, length)?;
-            shared.keep(address, response);
-            Ok(Taken::Content(Content::Head { length }))
-        }
-        (Kind::Blob, 200 | 206) => blob(shared, wanted, response, address, use_of).await,
-        (Kind::Blob, 416) if request.range.is_some() => unsatisfiable(&response.head).map(Taken::Content),
-        (_, 503) => Err(PeerError::Busy(response.head.holders)),
-        (_, status) => Err(PeerError::Status(status)),
-    }
-}
-
-pub(super) fn request(shared: &Shared, wanted: &Wanted, head_only: bool) -> PeerRequest {
-    let mut extra = shared.headers();
-    if let Some(wait) = wanted.wait {
-        extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
-    }
-    if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
-        extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));
-    }
-    PeerRequest {
-        method: if head_only { "HEAD" } else { "GET" },
-        target: wanted.target.clone(),
-        range: wanted.range.clone().filter(|_| !head_only && wanted.kind == Kind::Blob),
-        extra,
-    }
-}
-
-impl Shared {
-    /// The header lines of every request to a peer.
-    fn headers(&self) -> String {
-        let mut lines = format!("{MIRRORED_HEADER}: true\r\nUser-Agent: spegel/{}\r\n", env!("CARGO_PKG_VERSION"));
-        if let Some(authorization) = &self.settings.authorization {
-            lines.push_str(&format!("Authorization: {authorization}\r\n"));
-        }
-        lines
-    }
-
-    /// A manifest that we saw has told how long this is: containerd fails a pull on any other length.
-    fn check_length(&self, key: &Key, length: u64) -> Result<(), PeerError> {
-        match key {
-            Key::Digest(digest) if !self.sizes.allow(digest, length) => {
-                Err(PeerError::Malformed("another length than the manifest tells"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Waits for the memory that a body to be verified needs.
-    async fn afford(&self, length: u64) -> Result<SemaphorePermit<'_>, PeerError> {
-        let bound = self.settings.stall;
-        let late = || PeerError::Late { what: "memory for its body", bound };
-        timeout(bound, self.budget.acquire_many(kib(length))).await.map_err(|_| late())?.map_err(|_| late())
-    }
-
-    /// Keeps a connection whose response has been read to its end.
-    pub(super) fn keep(&self, address: SocketAddr, response: PeerResponse) {
-        if response.head.keep_alive {
-            self.pool.put(address, response.stream);
-        }
-    }
-}
-
-async fn manifest(
-    shared: &Shared,
-    wanted: &Wanted,
-    mut response: PeerResponse,
-    address: SocketAddr,
-) -> Result<Verified, PeerError> {
-    let told = response.head.digest.as_deref().map(str::parse::<Digest>);
-    let digest = match (&wanted.key, told) {
-        (Key::Digest(digest), _) => digest.clone(),
-        (Key::Tag(_), Some(Ok(digest))) => digest,
-        (Key::Tag(_), _) => return Err(PeerError::Malformed("it tells no digest for a tag")),
-    };
-    if response.head.content_length > MAX_MANIFEST_BYTES as u64 {
-        return Err(PeerError::Malformed("its manifest is longer than 4 MiB"));
-    }
-    let _budget = shared.afford(response.head.content_length).await?;
-    let bytes = read_whole(&mut response, shared.settings.stall).await?;
-    if !verify::matches(&digest, &bytes) {
-        return Err(PeerError::WrongBytes);
-    }
-    let media_type = response.head.content_type.take();
-    shared.keep(address, response);
-    Ok(Verified { digest, bytes, media_type })
-}
-
-async fn blob(
-    shared: &Shared,
-    wanted: &Wanted,
-    mut response: PeerResponse,
-    address: SocketAddr,
-    use_of: Use,
-) -> Result<Taken, PeerError> {
-    let length = response.head.content_length;
-    let chain = chain(wanted, &response.head)?;
-    let part = match (&wanted.range, response.head.status) {
-        (Some(range), 206) => Some(checked_part(range, &response.head)?),
-        (Some(_), _) => return Err(PeerError::Malformed("the whole where a part was asked for")),
-        (None, 206) => return Err(PeerError::Malformed("a part where the whole was asked for")),
-        _ => None,
-    };
-    shared.check_length(&wanted.key, part.map_or(length, |(_, total)| total))?;
-    if part.is_none()
-        && length <= VERIFIED_BODY
-        && let Key::Digest(digest) = &wanted.key
-    {
-        let _budget = shared.afford(length).await?;
-        let bytes = read_whole(&mut response, shared.settings.stall).await?;
-        if !verify::matches(digest, &bytes) {
-            return Err(PeerError::WrongBytes);
-        }
-        shared.keep(address, response);
-        let verified = Verified { digest: digest.clone(), bytes, media_type: None };
-        return Ok(Taken::Content(Content::Verified(verified)));
-    }
-    Ok(Taken::Streamed(Streamed { address, response, part, use_of, chain }))
-}
-
-/// The nodes above the one that gets the blob, if the peer is still receiving it. That one must not be among them.
-fn chain(wanted: &Wanted, head: &PeerHead) -> Result<Option<Chain>, PeerError> {
-    if head.receiving.is_none() {
-        return Ok(None);
-    }
-    let chain = head.chain.as_deref().and_then(|text| text.parse::<Chain>().ok());
-    let chain = chain.ok_or(PeerError::Malformed("it receives the blob and does not tell from whom"))?;
-    match &wanted.node {
-        Some(node) if chain.contains(NodeId::of(node)) => Err(PeerError::Circle),
-        _ => Ok(Some(chain)),
-    }
-}
-
-/// Where a 206 begins and the blob's length: it must be the part that was asked for.
-pub(super) fn checked_part(asked: &str, head: &PeerHead) -> Result<(u64, u64), PeerError> {
-    const WRONG: PeerError = PeerError::Malformed("another part than was asked for");
-    match told_range(head) {
-        Some(ContentRange::Part { start, end_exclusive, total: Some(total) })
-            if parse_range(Some(asked), total) == RangeOutcome::Part { start, end_exclusive }
-                && end_exclusive - start == head.content_length =>
-        {
-            Ok((start, total))
-        }
-        _ => Err(WRONG),
-    }
-}
-
-pub(super) fn unsatisfiable(head: &PeerHead) -> Result<Content, PeerError> {
-    match told_range(head) {
-        Some(ContentRange::Unsatisfied { total }) => Ok(Content::Unsatisfiable { length: total }),
-        _ => Err(PeerError::Status(head.status)),
-    }
-}
-
-fn told_range(head: &PeerHead) -> Option<ContentRange> {
-    head.content_range.as_deref().and_then(|text| text.parse().ok())
-}
-
-/// Reads a small body to its end. `bound` is for all of it: it is small, and a peer that trickles is of no use.
-async fn read_whole(response: &mut PeerResponse, bound: Duration) -> Result<Bytes, PeerError> {
-    timeout(bound, read_to_length(response)).await.map_err(|_| PeerError::Late { what: "body", bound })?
-}
-
-async fn read_to_length(response: &mut PeerResponse) -> Result<Bytes, PeerError> {
-    let length = usize::try_from(response.head.content_length).map_err(|_| PeerError::Malformed("too long"))?;
-    let mut bytes = BytesMut::with_capacity(length);
-    bytes.extend_from_slice(&response.leftover);
-    while bytes.len() < length {
-        let mut rest = (&mut response.stream).take((length - bytes.len()) as u64);
-        let read = rest.read_buf(&mut bytes).await.map_err(PeerError::Lost)?;
-        if read == 0 {
-            return Err(PeerError::Lost(std::io::ErrorKind::UnexpectedEof.into()));
-        }
-    }
-    Ok(bytes.freeze())
-}
-
-fn kib(bytes: u64) -> u32 {
-    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).max(1)
-}
-
-/// Tells peers that what they sent is wrong, so that they look at what they have. Nothing waits for it.
-pub(super) fn complain(shared: &Arc<Shared>, peers: Vec<SocketAddr>, target: &str) {
-    let extra = format!("{}{COMPLAINT_HEADER}: true\r\n", shared.headers());
-    let request = PeerRequest { method: "HEAD", target: target.to_owned(), range: None, extra };
-    for peer in peers {
-        let Ok(permit) = Arc::clone(&shared.searches).try_acquire_owned() else { return };
-        let (shared, request) = (Arc::clone(shared), request.clone());
-        tokio::spawn(async move {
-            let _permit = permit;
-            // One that does not answer is barred all the same.
-            let _ = client::request(&shared.pool, &[peer], &request, shared.settings.timeouts).await;
-        });
+        Err(PeerError::WrongBytes | PeerError::PassedOnWrong(_)) => Outcome::WrongBytes,
     }
 }

@@ -7,6 +7,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 const RESOLVE_SECONDS: [f64; 12] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
+const HOLD_SECONDS: [f64; 10] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0];
 
 /// The mirror's figures.
 #[derive(Clone, Debug)]
@@ -17,6 +18,7 @@ pub struct MirrorMetrics {
     resumes: Counter,
     wrong: Counter,
     outcasts: Counter,
+    holds: Family<AttemptLabel, Histogram>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -90,6 +92,7 @@ impl MirrorMetrics {
             resumes: Counter::default(),
             wrong: Counter::default(),
             outcasts: Counter::default(),
+            holds: Family::new_with_constructor(|| Histogram::new(HOLD_SECONDS)),
         };
         registry.register_with_unit(
             "spegel_resolve_duration",
@@ -105,7 +108,18 @@ impl MirrorMetrics {
         registry.register("spegel_wrong_bytes", help, metrics.wrong.clone());
         let help = "Peers that are not asked for anything for a while, because they sent wrong bytes three times";
         registry.register("spegel_peers_set_aside", help, metrics.outcasts.clone());
+        registry.register_with_unit(
+            "spegel_storm_hold",
+            "How long requests were held for what nobody had, by whether a peer gave it then",
+            Unit::Seconds,
+            metrics.holds.clone(),
+        );
         metrics
+    }
+
+    pub(super) fn held(&self, fed: bool, seconds: f64) {
+        let outcome = if fed { "fed" } else { "upstream" };
+        self.holds.get_or_create(&AttemptLabel { outcome }).observe(seconds);
     }
 
     pub(super) fn resolved(&self, seconds: f64) {

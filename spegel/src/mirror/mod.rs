@@ -1,10 +1,12 @@
 //! Getting content from a peer: choosing one, asking, and handing on what it sends.
 
+mod attempt;
 mod blame;
 mod check;
 mod client;
 mod family;
 mod fetch;
+mod flights;
 mod lineage;
 mod metrics;
 mod peers;
@@ -13,6 +15,7 @@ mod relay;
 mod shelf;
 mod siblings;
 mod sources;
+mod storms;
 mod verify;
 
 use std::fmt;
@@ -22,16 +25,17 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::oci::{Digest, Key};
 use crate::router::{Peer, Router};
-use crate::store::Change;
+use crate::store::{Change, Outcome, Store};
+use crate::storm::Rank;
 use crate::zerocopy::Body;
 
 pub(crate) use check::{check_hints, check_peer_head};
 pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
-pub use lineage::{Chain, MAX_CHAIN, NodeId, ParseChainError};
+pub use lineage::{Asker, Chain, MAX_CHAIN, NodeId, ParseChainError, Tie};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
 
@@ -47,11 +51,17 @@ pub const RECEIVING_HEADER: &str = "X-Spegel-Receiving";
 /// The nodes that such an answer's bytes come through, a [`Chain`].
 pub const CHAIN_HEADER: &str = "X-Spegel-Chain";
 
+/// Which file such an answer is of: 16 hexadecimal digits that stay the same as long as it is written on from where it was.
+pub const INGEST_HEADER: &str = "X-Spegel-Ingest";
+
 /// In an answer to a node: how busy the answering one is with what it gives its peers, in percent.
 pub const LOAD_HEADER: &str = "X-Spegel-Load";
 
 /// In a request between nodes: for how many milliseconds to wait for a blob that the asked node's containerd is about to receive.
 pub const WAIT_HEADER: &str = "X-Spegel-Wait";
+
+/// In a request between nodes that waits for first bytes: where a coordinator counted the asker, a [`Rank`]'s number.
+pub const RANK_HEADER: &str = "X-Spegel-Rank";
 
 /// Whole bodies up to this many bytes are verified before they are passed on.
 const VERIFIED_BODY: u64 = 1024 * 1024;
@@ -84,6 +94,15 @@ pub struct Settings {
     pub zone: Option<Arc<str>>,
     /// The `Authorization` header's value for peers, where basic authentication is on.
     pub authorization: Option<String>,
+    /// Whether what nobody has is coordinated, if the router takes part in that.
+    pub storm: Option<StormSettings>,
+}
+
+/// How cold storms are met.
+#[derive(Clone, Copy, Debug)]
+pub struct StormSettings {
+    /// How long the requests of one image pull may be held in all.
+    pub max_wait: Duration,
 }
 
 impl Default for Settings {
@@ -98,6 +117,7 @@ impl Default for Settings {
             hold: Duration::from_secs(2),
             zone: None,
             authorization: None,
+            storm: None,
         }
     }
 }
@@ -115,16 +135,24 @@ pub struct Wanted {
     pub head_only: bool,
     /// The `Range` header's value, where a part is wanted. Only for blobs.
     pub range: Option<String>,
+    /// The blob's length in bytes, where the client was told it: nothing else may be given.
+    pub total: Option<u64>,
+    /// A body goes on with it, whose client waits.
+    pub resumes: bool,
     /// What to wait for before a body that breaks off is ended.
     pub gate: Option<Gate>,
     /// The node whose containerd gets it, by name.
     pub node: Option<Arc<str>>,
     /// That node may be this one.
     pub feeds_us: bool,
+    /// That node is this one, for sure.
+    pub is_own: bool,
     /// What the request is a part of: the upstream's name and the repository.
     pub pull: Option<Arc<str>>,
     /// How long a peer is asked to wait for its own first bytes.
     pub wait: Option<Duration>,
+    /// Where a coordinator counted this node, if that sent it to the peer.
+    pub rank: Option<Rank>,
 }
 
 /// Something to wait for. The wait is bounded by the stall bound.
@@ -218,17 +246,25 @@ struct Shared {
     searches: Arc<Semaphore>,
     sources: sources::Sources,
     siblings: siblings::Siblings,
+    storms: Option<Arc<storms::Storms>>,
     shelf: shelf::Shelf,
     lineage: Arc<lineage::Lineage>,
+    flights: flights::Flights,
     budget: Arc<Semaphore>,
     metrics: MirrorMetrics,
 }
 
 impl Shared {
     fn punish(&self, digest: &Digest, verdict: &blame::Verdict) {
-        self.metrics.wrong_bytes(verdict.barred.len(), verdict.outcast.len());
+        self.metrics.wrong_bytes(verdict.barred.len() + verdict.spoiled.len(), verdict.outcast.len());
         for peer in &verdict.barred {
             warn!(%digest, %peer, "a peer sent wrong bytes: it is not asked for this digest any more");
+        }
+        for peer in &verdict.spoiled {
+            warn!(%digest, %peer, "a peer passed on wrong bytes that it was receiving: its upstream's, or their sender's. That file of it is not used any more");
+        }
+        for peer in &verdict.doubted {
+            debug!(%digest, %peer, "asked for again, and not seen to be stored: its sender is not asked for it for a minute");
         }
         for peer in &verdict.outcast {
             warn!(%peer, "a peer sent wrong bytes three times: it is not asked for anything for ten minutes. Check its disk");
@@ -239,6 +275,7 @@ impl Shared {
 impl Mirror {
     /// A mirror that finds its peers by `router`.
     pub fn new(router: Arc<dyn Router>, settings: Settings, metrics: MirrorMetrics) -> Self {
+        let storms = storms::Storms::new(&*router, settings.storm);
         let shared = Shared {
             router,
             settings,
@@ -249,17 +286,45 @@ impl Mirror {
             searches: Arc::new(Semaphore::new(SEARCHES)),
             sources: sources::Sources::default(),
             siblings: siblings::Siblings::default(),
+            storms,
             shelf: shelf::Shelf::new(SHELF_BYTES, SHELF_LIFETIME),
             lineage: Arc::default(),
+            flights: flights::Flights::default(),
             budget: Arc::new(Semaphore::new(VERIFY_BUDGET_KIB)),
             metrics,
         };
         Self { shared: Arc::new(shared) }
     }
 
+    /// Where it is seen how much this node's containerd has got of what it pulls from upstream. Until it is known nothing is held.
+    pub fn look_at(&self, store: &Arc<dyn Store>) {
+        if let Some(storms) = &self.shared.storms {
+            storms.look_at(Arc::clone(store));
+        }
+    }
+
+    /// Whether somebody of this rank may wait for the first bytes of a blob that this node's containerd has none of either.
+    pub fn may_wait(&self, digest: &Digest, rank: Rank) -> bool {
+        self.shared.storms.as_ref().is_some_and(|storms| storms.may_wait(digest, rank))
+    }
+
+    /// Ends when those who wait for the first bytes of a blob have to look elsewhere.
+    pub async fn sent_away(&self, digest: &Digest) {
+        match &self.shared.storms {
+            Some(storms) => storms.sent_away(digest).await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// The nodes through which this node's containerd is being given a blob that they still receive.
     pub fn lineage(&self, digest: &Digest) -> Chain {
         self.shared.lineage.of(digest)
+    }
+
+    /// Takes `asker` as one who is given a blob that this node's containerd is still being given, as long as what is returned lasts, and says
+    /// through which nodes that comes; none if this node may be waiting for the asker.
+    pub fn admit(&self, digest: &Digest, asker: Asker) -> Option<(Chain, Option<Tie>)> {
+        self.shared.lineage.admit(digest, asker)
     }
 
     /// Whether the node `asker` should not be made to wait for a blob that the node `own`, this one, is about to receive.
@@ -282,13 +347,14 @@ impl Mirror {
         fetch::fetch(&self.shared, wanted).await
     }
 
-    /// A client asks again for what it was given all of, and did not store: what peers sent was not what the digest says. They are not asked for
-    /// it any more, and are told; one that this happens with three times is not asked for anything for a while. `target` is the request's path
-    /// and query.
+    /// A client asks again for what it was given all of. If its store was seen to discard it, what peers sent was not what the digest says: they
+    /// are not asked for it any more, and one that this happens with three times is not asked for anything for a while. Otherwise it may have
+    /// been stored and removed where nobody saw it: they are not asked for it for a minute. Either way they are told, to look at what they
+    /// have. `target` is the request's path and query.
     pub fn complained(&self, digest: &Digest, target: &str) {
-        let verdict = self.shared.blame.wrong(&Key::Digest(digest.clone()), Instant::now());
+        let verdict = self.shared.blame.again(&Key::Digest(digest.clone()), Instant::now());
         self.shared.punish(digest, &verdict);
-        fetch::complain(&self.shared, verdict.barred, target);
+        attempt::complain(&self.shared, [verdict.barred, verdict.doubted].concat(), target);
     }
 
     /// This node does not have it after all.
@@ -296,9 +362,12 @@ impl Mirror {
         self.shared.router.announce(Change::Removed(vec![key]));
     }
 
-    /// This node has stored these: whoever sent them sent what was right.
-    pub fn confirmed<'a>(&self, keys: impl IntoIterator<Item = &'a Key>) {
-        keys.into_iter().for_each(|key| self.shared.blame.confirmed(key));
+    /// What became of content that was received: whoever sent what is stored sent what was right.
+    pub fn hear(&self, outcome: &Outcome) {
+        match outcome {
+            Outcome::Stored(digest) => self.shared.blame.confirmed(&Key::Digest(digest.clone())),
+            Outcome::Discarded(digest) => self.shared.blame.discarded(&Key::Digest(digest.clone())),
+        }
     }
 
     /// Other nodes that are known to have `key`, [`MAX_HOLDERS`] at the most and none at `asker`. Does not wait.

@@ -15,6 +15,8 @@ use rand::Rng as _;
 const FIRST: Duration = Duration::from_millis(250);
 /// The longest that it is set aside: a node that comes back is used again within this time.
 const LONGEST: Duration = Duration::from_secs(10);
+/// After how long without another failure those before do not count any more.
+const FORGOTTEN: Duration = Duration::from_secs(60);
 /// How long a probe may be under way until another request may be one.
 const PROBE_LOST: Duration = Duration::from_secs(5);
 /// How long a peer that said that it is busy is asked after others.
@@ -60,6 +62,7 @@ struct Known {
     /// Requests and bodies of ours that are under way.
     under_way: u32,
     failures: u32,
+    failed_at: Option<Instant>,
     set_aside_until: Option<Instant>,
     probe_since: Option<Instant>,
     busy_until: Option<Instant>,
@@ -101,13 +104,18 @@ impl Peers {
         }
     }
 
-    /// It answered after this time: whatever was held against it is forgotten.
+    /// It answered after this time: it may be asked. How often it failed is forgotten only for what it has [`delivered`](Self::delivered): heads
+    /// without bodies are what a network gives that loses large packets.
     pub(super) fn answered(&self, peer: SocketAddr, after: Duration, now: Instant) {
         self.change(peer, now, |known| {
             known.learn_latency(after);
-            known.failures = 0;
             (known.set_aside_until, known.probe_since, known.busy_until) = (None, None, None);
         });
+    }
+
+    /// It gave what it had promised: whatever was held against it is forgotten.
+    pub(super) fn delivered(&self, peer: SocketAddr, now: Instant) {
+        self.change(peer, now, |known| known.failures = 0);
     }
 
     /// It refused, for it has enough to do.
@@ -132,6 +140,9 @@ impl Peers {
             // Requests that were under way together fail together, and are one failure.
             if known.set_aside_until.is_some_and(|until| now < until) {
                 return;
+            }
+            if known.failed_at.replace(now).is_some_and(|at| now.duration_since(at) >= FORGOTTEN) {
+                known.failures = 0;
             }
             let pause = FIRST.saturating_mul(1 << known.failures.min(16)).min(LONGEST);
             known.failures = known.failures.saturating_add(1);
@@ -196,6 +207,7 @@ impl Known {
             rate: None,
             under_way: 0,
             failures: 0,
+            failed_at: None,
             set_aside_until: None,
             probe_since: None,
             busy_until: None,

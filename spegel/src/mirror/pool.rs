@@ -24,6 +24,7 @@ pub(super) struct Pool {
 struct Idle {
     by_address: HashMap<SocketAddr, VecDeque<(StdStream, Instant)>>,
     total: usize,
+    looked_through_at: Option<Instant>,
 }
 
 impl Pool {
@@ -46,11 +47,18 @@ impl Pool {
         }
     }
 
+    /// Drops what is kept of a peer: it has closed one of them.
+    pub(super) fn forget(&self, address: SocketAddr) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let dropped = idle.by_address.remove(&address).map_or(0, |queue| queue.len());
+        idle.total -= dropped;
+    }
+
     /// Keeps a connection whose last response was read to its end.
     pub(super) fn put(&self, address: SocketAddr, stream: TcpStream) {
         let Ok(stream) = stream.into_std() else { return };
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.total >= TOTAL {
+        if idle.total >= TOTAL || idle.looked_through_at.is_none_or(|at| at.elapsed() >= IDLE) {
             idle.drop_stale();
         }
         if idle.total >= TOTAL {
@@ -67,8 +75,9 @@ impl Pool {
 
 impl Idle {
     fn drop_stale(&mut self) {
+        self.looked_through_at = Some(Instant::now());
         self.by_address.retain(|_, queue| {
-            queue.retain(|(_, since)| since.elapsed() < IDLE);
+            queue.retain(|(stream, since)| since.elapsed() < IDLE && is_silent(stream));
             !queue.is_empty()
         });
         self.total = self.by_address.values().map(VecDeque::len).sum();

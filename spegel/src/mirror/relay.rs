@@ -1,6 +1,7 @@
 //! A peer's body as the body of our response: who is told how it went, and who goes on when the peer breaks off.
 
 use std::collections::HashSet;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,18 +11,23 @@ use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 use tracing::{debug, info};
 
-use super::fetch::{Streamed, Taken, Use, race, request};
+use super::attempt::request;
+use super::blame::Sent;
+use super::client::{self, PeerHead};
+use super::fetch::{Streamed, Taken, Use, race};
+use super::lineage::Tie;
 use super::metrics::End;
 use super::peers::jitter;
-use super::{Shared, Wanted, client, lineage};
-use crate::oci::Key;
+use super::{Shared, Wanted};
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
 /// How long a peer that stands still may take to say how much it has: its client waits meanwhile.
 const ASKED: Duration = Duration::from_secs(1);
-/// So many times the stall bound may pass in which a peer that is still receiving a blob gets none of it: containerd writes in steps of up
-/// to 1 MiB, which may be long in coming. A peer that is well gives it up sooner, and ends the body, if its steps have come faster before.
+/// So many times the stall bound may pass in which a peer that is still receiving a blob gets less of it than a step: containerd writes in steps
+/// of up to 1 MiB, which may be long in coming. A peer that is well gives it up sooner, and ends the body, if its steps have come faster before.
 const SLOWEST: u32 = 6;
+/// The least that counts as a step. One that grows by a byte at a time keeps its client waiting for ever.
+const STEP: u64 = 512 << 10;
 
 /// The peers of one body, one after the other.
 struct Chain {
@@ -38,32 +44,35 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
-    /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it, and since when it has been no more.
-    position: Option<(u64, Instant)>,
+    /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it.
+    position: Option<u64>,
+    /// How many it had at its last step, and when that was.
+    step: (u64, Instant),
     /// Where the present peer went on, and when.
     since: (u64, Instant),
     /// The present peer, and those before it, which sent a part.
-    senders: Vec<SocketAddr>,
+    senders: Vec<(SocketAddr, Sent)>,
     _use_of: Use,
     /// Our containerd gets it by way of nodes that still receive it, as long as this lasts.
-    fed: Option<lineage::Fed>,
+    fed: Option<Tie>,
     /// Peers that broke off: they are not asked for the rest.
     broken: HashSet<SocketAddr>,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
 pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) -> Body {
-    let Streamed { address, response, part, use_of, chain } = streamed;
+    let Streamed { address, response, part, use_of, fed } = streamed;
     let length = response.head.content_length;
     let (start, total) = part.unwrap_or((0, length));
     let state = State {
         address,
         keep_alive: response.head.keep_alive,
-        position: response.head.receiving.map(|position| (position, Instant::now())),
+        position: response.head.receiving,
+        step: (response.head.receiving.unwrap_or_default(), Instant::now()),
         since: (0, Instant::now()),
-        senders: vec![address],
+        senders: vec![(address, sort(&response.head))],
         _use_of: use_of,
-        fed: shared.fed(wanted, chain),
+        fed,
         broken: HashSet::new(),
     };
     let chain = Arc::new(Chain {
@@ -79,15 +88,23 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         .stall_timeout(shared.settings.stall)
         .excuse(Box::new(move |came| Chain::still_growing(Arc::clone(&asking), came)))
         .floor(shared.settings.floor)
-        .resume(Box::new(move |offset| Chain::resume(Arc::clone(&chain), offset)));
+        .resume(Box::new(move |offset, cause| Chain::resume(Arc::clone(&chain), offset, cause)));
     Body::relay(relay)
 }
 
+/// How a peer stands to what it sends.
+fn sort(head: &PeerHead) -> Sent {
+    match head.receiving {
+        Some(_) => Sent::Receiving(head.ingest),
+        None => Sent::Complete,
+    }
+}
+
 /// How many bytes of a blob a peer has now, and whether it still receives it; none if it says nothing sensible.
-async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<(u64, bool)> {
-    let request = request(shared, &Wanted { wait: None, ..wanted.clone() }, true);
+pub(super) async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<(u64, bool)> {
+    let request = request(shared, &Wanted { wait: None, rank: None, ..wanted.clone() }, true);
     let timeouts = shared.settings.timeouts.at_most(ASKED);
-    let asked = client::request(&shared.pool, &[address], &request, timeouts).await;
+    let asked = client::request(&shared.pool, &[address], &request, timeouts, &mut None).await;
     let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
     let position = match response.head.receiving {
         Some(position) => (position, true),
@@ -97,21 +114,38 @@ async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Opti
     Some(position)
 }
 
-impl Shared {
-    /// Notes that our containerd is given this by nodes that still receive it themselves.
-    fn fed(&self, wanted: &Wanted, chain: Option<lineage::Chain>) -> Option<lineage::Fed> {
-        match &wanted.key {
-            Key::Digest(digest) if wanted.feeds_us => Some(self.lineage.fed(digest, chain?)),
-            _ => None,
-        }
+/// How many bytes of a blob a node has now, none of what it has not got; nothing if it does not answer.
+pub(super) async fn answers(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
+    let request = request(shared, &Wanted { wait: None, rank: None, ..wanted.clone() }, true);
+    let timeouts = shared.settings.timeouts.at_most(ASKED);
+    let (address, response) = client::request(&shared.pool, &[address], &request, timeouts, &mut None).await.ok()?;
+    let position = match response.head.status {
+        200 => response.head.receiving.unwrap_or(response.head.content_length),
+        _ => 0,
+    };
+    if response.head.status == 200 {
+        shared.keep(address, response);
     }
+    Some(position)
+}
 
-    /// The peer at this address gave less than it had promised.
-    fn broke(&self, wanted: &Wanted, address: SocketAddr) {
+impl Shared {
+    /// The peer at this address gave less than it had promised. One that was still receiving it and ended in an orderly way did what it should
+    /// when its own pull is given up, which says nothing about the next thing that it is asked for.
+    fn broke(&self, wanted: &Wanted, address: SocketAddr, gave_up: bool) {
         let now = Instant::now();
-        self.peers.failed(address, self.settings.timeouts.head, now, jitter());
+        if !gave_up {
+            self.peers.failed(address, self.settings.timeouts.head, now, jitter());
+        }
         self.blame.broke(&wanted.key, address, now);
         self.sources.failed(&wanted.key, &address);
+    }
+}
+
+impl State {
+    /// Whether the present peer's end is that of a pull of its own that was given up.
+    fn gave_up(&self, cause: &io::Error) -> bool {
+        self.position.is_some() && cause.kind() == ErrorKind::UnexpectedEof
     }
 }
 
@@ -124,9 +158,12 @@ impl Chain {
             RelayEnd::Broken { sent, .. } | RelayEnd::Dropped { sent } => *sent,
         };
         if sent > 0 {
-            state.senders.iter().for_each(|peer| self.shared.blame.sent(&self.wanted.key, *peer, now));
+            state.senders.iter().for_each(|(peer, sort)| self.shared.blame.sent(&self.wanted.key, *peer, *sort, now));
         }
         let (from, since) = state.since;
+        if matches!(end, RelayEnd::Complete(_)) || sent.saturating_sub(from) >= STEP {
+            self.shared.peers.delivered(state.address, now);
+        }
         self.shared.peers.sent(state.address, sent.saturating_sub(from), now.duration_since(since), now);
         let end = match end {
             RelayEnd::Complete(stream) => {
@@ -136,7 +173,9 @@ impl Chain {
                 End::Complete
             }
             RelayEnd::Broken { sent, error } => {
-                self.shared.broke(&self.wanted, state.address);
+                if error.kind() != ErrorKind::ConnectionAborted {
+                    self.shared.broke(&self.wanted, state.address, state.gave_up(&error));
+                }
                 info!(key = %self.wanted.key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
                 End::PeerBroke
             }
@@ -145,33 +184,54 @@ impl Chain {
         self.shared.metrics.relayed(end);
     }
 
-    /// Whether the peer has got more of the blob since this was last asked, or says that it is still receiving it and has not said so in
-    /// vain for too long. It cannot send what it has not got; a part that lies ahead of all others may be long in coming. One that had more
-    /// than `came` of the body when it was last asked, and has not sent it, has no excuse, however much it grows.
+    /// Whether the peer still receives the blob and gets on with it, step by step, or has all of it by now. It cannot send what it has not got;
+    /// a part that lies ahead of all others may be long in coming. One that had more than `came` of the body when it was last asked, and has
+    /// not sent it, has no excuse, however much it grows. Nor has one that stands still where another has all of the blob.
     fn still_growing(chain: Arc<Self>, came: u64) -> BoxFuture<'static, bool> {
         Box::pin(async move {
-            let (address, before) = {
+            let (address, before, step) = {
                 let state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
-                (state.address, state.position)
+                (state.address, state.position, state.step)
             };
-            let Some((before, since)) = before else { return false };
-            if before > chain.start + came {
+            let Some(before) = before.filter(|before| *before <= chain.start + came) else { return false };
+            let Some((now, receives)) = position(&chain.shared, &chain.wanted, address).await else { return false };
+            let is_step = now >= step.0.saturating_add(STEP) || !receives;
+            if !is_step && step.1.elapsed() >= SLOWEST * chain.shared.settings.stall {
                 return false;
             }
-            let Some((now, receives)) = position(&chain.shared, &chain.wanted, address).await else { return false };
-            if now <= before {
-                return receives && since.elapsed() < SLOWEST * chain.shared.settings.stall;
+            if now <= before && chain.is_elsewhere(address).await {
+                return false;
             }
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
-            state.position = Some((now, Instant::now()));
-            true
+            state.position = Some(now.max(before));
+            if is_step {
+                state.step = (now, Instant::now());
+            }
+            receives || now > before
         })
     }
 
+    /// Whether somebody else has all of the blob.
+    async fn is_elsewhere(&self, present: SocketAddr) -> bool {
+        let mut excluded = {
+            let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.broken.clone()
+        };
+        excluded.insert(present);
+        let wanted = Wanted { head_only: true, range: None, total: Some(self.total), ..self.wanted.clone() };
+        let search = async {
+            let (peer, _) = race(&self.shared, &wanted, &excluded).await.ok()?;
+            let address = *peer.addresses.first()?;
+            position(&self.shared, &wanted, address).await
+        };
+        matches!(tokio::time::timeout(ASKED, search).await, Ok(Some((_, false))))
+    }
+
     /// Finds another peer for the bytes from `offset` of the body on.
-    fn resume(chain: Arc<Self>, offset: u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
+    fn resume(chain: Arc<Self>, offset: u64, cause: &io::Error) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
+        let (wanted, broken) = chain.rest(offset, cause);
         Box::pin(async move {
-            let (wanted, broken) = chain.rest(offset);
+            let _sought = chain.shared.seek(&wanted, chain.start + offset);
             let streamed = match race(&chain.shared, &wanted, &broken).await {
                 Ok((_, Taken::Streamed(streamed))) if streamed.part.is_some_and(|(_, total)| total == chain.total) => {
                     streamed
@@ -183,28 +243,32 @@ impl Chain {
                     return None;
                 }
             };
-            let Streamed { address, response, use_of, chain: lineage, .. } = streamed;
+            let Streamed { address, response, use_of, fed, .. } = streamed;
             debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
             chain.shared.metrics.resumed();
             let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.address, state.keep_alive) = (address, response.head.keep_alive);
-            state.position = response.head.receiving.map(|position| (position, Instant::now()));
+            state.position = response.head.receiving;
+            state.step = (response.head.receiving.unwrap_or_default(), Instant::now());
             (state.since, state._use_of) = ((offset, Instant::now()), use_of);
-            if !state.senders.contains(&address) {
-                state.senders.push(address);
+            let sender = (address, sort(&response.head));
+            if !state.senders.contains(&sender) {
+                state.senders.push(sender);
             }
-            state.fed = chain.shared.fed(&wanted, lineage);
+            state.fed = fed;
             Some((response.stream, response.leftover))
         })
     }
 
-    fn rest(&self, offset: u64) -> (Wanted, HashSet<SocketAddr>) {
+    fn rest(&self, offset: u64, cause: &io::Error) -> (Wanted, HashSet<SocketAddr>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
-        if state.broken.insert(address) {
-            self.shared.broke(&self.wanted, address);
+        // One that our client left waiting is as good as any.
+        if cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {
+            self.shared.broke(&self.wanted, address, state.gave_up(cause));
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
-        (Wanted { range: Some(range), ..self.wanted.clone() }, state.broken.clone())
+        let wanted = Wanted { range: Some(range), total: Some(self.total), resumes: true, ..self.wanted.clone() };
+        (wanted, state.broken.clone())
     }
 }

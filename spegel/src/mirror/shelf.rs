@@ -60,11 +60,13 @@ impl Shelf {
         (!lapsed).then_some(verified)
     }
 
-    pub(super) fn put(&self, verified: Verified, now: Instant) {
+    pub(super) fn put(&self, verified: &Verified, now: Instant) {
         let length = verified.bytes.len();
         if length > self.capacity {
             return;
         }
+        // What is kept here has a bound of its own, and does not count against those under way.
+        let verified = Verified { bytes: Bytes::copy_from_slice(&verified.bytes), ..verified.clone() };
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let owed = held.remove(&verified.digest).map_or(0, |before| before.owed) + 1;
         let lapsed = |promised: &Promised| now.duration_since(promised.since) >= self.lifetime;
@@ -105,15 +107,15 @@ mod tests {
     fn content_is_kept_for_its_lifetime_and_not_longer() {
         let shelf = Shelf::new(100, Duration::from_secs(60));
         let start = Instant::now();
-        shelf.put(verified(1, 10), start);
+        shelf.put(&verified(1, 10), start);
         let digest = verified(1, 10).digest;
         assert_eq!(shelf.take(&digest, start + Duration::from_secs(59)), Some(verified(1, 10)));
         assert_eq!(shelf.take(&digest, start + Duration::from_secs(59)), None, "a promise is kept once");
-        shelf.put(verified(1, 10), start);
-        shelf.put(verified(1, 10), start);
+        shelf.put(&verified(1, 10), start);
+        shelf.put(&verified(1, 10), start);
         assert!(shelf.take(&digest, start).is_some() && shelf.take(&digest, start).is_some(), "two were promised it");
         assert_eq!(shelf.take(&digest, start), None);
-        shelf.put(verified(1, 10), start);
+        shelf.put(&verified(1, 10), start);
         assert_eq!(shelf.take(&digest, start + Duration::from_secs(60)), None);
         assert_eq!(shelf.held.lock().unwrap().bytes, 0);
     }
@@ -123,14 +125,14 @@ mod tests {
         let shelf = Shelf::new(100, Duration::from_secs(60));
         let start = Instant::now();
         for n in 0..5 {
-            shelf.put(verified(n, 40), start + Duration::from_secs(u64::from(n)));
+            shelf.put(&verified(n, 40), start + Duration::from_secs(u64::from(n)));
         }
         let now = start + Duration::from_secs(5);
         assert_eq!(shelf.held.lock().unwrap().bytes, 80);
         let held: Vec<u8> = (0..5).filter(|n| shelf.take(&verified(*n, 40).digest, now).is_some()).collect();
         assert_eq!(held, [3, 4]);
         assert_eq!(shelf.held.lock().unwrap().bytes, 0);
-        shelf.put(verified(9, 101), now);
+        shelf.put(&verified(9, 101), now);
         assert_eq!(shelf.take(&verified(9, 101).digest, now), None);
     }
 }

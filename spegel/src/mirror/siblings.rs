@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use tracing::debug;
 
+use super::attempt::{Contact, attempt};
 use super::client::{PeerError, Timeouts};
-use super::fetch::{Taken, Use, attempt};
+use super::fetch::{Taken, Use};
 use super::{NodeId, Shared, Wanted};
 use crate::oci::{Digest, Key};
 use crate::router::Peer;
@@ -126,7 +127,9 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     let timeouts = Timeouts { head: timeouts.head.max(hold + ON_THE_WAY), ..timeouts };
     let ask = |peer: Peer| async {
         let result = match peer.addresses.first() {
-            Some(first) => attempt(shared, &wanted, &peer, timeouts, Use::new(shared, *first)).await,
+            Some(first) => {
+                attempt(shared, &wanted, &peer, timeouts, Use::new(shared, *first), &mut Contact::default()).await
+            }
             None => Err(PeerError::Malformed("the peer has no address")),
         };
         (peer, result)
@@ -138,7 +141,11 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
                 shared.sources.found(&wanted.key, &peer, Instant::now());
                 return Some((peer, taken));
             }
-            Err(error) => debug!(key = %wanted.key, peer = %peer.id, %error, "waited for it in vain"),
+            Err(error) => {
+                // That it did not get it in time is no fault of its; wrong bytes are.
+                shared.convict(&wanted.key, &peer, &error);
+                debug!(key = %wanted.key, peer = %peer.id, %error, "waited for it in vain");
+            }
         }
     }
     shared.siblings.forget(pull);

@@ -170,6 +170,11 @@ impl Filters {
         Ok(Self { hosts, patterns })
     }
 
+    /// Whether everything is mirrored.
+    pub fn exclude_nothing(&self) -> bool {
+        self.hosts.is_empty() && self.patterns.is_empty()
+    }
+
     /// Whether nothing of this repository is mirrored or advertised.
     pub fn excludes_repository(&self, repository: &Repository) -> bool {
         let registry = repository.registry();

@@ -59,13 +59,8 @@ impl Audits {
     }
 
     /// It was stored anew.
-    pub(super) fn stored(&self, keys: &[Key]) {
-        let mut state = self.lock();
-        for key in keys {
-            if let Key::Digest(digest) = key {
-                state.spoiled.remove(digest);
-            }
-        }
+    pub(super) fn stored(&self, digest: &Digest) {
+        self.lock().spoiled.remove(digest);
     }
 
     /// A body of it ended early, before the byte at `next`: if its file is shorter than `size`, or the disk does not give that byte, it is

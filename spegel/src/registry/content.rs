@@ -13,15 +13,19 @@ use tracing::warn;
 use super::metrics::ClientKind;
 use super::promises::{Client, Refusal};
 use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Chain, Content, Found, Gate, Kind, NodeId, Verified, Wanted};
+use crate::mirror::{Asker, Chain, Content, Found, Gate, Kind, NodeId, Tie, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
-use crate::store::{Blob, Found as Local, Receiving};
+use crate::store::{Blob, Found as Local, Receiving, StoreError};
+use crate::storm::Rank;
 use crate::zerocopy::{Body, BodyEnd};
 
 /// The longest that a peer is made to wait for what is about to be received.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether a blob has come that the store does not see coming.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -46,6 +50,8 @@ pub(super) struct Ask {
     pub(super) remote: IpAddr,
     /// A peer asks to wait for what is about to be received here.
     pub(super) wait: Option<Duration>,
+    /// Where a coordinator that sent the peer here counted it.
+    pub(super) rank: Option<Rank>,
 }
 
 impl Ask {
@@ -148,6 +154,7 @@ impl Registry {
         {
             return Ok(answer);
         }
+        self.note_pull(ask, reference);
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, "no node has this manifest");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
@@ -158,11 +165,15 @@ impl Registry {
             kind: Kind::Manifest,
             head_only: ask.head_only,
             range: None,
+            total: None,
+            resumes: false,
             gate: None,
             node: self.fed_node(ask),
             feeds_us: false,
             pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
             wait: None,
+            rank: None,
+            is_own: self.client_kind(&ask.client) == ClientKind::Own,
         };
         let found =
             self.settings.mirror.fetch(&wanted).await.map_err(|miss| unknown().with_detail(miss.to_string()))?;
@@ -190,7 +201,8 @@ impl Registry {
             return Ok(None);
         }
         let Ok(media_type) = MediaType::detect(&bytes) else { return Ok(None) };
-        let response = respond::manifest(digest, media_type.as_str(), Body::bytes(bytes));
+        // Not these bytes: a client that takes its time would keep them in memory.
+        let response = respond::manifest(digest, media_type.as_str(), Body::file(blob.file, 0, blob.size));
         Ok(Some(Answer::from(response, Source::Local)))
     }
 
@@ -212,6 +224,7 @@ impl Registry {
         if let Some(answer) = self.local_blob(ask, digest).await {
             return Ok(answer);
         }
+        self.note_pull(ask, &TagOrDigest::Digest(digest.clone()));
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::BlobUnknown, "no node has this blob");
         if ask.mirrored || ask.excluded {
             return Err(unknown());
@@ -229,11 +242,15 @@ impl Registry {
             kind: Kind::Blob,
             head_only: ask.head_only,
             range: ask.range.filter(|_| !ask.head_only).map(|range| range.to_string()),
+            total: self.told_total(ask, digest),
+            resumes: false,
             gate: Some(self.gate(ask, digest)),
             node: self.fed_node(ask),
             feeds_us: self.may_be_ours(ask),
             pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
             wait: None,
+            rank: None,
+            is_own: self.client_kind(&ask.client) == ClientKind::Own,
         };
         match self.settings.mirror.fetch(&wanted).await {
             Ok(found) => Ok(self.relayed(ask, digest, found)),
@@ -243,15 +260,15 @@ impl Registry {
 
     /// What this node has, or receives. Only where the asker cannot be who receives it here is the latter looked for.
     async fn local_blob(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
-        let chain = if self.may_be_ours(ask) { None } else { self.chain_below(ask, digest) };
-        let found = match chain {
-            None => self.open(ask, digest).await.map(Local::Complete),
-            Some(_) => self.find(ask, digest).await,
+        let found = if self.may_be_ours(ask) || self.is_above(ask, digest) {
+            self.open(ask, digest).await.map(Local::Complete)
+        } else {
+            self.find(ask, digest).await
         };
         let found = found?;
-        let size = match &found {
-            Local::Complete(blob) => blob.size,
-            Local::Receiving(receiving) => receiving.total,
+        let (size, admitted) = match &found {
+            Local::Complete(blob) => (blob.size, None),
+            Local::Receiving(receiving) => (receiving.total, Some(self.admit(ask, digest, receiving)?)),
         };
         if let (true, Local::Complete(blob)) = (ask.mirrored && ask.complains, &found) {
             self.audits.hear(digest, Arc::clone(&blob.file), size, Instant::now());
@@ -263,16 +280,17 @@ impl Registry {
                 return Some(self.busy(ask, digest));
             }
         }
-        let Answer { response, source, held } = match found {
-            Local::Complete(blob) => self.complete_blob(ask, digest, &blob),
-            Local::Receiving(Receiving { growing, total }) => {
-                let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
-                let mut answer = self.give(ask, digest, total, Source::Receiving, body);
-                respond::mark_receiving(&mut answer.response, growing.progress().position, total, &chain?);
+        let (chain, tie) = admitted.unzip();
+        let Answer { response, source, held } = match &found {
+            Local::Complete(blob) => self.complete_blob(ask, digest, blob),
+            Local::Receiving(receiving) => {
+                let body = |start, end: u64| Body::growing(receiving.growing.clone(), start, end - start);
+                let mut answer = self.give(ask, digest, size, Source::Receiving, body);
+                respond::mark_receiving(&mut answer.response, receiving, &chain?);
                 answer
             }
         };
-        Some(Answer { response: response.map(|body| body.with_end(move |_| drop(upload))), source, held })
+        Some(Answer { response: response.map(|body| body.with_end(move |_| drop((upload, tie)))), source, held })
     }
 
     fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
@@ -309,6 +327,7 @@ impl Registry {
         let store = &self.settings.store;
         let found = match store.find(digest, ask.repository.as_ref()).await {
             Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
+                Some(wait) if ask.rank.is_some() => self.wait_in_line(ask, digest, wait.min(LONGEST_WAIT)).await,
                 Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
                 None => Ok(None),
             },
@@ -320,22 +339,66 @@ impl Registry {
         })
     }
 
+    /// Waits for the first bytes of what our containerd has asked for, as long as we may be above the asker. They may come though the store
+    /// sees nothing on its way.
+    async fn wait_in_line(&self, ask: &Ask, digest: &Digest, wait: Duration) -> Result<Option<Local>, StoreError> {
+        let end = Instant::now() + wait;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let found = tokio::select! {
+                found = self.settings.store.expect(digest, ask.repository.as_ref(), left) => found?,
+                () = self.settings.mirror.sent_away(digest) => return Ok(None),
+            };
+            if found.is_some() || Instant::now() >= end || self.declines(ask, digest) {
+                return Ok(found);
+            }
+            tokio::time::sleep(LOOK.min(left)).await;
+        }
+    }
+
     /// Whether the asker would wait for us while we wait for others.
     fn declines(&self, ask: &Ask, digest: &Digest) -> bool {
+        if let Some(rank) = ask.rank {
+            return !self.settings.mirror.may_wait(digest, rank);
+        }
         match (&ask.client, self.settings.node_name.as_deref()) {
             (Client::Node(name), Some(own)) => self.settings.mirror.declines(digest, NodeId::of(own), NodeId::of(name)),
             _ => true,
         }
     }
 
-    /// The nodes that a blob comes through for those who get it from here while it is received, unless the asker is one of them or
-    /// they are too many.
-    fn chain_below(&self, ask: &Ask, digest: &Digest) -> Option<Chain> {
-        let above = self.settings.mirror.lineage(digest);
+    /// Whether the asker gives it to us, so that there is no point in waiting for anything.
+    fn is_above(&self, ask: &Ask, digest: &Digest) -> bool {
+        matches!(&ask.client, Client::Node(name) if self.settings.mirror.lineage(digest).contains(NodeId::of(name)))
+    }
+
+    /// Takes the asker as one who is given a blob while it is received, and says which nodes it comes through; none where it may come through
+    /// the asker, or through too many. The name of this node has to be known for that.
+    fn admit(&self, ask: &Ask, digest: &Digest, receiving: &Receiving) -> Option<(Chain, Option<Tie>)> {
         let own = NodeId::of(self.settings.node_name.as_deref()?);
-        let chain = above.below(own)?;
-        let is_circle = matches!(&ask.client, Client::Node(name) if chain.contains(NodeId::of(name)));
-        (!is_circle).then_some(chain)
+        let node = match &ask.client {
+            Client::Node(name) => Some(NodeId::of(name)),
+            Client::Address(_) => None,
+        };
+        let first = match ask.range.map(|range| range.resolve(receiving.total)) {
+            Some(RangeOutcome::Part { start, .. }) if !ask.head_only => start,
+            _ => 0,
+        };
+        let position = receiving.growing.progress().position;
+        self.settings.mirror.admit(digest, Asker { own, node, first, position })
+    }
+
+    /// Tells the store what our own containerd is about to receive, from us or from upstream.
+    fn note_pull(&self, ask: &Ask, reference: &TagOrDigest) {
+        if let Some(repository) = ask.repository.as_ref().filter(|_| self.may_be_ours(ask)) {
+            self.settings.store.pulls(repository, reference);
+        }
+    }
+
+    /// The blob's length, where the client goes on with one that it was told the length of.
+    fn told_total(&self, ask: &Ask, digest: &Digest) -> Option<u64> {
+        ask.first_byte().filter(|first| *first > 0 && !ask.head_only)?;
+        self.promises.total(&ask.client, digest, Instant::now())
     }
 
     /// Whether our own containerd may be who asks.

@@ -26,10 +26,11 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use crate::hosts::NODE_HEADER;
-use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror, WAIT_HEADER};
-use crate::oci::{ErrorCode, Filters, Key, OciError, Request, TagOrDigest};
+use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror, RANK_HEADER, WAIT_HEADER};
+use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
-use crate::store::{Health, Store};
+use crate::store::{Health, Outcome, Store};
+use crate::storm::Rank;
 use crate::zerocopy::{Body, BodyEnd};
 
 pub use auth::BasicAuth;
@@ -92,6 +93,7 @@ pub struct Registry {
 impl Registry {
     /// A registry over its parts.
     pub fn new(settings: Settings) -> Self {
+        settings.mirror.look_at(&settings.store);
         Self {
             uploads: Arc::new(uploads::Uploads::new(settings.uploads)),
             audits: Arc::new(audit::Audits::new(settings.mirror.clone())),
@@ -142,10 +144,12 @@ impl Registry {
         }
     }
 
-    /// Hears what this node's store has from now on: content that was relayed and is stored is what its digest says.
-    pub fn stored(&self, keys: &[Key]) {
-        self.settings.mirror.confirmed(keys);
-        self.audits.stored(keys);
+    /// Hears what became of what this node's containerd received: what was relayed and is stored is what its digest says.
+    pub fn hear(&self, outcome: &Outcome) {
+        self.settings.mirror.hear(outcome);
+        if let Outcome::Stored(digest) = outcome {
+            self.audits.stored(digest);
+        }
     }
 
     /// Refuses new requests from now on, in the way that makes containerd look elsewhere; what is under way goes on.
@@ -268,6 +272,7 @@ impl Registry {
             client,
             remote,
             wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
+            rank: text(RANK_HEADER).and_then(|text| text.parse().ok()).map(Rank),
         }
     }
 

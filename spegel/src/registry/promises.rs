@@ -115,6 +115,13 @@ impl Promises {
         had_all && now.duration_since(given.at) < LIFETIME
     }
 
+    /// The length in bytes that `client` was told of the blob, lately.
+    pub(super) fn total(&self, client: &Client, digest: &Digest, now: Instant) -> Option<u64> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let given = state.given.get(&(client.clone(), digest.clone()))?;
+        (now.duration_since(given.at) < LIFETIME).then_some(given.total)
+    }
+
     /// How to tell `client` that it cannot have the blob from `offset` on.
     pub(super) fn refuse(&self, client: &Client, digest: &Digest, offset: u64, now: Instant) -> Refusal {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

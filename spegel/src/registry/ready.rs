@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io::Write as _;
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
@@ -16,7 +17,7 @@ use tracing::Level;
 use super::content::{Ask, Source};
 use super::metrics::Resolved;
 use super::promises::Client;
-use super::{Ended, Registry, Told, tell};
+use super::{Ended, Registry, Told, respond, tell};
 use crate::hosts::NODE_HEADER;
 use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, WAIT_HEADER};
 use crate::oci::{Digest, Repository, Request, TagOrDigest};
@@ -174,7 +175,7 @@ impl Registry {
         }
         let is_told = if mirrored { tracing::enabled!(Level::DEBUG) } else { tracing::enabled!(Level::INFO) };
         let client = is_told.then(|| node.map_or(Client::Address(remote), |name| Client::Node(name.into())));
-        let head = answer.head.clone();
+        let head = if mirrored { self.with_load(&answer.head) } else { answer.head.clone() };
         let end = move |end: BodyEnd| {
             let elapsed = observed.end(end.sent);
             if let Some(client) = &client {
@@ -184,6 +185,16 @@ impl Registry {
             }
         };
         Some(Prompt { head, body, end: Box::new(end) })
+    }
+}
+
+impl Registry {
+    /// A head that also tells a peer how busy this node is, as every answer to one does.
+    fn with_load(&self, head: &[u8]) -> Bytes {
+        let mut told = head.to_vec();
+        // A write to memory does not fail.
+        let _ = write!(told, "{}: {}\r\n", respond::LOAD, self.load());
+        told.into()
     }
 }
 

@@ -7,11 +7,14 @@ use http::request::Parts;
 use http::response::Builder;
 use http::{HeaderValue, Method, Response, StatusCode};
 
-use crate::mirror::{CHAIN_HEADER, Chain, LOAD_HEADER, RECEIVING_HEADER};
+use crate::mirror::{CHAIN_HEADER, Chain, INGEST_HEADER, RECEIVING_HEADER};
 use crate::oci::{ALLOWED_METHODS, ContentRange, Digest, ERROR_CONTENT_TYPE, ErrorCode, OciError};
+use crate::store::Receiving;
 use crate::zerocopy::Body;
 
 const DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+/// The header of [`crate::mirror::LOAD_HEADER`].
+pub(super) const LOAD: HeaderName = HeaderName::from_static("x-spegel-load");
 /// The header of [`crate::mirror::HOLDERS_HEADER`].
 const HOLDERS: HeaderName = HeaderName::from_static("x-spegel-holders");
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
@@ -99,9 +102,14 @@ pub(super) fn unsatisfiable(length: u64) -> Response<Body> {
     response
 }
 
-/// Says that a blob is still being received, how much of it is there, and which nodes it comes through.
-pub(super) fn mark_receiving(response: &mut Response<Body>, position: u64, total: u64, chain: &Chain) {
-    let marks = [(RECEIVING_HEADER, format!("{position}/{total}")), (CHAIN_HEADER, chain.to_string())];
+/// Says that a blob is still being received, how much of it is there, into which file it goes, and which nodes it comes through.
+pub(super) fn mark_receiving(response: &mut Response<Body>, receiving: &Receiving, chain: &Chain) {
+    let position = receiving.growing.progress().position;
+    let marks = [
+        (RECEIVING_HEADER, format!("{position}/{}", receiving.total)),
+        (CHAIN_HEADER, chain.to_string()),
+        (INGEST_HEADER, format!("{:016x}", receiving.ingest)),
+    ];
     for (name, value) in marks {
         if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_str(&value)) {
             response.headers_mut().insert(name, value);
@@ -111,9 +119,7 @@ pub(super) fn mark_receiving(response: &mut Response<Body>, position: u64, total
 
 /// Tells a peer how busy this node is, in percent.
 pub(super) fn tell_load(response: &mut Response<Body>, percent: u8) {
-    if let Ok(name) = HeaderName::from_bytes(LOAD_HEADER.as_bytes()) {
-        response.headers_mut().insert(name, u16::from(percent).into());
-    }
+    response.headers_mut().insert(LOAD, u16::from(percent).into());
 }
 
 /// The same head without the body, keeping the length that the body would have had.

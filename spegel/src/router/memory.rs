@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use tokio::sync::{mpsc, watch};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Member, Members, Peer, Readiness, Router};
+use super::{Member, Members, Peer, Readiness, Router, Storms};
 use crate::oci::Key;
 use crate::store::Change;
+use crate::storm::{self, COORDINATORS, Coordinator, Limits, Request, Response, Zone};
 
 /// What version of the member protocol the nodes of such a network seem to speak.
 const MEMBER_VERSION: u32 = 1;
@@ -30,6 +33,14 @@ struct Node {
     peer: Peer,
     readiness: watch::Sender<Readiness>,
     members: watch::Sender<Members>,
+    coordinator: Coordinator,
+}
+
+/// A node's part in storms: all nodes of such a network take part.
+#[derive(Debug)]
+struct MemoryStorms {
+    id: Arc<str>,
+    network: MemoryNetwork,
 }
 
 /// One node of a [`MemoryNetwork`]. It leaves the network when it is dropped.
@@ -59,13 +70,19 @@ impl MemoryNetwork {
 
     /// Adds a node whose registry listens on `registry`. A node of the same name is replaced, and what it offered is gone.
     pub fn join(&self, id: &str, registry: SocketAddr) -> Arc<MemoryRouter> {
+        self.join_at(id, vec![registry])
+    }
+
+    /// The same for a node that says that its registry has several addresses.
+    pub fn join_at(&self, id: &str, registry: Vec<SocketAddr>) -> Arc<MemoryRouter> {
         let id: Arc<str> = id.into();
         let (readiness, readiness_seen) = watch::channel(Readiness::Alone);
         let (members, members_seen) = watch::channel(Members::default());
-        let peer = Peer::new(id.clone(), vec![registry]);
+        let peer = Peer::new(id.clone(), registry);
         let mut table = self.lock();
         table.withdraw_all(&id);
-        table.nodes.insert(id.clone(), Node { peer, readiness, members });
+        let coordinator = Coordinator::new(Limits::default(), Instant::now());
+        table.nodes.insert(id.clone(), Node { peer, readiness, members, coordinator });
         table.settle();
         Arc::new(MemoryRouter { id, network: self.clone(), readiness: readiness_seen, members: members_seen })
     }
@@ -155,12 +172,54 @@ impl Router for MemoryRouter {
         self.members.clone()
     }
 
+    fn storms(&self) -> Option<Arc<dyn Storms>> {
+        Some(Arc::new(MemoryStorms { id: self.id.clone(), network: self.network.clone() }))
+    }
+
     fn set_load(&self, percent: u8) {
         let mut table = self.network.lock();
         if let Some(node) = table.nodes.get_mut(&self.id) {
             node.peer.load = Some(percent.min(100));
         }
         table.settle();
+    }
+}
+
+/// The first eight bytes of its hash.
+fn number(text: &str) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = <[u8; 32]>::from(Sha256::digest(text));
+    u64::from_be_bytes([a, b, c, d, e, f, g, h])
+}
+
+impl Storms for MemoryStorms {
+    fn coordinators(&self, key: &Key) -> (storm::Key, Vec<storm::Node>) {
+        let text = key.to_string();
+        let target = number(&text);
+        let mut nearest: Vec<u64> = self.network.lock().nodes.keys().map(|id| number(id)).collect();
+        nearest.sort_unstable_by_key(|node| node ^ target);
+        let nodes = nearest.into_iter().take(COORDINATORS).map(storm::Node).collect();
+        (storm::Key(Sha256::digest(text).into()), nodes)
+    }
+
+    fn ask(&self, to: storm::Node, request: Request) -> oneshot::Receiver<Response> {
+        let (reply, answer) = oneshot::channel();
+        let mut table = self.network.lock();
+        let zone = |id: &Arc<str>| table.nodes.get(id).and_then(|node| node.peer.zone.as_deref().map(number));
+        // Casting keeps the lower half, which does as well.
+        let zone = Zone(zone(&self.id).map_or(0, |zone| zone as u32));
+        let coordinator = table.nodes.iter_mut().find(|(id, _)| number(id) == to.0);
+        let response = coordinator.and_then(|(_, node)| {
+            node.coordinator.receive(storm::Node(number(&self.id)), zone, &request, Instant::now())
+        });
+        // Whoever asked may have given up.
+        let _ = response.map(|response| reply.send(response));
+        answer
+    }
+
+    fn peer(&self, node: storm::Node) -> Option<Peer> {
+        let table = self.network.lock();
+        let found = table.nodes.iter().find(|(id, _)| **id != self.id && number(id) == node.0);
+        found.map(|(_, node)| node.peer.clone())
     }
 }
 

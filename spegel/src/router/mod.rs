@@ -7,10 +7,11 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::oci::Key;
 use crate::store::Change;
+use crate::storm;
 
 pub(crate) use p2p::checks;
 
@@ -91,6 +92,29 @@ pub trait Router: Send + Sync + fmt::Debug + 'static {
     /// known to nearly all within half a minute, and one that died is forgotten as soon.
     fn members(&self) -> watch::Receiver<Members>;
 
+    /// Whether a peer may be at an address, as far as this node is told to believe that. Routers without such bounds need not implement it.
+    fn accepts(&self, _address: SocketAddr) -> bool {
+        true
+    }
+
+    /// Whom to ask about cold storms; nothing if this node takes no part in them.
+    fn storms(&self) -> Option<Arc<dyn Storms>> {
+        None
+    }
+
     /// Says how busy this node's registry is, in percent. Members hear of it when it has changed by much.
     fn set_load(&self, percent: u8);
+}
+
+/// Asks the nodes that say who gets from whom what none has yet. Every method returns at once.
+pub trait Storms: Send + Sync + fmt::Debug + 'static {
+    /// What `key` is called there, and the nodes nearest to it that take part, the nearest first, [`storm::COORDINATORS`] at the most. This node
+    /// may be one of them.
+    fn coordinators(&self, key: &Key) -> (storm::Key, Vec<storm::Node>);
+
+    /// Sends a message to a coordinator. The channel closes without an answer if there is none within two seconds.
+    fn ask(&self, to: storm::Node, request: storm::Request) -> oneshot::Receiver<storm::Response>;
+
+    /// The node that a coordinator named; nothing if it is not known here, or is this one.
+    fn peer(&self, node: storm::Node) -> Option<Peer>;
 }

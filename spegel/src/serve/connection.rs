@@ -9,7 +9,9 @@ use std::io::{self, IoSlice};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use rustix::net::{RecvFlags, recv};
@@ -33,6 +35,12 @@ const COPIED: usize = 8 << 10;
 /// Answers from memory in a turn, before other connections get theirs.
 const ANSWERS: usize = 16;
 
+/// Bytes of heads that are not whole, of all connections together: whoever has sent half of one may take its time for the other.
+const UNFINISHED: usize = 8 << 20;
+
+/// How long a connection that is one too many may take for its head. Its place is wanted for the next.
+const REFUSED_HEAD: Duration = Duration::from_millis(500);
+
 /// How a connection ended.
 #[derive(Debug)]
 enum End {
@@ -44,6 +52,8 @@ enum End {
     Http(hyper::Result<()>),
     /// Who stops takes no further request.
     Drained,
+    /// Too many have begun a request and not ended it.
+    Crowded,
     Expired(Expired),
     /// The server ends.
     Aborted,
@@ -65,7 +75,11 @@ pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings:
         remote: RemoteAddr(remote),
         is_refused: accepted.is_refused(),
     };
-    let watch = Watch::new(shared.limits);
+    let mut limits = shared.limits;
+    if accepted.is_refused() {
+        limits.header_read = limits.header_read.min(REFUSED_HEAD);
+    }
+    let watch = Watch::new(limits);
     let mut lane = Lane { client, settings, phase: Phase::Bare(Bare::fresh(stream)), watch, draining: false };
     let (mut drain, mut abort) = (pin!(shared.stop.drain.cancelled()), pin!(shared.stop.abort.cancelled()));
     let mut armed = false;
@@ -94,6 +108,7 @@ fn report(remote: std::net::SocketAddr, end: &End) {
             Some(error) => tracing::debug!(%remote, %error, "response ended early"),
             None => tracing::debug!(%remote, %error, "connection ended early"),
         },
+        End::Crowded => tracing::debug!(%remote, "half a request, and no memory for more of them"),
         End::Expired(expired) => tracing::debug!(%remote, ?expired, "connection given up"),
         End::Aborted => tracing::debug!(%remote, "connection ended with the server"),
     }
@@ -123,6 +138,7 @@ impl Lane {
             let activity = match &mut self.phase {
                 Phase::Bare(bare) => match bare.poll(cx, &self.client, &self.settings) {
                     Poll::Pending => bare.activity(),
+                    Poll::Ready(Ok(Next::Crowded)) => return Poll::Ready(End::Crowded),
                     Poll::Ready(Ok(Next::Http(unread))) => match self.enter_http(unread) {
                         Ok(()) => continue,
                         Err(error) => return Poll::Ready(End::Broke(error)),
@@ -195,7 +211,13 @@ struct Bare {
     stream: TcpStream,
     /// Read already. Nearly always nothing.
     unread: Bytes,
+    /// That is less than a head.
+    unfinished: Option<Unfinished>,
+    /// Bytes came since this was last asked.
+    received: bool,
     out: Option<Out>,
+    /// Bytes that the kernel took.
+    sent: u64,
     /// Try the socket even where the runtime believes it to be full.
     force: bool,
     /// Just accepted: nothing is known of it yet, and the first request is often there.
@@ -206,8 +228,31 @@ struct Bare {
 enum Next {
     /// The client has closed its side.
     Left,
+    /// There is no room for its half of a head.
+    Crowded,
     /// A request for hyper, of which this was read.
     Http(Bytes),
+}
+
+/// So many bytes among those of heads that are not whole, until dropped.
+struct Unfinished {
+    all: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+impl Unfinished {
+    /// None if there are too many.
+    fn new(all: &Arc<AtomicUsize>, bytes: usize) -> Option<Self> {
+        let before = all.fetch_add(bytes, Ordering::Relaxed);
+        let counted = Self { all: Arc::clone(all), bytes };
+        (before + bytes <= UNFINISHED).then_some(counted)
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 /// What the kernel did not take of an answer.
@@ -229,15 +274,17 @@ thread_local! {
 
 impl Bare {
     fn new(stream: TcpStream, unread: Bytes) -> Self {
-        Self { stream, unread, out: None, force: false, is_new: false }
+        Self { stream, unread, unfinished: None, received: false, out: None, sent: 0, force: false, is_new: false }
     }
 
     fn fresh(stream: TcpStream) -> Self {
         Self { force: true, is_new: true, ..Self::new(stream, Bytes::new()) }
     }
 
-    fn activity(&self) -> Activity {
-        Activity { received: false, blocked_since: self.out.as_ref().map(|out| out.since), body: self.out.is_some() }
+    fn activity(&mut self) -> Activity {
+        let received = std::mem::take(&mut self.received);
+        let Self { out, sent, .. } = self;
+        Activity { received, blocked_since: out.as_ref().map(|out| out.since), body: out.is_some(), sent: *sent }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, client: &Client, settings: &Settings) -> Poll<io::Result<Next>> {
@@ -249,17 +296,20 @@ impl Bare {
                 let _ = pin!(tokio::task::yield_now()).poll(cx);
                 return Poll::Pending;
             }
-            let unread = std::mem::take(&mut self.unread);
-            let next = if unread.is_empty() {
+            let next = if self.unread.is_empty() || self.unfinished.is_some() {
                 BUFFER.with_borrow_mut(|buffer| {
                     let mut buffer = ReadBuf::new(buffer);
                     ready!(self.poll_read(cx, &mut buffer))?;
-                    match buffer.filled() {
-                        [] => Poll::Ready(Ok(Some(Next::Left))),
-                        filled => Poll::Ready(self.answer(filled, &mut answers, client, settings)),
-                    }
+                    self.unfinished = None;
+                    let unread = std::mem::take(&mut self.unread);
+                    Poll::Ready(match buffer.filled() {
+                        [] => Ok(Some(Next::Left)),
+                        filled if unread.is_empty() => self.answer(filled, &mut answers, client, settings),
+                        filled => self.answer(&[&unread, filled].concat(), &mut answers, client, settings),
+                    })
                 })
             } else {
+                let unread = std::mem::take(&mut self.unread);
                 Poll::Ready(self.answer(&unread, &mut answers, client, settings))
             };
             if let Some(next) = ready!(next)? {
@@ -299,6 +349,12 @@ impl Bare {
             };
             match quick::parse(read, shared.limits.header_bytes, ask) {
                 Parsed::Other => return Ok(Some(Next::Http(Bytes::copy_from_slice(read)))),
+                Parsed::Partial => {
+                    self.unfinished = Unfinished::new(&shared.unfinished, read.len());
+                    self.unread = Bytes::copy_from_slice(read);
+                    self.received = true;
+                    return Ok(self.unfinished.is_none().then_some(Next::Crowded));
+                }
                 Parsed::Answered(length, quick) => {
                     handling.answered();
                     self.send(quick, settings)?;
@@ -332,6 +388,7 @@ impl Bare {
             }
             Ok(sent) => sent,
         };
+        self.sent += sent as u64;
         if sent == head.len() + date.len() + body.len() {
             end(BodyEnd { sent: body.len() as u64, complete: true });
         } else {
@@ -344,16 +401,19 @@ impl Bare {
     /// Sends what the kernel did not take before.
     fn poll_out(&mut self, cx: &mut Context<'_>, settings: &Settings) -> Poll<io::Result<()>> {
         while let Some(out) = &mut self.out {
-            let force = std::mem::take(&mut self.force);
-            match zerocopy::send(&self.stream, &[IoSlice::new(&out.rest)], force, &settings.traffic) {
+            match zerocopy::send(&self.stream, &[IoSlice::new(&out.rest)], self.force, &settings.traffic) {
                 Ok(sent) => {
+                    self.sent += sent as u64;
                     out.rest.advance(sent);
                     out.since = Instant::now();
                     if out.rest.is_empty() {
                         self.out = None;
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(self.stream.poll_write_ready(cx))?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.force = false;
+                    ready!(self.stream.poll_write_ready(cx))?;
+                }
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }

@@ -21,7 +21,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -214,6 +214,8 @@ struct Shared {
     handler: Arc<dyn Handler>,
     stop: Stop,
     metrics: ServeMetrics,
+    /// Bytes of heads that are not whole yet.
+    unfinished: Arc<AtomicUsize>,
 }
 
 // === impl Stop ===
@@ -256,7 +258,14 @@ impl Server {
             traffic: metrics.traffic().clone(),
             ..Settings::default()
         };
-        let shared = Arc::new(Shared { limits, settings, handler, stop: stop.clone(), metrics: metrics.clone() });
+        let shared = Arc::new(Shared {
+            limits,
+            settings,
+            handler,
+            stop: stop.clone(),
+            metrics: metrics.clone(),
+            unfinished: Arc::default(),
+        });
         let (engines, engine) = start_engines(runtimes.max(1), engine, watchdog, &shared)?;
         metrics.set_engine(&engine);
         let watchdog =

@@ -44,7 +44,9 @@ pub struct Quick {
 pub(super) enum Parsed<T> {
     /// So many bytes of a request that was answered.
     Answered(usize, T),
-    /// Less than a head, or something that is not answered at once.
+    /// Less than a head, and not too much for one.
+    Partial,
+    /// Something that is not answered at once.
     Other,
 }
 
@@ -52,8 +54,10 @@ pub(super) enum Parsed<T> {
 pub(super) fn parse<T>(buffer: &[u8], longest: usize, answer: impl FnOnce(&Head<'_>) -> Option<T>) -> Parsed<T> {
     let mut headers = [const { MaybeUninit::uninit() }; HEADERS];
     let mut request = httparse::Request::new(&mut []);
-    let Ok(httparse::Status::Complete(length)) = request.parse_with_uninit_headers(buffer, &mut headers) else {
-        return Parsed::Other;
+    let length = match request.parse_with_uninit_headers(buffer, &mut headers) {
+        Ok(httparse::Status::Complete(length)) => length,
+        Ok(httparse::Status::Partial) if buffer.len() < longest => return Parsed::Partial,
+        _ => return Parsed::Other,
     };
     let (Some(method), Some(target), Some(1)) = (request.method, request.path, request.version) else {
         return Parsed::Other;
@@ -131,7 +135,7 @@ mod tests {
     fn taken(text: &str) -> Option<(String, usize)> {
         match parse(text.as_bytes(), 4096, |head| Some(head.target.to_owned())) {
             Parsed::Answered(length, target) => Some((target, length)),
-            Parsed::Other => None,
+            Parsed::Partial | Parsed::Other => None,
         }
     }
 
@@ -144,6 +148,9 @@ mod tests {
         assert!(matches!(parse(head.as_bytes(), 100, |head| head.is_head.then_some(())), Parsed::Answered(19, ())));
         assert!(matches!(parse(head.as_bytes(), 100, |_| None::<()>), Parsed::Other));
         assert!(matches!(parse(head.as_bytes(), 18, |_| Some(())), Parsed::Other), "longer than heads may be");
+        let cut = "GET / HTTP/1.1\r\nhost: h\r\n";
+        assert!(matches!(parse(cut.as_bytes(), 100, |_| Some(())), Parsed::Partial));
+        assert!(matches!(parse(cut.as_bytes(), cut.len(), |_| Some(())), Parsed::Other), "too long by its next byte");
     }
 
     #[test]

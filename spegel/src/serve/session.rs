@@ -22,6 +22,9 @@ use super::watch::Handled;
 use super::{RemoteAddr, Shared};
 use crate::zerocopy::{Activity, Body, BoundBody, Io, Ops, Settings};
 
+/// What hyper may read ahead at the least: its own default.
+const BUFFER: usize = 408 << 10;
+
 /// What a session came to.
 pub(super) enum Polled {
     /// It is over, and with it the connection.
@@ -59,7 +62,11 @@ impl Session {
         let Client { shared, handling, .. } = client;
         let mut http = http1::Builder::new();
         // The watch bounds the waits: hyper has no bound on a stalled client, and one for a head and an idle time together.
-        http.half_close(true).max_header_size(shared.limits.header_bytes).header_read_timeout(None).writev(true);
+        http.half_close(true)
+            .max_buf_size(shared.limits.header_bytes.max(BUFFER))
+            .max_header_size(shared.limits.header_bytes)
+            .header_read_timeout(None)
+            .writev(true);
         http.keep_alive(!is_last);
         let service = Service { client: client.clone(), ops: ops.clone() };
         let connection = http.serve_connection(TokioIo::new(Io::after(stream, unread, ops.clone())), service);
@@ -95,7 +102,14 @@ impl Session {
     /// The socket, and what was read of it and not used.
     pub(super) fn into_parts(self) -> (TcpStream, Bytes) {
         let parts = self.connection.into_parts();
-        (parts.io.into_inner().into_stream(), parts.read_buf)
+        let (stream, unread) = parts.io.into_inner().into_parts();
+        // What hyper has read came before what it has not.
+        let unread = match (parts.read_buf.is_empty(), unread.is_empty()) {
+            (_, true) => parts.read_buf,
+            (true, _) => unread,
+            _ => [parts.read_buf, unread].concat().into(),
+        };
+        (stream, unread)
     }
 }
 

@@ -2,11 +2,20 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::time::{Instant, Sleep};
 
 use super::Limits;
 use crate::zerocopy::Activity;
+
+/// Bytes that a client has to take for each second in which it kept us waiting, over the write stall's bound. Slower ones do not
+/// wait for content, they hold a connection: a layer of 64 MiB would take five hours.
+const WRITE_FLOOR: u64 = 4 << 10;
+
+/// How often the socket of a client that seems to take nothing is tried until it is given up. Whoever we relay from has the same patience with us:
+/// what a slow client takes has to be told there sooner.
+const TRIES: u32 = 3;
 
 /// What a connection waits for.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +61,9 @@ pub(super) struct Watch {
     limits: Limits,
     phase: Phase,
     requests: u64,
-    tried: Option<Instant>,
+    /// The wait in which the client's socket was tried, and how often.
+    tried: Option<(Instant, u32)>,
+    pace: Pace,
     timer: Option<Pin<Box<Sleep>>>,
     /// The timer will wake the task.
     armed: bool,
@@ -62,7 +73,15 @@ pub(super) struct Watch {
 
 impl Watch {
     pub(super) fn new(limits: Limits) -> Self {
-        Self { limits, phase: Phase::Head(Instant::now()), requests: 0, tried: None, timer: None, armed: false }
+        Self {
+            limits,
+            phase: Phase::Head(Instant::now()),
+            requests: 0,
+            tried: None,
+            pace: Pace::default(),
+            timer: None,
+            armed: false,
+        }
     }
 
     /// To be asked whenever the connection was polled and waits, always by the same task: it is the one that the timer wakes.
@@ -77,17 +96,26 @@ impl Watch {
             Phase::Idle(_) if activity.received => Phase::Head(now),
             same => same,
         };
+        if self.pace.is_crawling(now, activity, self.limits.write_stall) {
+            return Verdict::End(Expired::WriteStall);
+        }
         loop {
             let (deadline, expired) = match (self.phase, activity.blocked_since) {
                 (Phase::Head(since), _) => (since + self.limits.header_read, Expired::Head),
                 (Phase::Idle(since), _) => (since + self.limits.idle, Expired::Idle),
-                (Phase::Busy, Some(since)) => (since + self.limits.write_stall, Expired::WriteStall),
+                (Phase::Busy, Some(since)) => {
+                    let tries = self.tried.filter(|(of, _)| *of == since).map_or(0, |(_, tries)| tries);
+                    (since + self.limits.write_stall * (tries + 1).min(TRIES) / TRIES, Expired::WriteStall)
+                }
                 (Phase::Busy, None) => return Verdict::Wait,
             };
             if now >= deadline {
-                if expired == Expired::WriteStall && self.tried != activity.blocked_since {
-                    self.tried = activity.blocked_since;
-                    return Verdict::TryWrite;
+                if let (Expired::WriteStall, Some(since)) = (expired, activity.blocked_since) {
+                    let tries = self.tried.filter(|(of, _)| *of == since).map_or(0, |(_, tries)| tries);
+                    if tries < TRIES {
+                        self.tried = Some((since, tries + 1));
+                        return Verdict::TryWrite;
+                    }
                 }
                 return Verdict::End(expired);
             }
@@ -112,14 +140,46 @@ impl Watch {
     }
 }
 
+/// How fast a client takes bytes while it keeps us waiting.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Since when it had been waited for when last looked at.
+    blocked_since: Option<Instant>,
+    /// The sum of the waits that ended, since the count began.
+    waited: Duration,
+    /// Bytes taken since then.
+    taken: u64,
+    /// All that the connection had sent when last looked at.
+    sent: u64,
+}
+
+// === impl Pace ===
+
+impl Pace {
+    /// Whether the client took less than the floor allows, in waits that add up to `window`.
+    fn is_crawling(&mut self, now: Instant, activity: Activity, window: Duration) -> bool {
+        let before = std::mem::replace(&mut self.blocked_since, activity.blocked_since);
+        // A connection that changes between its two kinds counts from zero.
+        self.taken += activity.sent.checked_sub(self.sent).unwrap_or(activity.sent);
+        self.sent = activity.sent;
+        let Some(since) = before.filter(|_| before != activity.blocked_since) else { return false };
+        self.waited += activity.blocked_since.unwrap_or(now).saturating_duration_since(since);
+        if self.waited < window {
+            return false;
+        }
+        let least = WRITE_FLOOR.saturating_mul(self.waited.as_secs());
+        let is_crawling = self.taken < least;
+        (self.waited, self.taken) = (Duration::ZERO, 0);
+        is_crawling
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn activity(received: bool, blocked_since: Option<Instant>, body: bool) -> Activity {
-        Activity { received, blocked_since, body }
+        Activity { received, blocked_since, body, sent: 0 }
     }
 
     const DONE: Handled = Handled { requests: 1, now: false };
@@ -167,12 +227,48 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stalled_client_is_tried_once_more() {
+    async fn a_stalled_client_is_tried_until_its_time_is_over() {
         let mut watch = Watch::new(Limits::default());
         let stalled = activity(false, Some(Instant::now()), true);
-        assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::Wait);
-        tokio::time::advance(Duration::from_secs(30)).await;
-        assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::TryWrite);
+        for _ in 0..3 {
+            assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::Wait);
+            tokio::time::advance(Duration::from_secs(10)).await;
+            assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::TryWrite);
+        }
         assert_eq!(ask(&mut watch, stalled, Handled::default()).await, Verdict::End(Expired::WriteStall));
+    }
+
+    /// Asks as a connection does whose client takes `bytes` every ten seconds, for five minutes.
+    async fn trickle(bytes: u64) -> Verdict {
+        let mut watch = Watch::new(Limits::default());
+        let (mut sent, mut last) = (1 << 20, Verdict::Wait);
+        for _ in 0..30 {
+            let blocked = Activity { received: false, blocked_since: Some(Instant::now()), body: true, sent };
+            last = ask(&mut watch, blocked, Handled { requests: 1, now: false }).await;
+            if matches!(last, Verdict::End(_)) {
+                break;
+            }
+            tokio::time::advance(Duration::from_secs(10)).await;
+            sent += bytes;
+        }
+        last
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_crawls_is_given_up() {
+        assert_eq!(trickle(1).await, Verdict::End(Expired::WriteStall));
+        assert_eq!(trickle((4 << 10) * 9).await, Verdict::End(Expired::WriteStall));
+        assert_eq!(trickle((4 << 10) * 10).await, Verdict::Wait);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_in_which_there_is_nothing_to_send_is_not_the_clients() {
+        let mut watch = Watch::new(Limits::default());
+        let busy = Handled { requests: 1, now: false };
+        for sent in 0..100 {
+            let waiting = Activity { received: false, blocked_since: None, body: true, sent };
+            assert_eq!(ask(&mut watch, waiting, busy).await, Verdict::Wait);
+            tokio::time::advance(Duration::from_secs(29)).await;
+        }
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 const LOOKS: u32 = 5;
 
 /// How long the message may take to be written, by a logger that the wedged thread may hold.
+const WRITING: Duration = Duration::from_millis(200);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// One runtime's sign of life.
@@ -99,6 +100,8 @@ fn end_process(index: usize, bound: Duration) -> ! {
         while !speaking.is_finished() && std::time::Instant::now() < deadline {
             thread::sleep(Duration::from_millis(5));
         }
+        // It is another thread that writes it.
+        thread::sleep(WRITING);
     }
     std::process::abort()
 }

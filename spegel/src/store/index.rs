@@ -1,12 +1,14 @@
 //! Which images are here, what they reach, and so what is offered. Pure: what is in files comes in as [`Tree`]s.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::time::Instant;
 
 use foldhash::quality::RandomState;
 
+use super::pulls::Pulls;
 use super::tree::{Node, Tree};
 use super::{Change, Offered, Referrer};
-use crate::oci::{Digest, Filters, Key, Reference, Repository, TagName};
+use crate::oci::{Digest, Filters, Key, Reference, Repository, TagName, TagOrDigest};
 
 /// How much content is remembered that came and that no image reaches yet: a pull records its image when it ends.
 const MAX_ARRIVED: usize = 4096;
@@ -49,6 +51,8 @@ struct Content {
     receiving: bool,
     /// It was received, and no image speaks for it yet.
     arrived: bool,
+    /// It may be offered before an image speaks for it, as far as is known of its pull.
+    is_open: bool,
     /// The subject of a manifest that has one, and how the referrers API describes the manifest.
     referrer: Option<Box<(Digest, Referrer)>>,
 }
@@ -88,6 +92,7 @@ pub(super) struct Index {
     touched: HashSet<Digest>,
     /// What arrived, the oldest first; some of it may have gone or got an image since.
     arrivals: VecDeque<Digest>,
+    pulls: Pulls,
 }
 
 // === impl Name ===
@@ -119,10 +124,10 @@ impl Content {
         reached(Origin::Allowed) || (reached(Origin::Unnamed) && !reached(Origin::Excluded))
     }
 
-    /// Whether it counts without an image: what images of ours are filtered of is not offered while it comes again either.
+    /// Whether it counts before it is here, or without an image. What images of ours say of it goes before what is known of its pull.
     fn may_be_offered_early(&self) -> bool {
-        let reached = |origin: Origin| self.reached_by[origin as usize] > 0;
-        (self.receiving || self.arrived) && (reached(Origin::Allowed) || !reached(Origin::Excluded))
+        let may_be_offered = if self.reached_by == [0; 3] { self.is_open } else { self.may_be_offered() };
+        (self.receiving || self.arrived) && may_be_offered
     }
 
     fn is_needed(&self) -> bool {
@@ -152,6 +157,7 @@ impl Index {
             referrers: HashMap::new(),
             touched: HashSet::new(),
             arrivals: VecDeque::new(),
+            pulls: Pulls::default(),
         }
     }
 
@@ -192,24 +198,37 @@ impl Index {
 
     /// Content is being received, or is not any more.
     pub(super) fn set_receiving(&mut self, digest: &Digest, receiving: bool) -> Delta {
-        match self.contents.get_mut(digest) {
-            Some(content) => content.receiving = receiving,
-            None if receiving => {
-                self.contents.insert(digest.clone(), Content { receiving, ..Content::default() });
-            }
-            None => return Delta::default(),
+        if receiving || self.contents.contains_key(digest) {
+            self.early(digest).receiving = receiving;
         }
-        self.touched.insert(digest.clone());
         self.settle()
+    }
+
+    /// Our containerd asks for something of a repository, by a tag or a digest.
+    pub(super) fn pulls(&mut self, repository: &Repository, reference: &TagOrDigest, now: Instant) -> Delta {
+        match self.pulls.asked(repository, reference, &self.filters, now) {
+            Some(digest) if self.contents.contains_key(digest) => {
+                self.early(digest);
+                self.settle()
+            }
+            _ => Delta::default(),
+        }
+    }
+
+    /// Content that may have no image yet.
+    fn early(&mut self, digest: &Digest) -> &mut Content {
+        self.touched.insert(digest.clone());
+        let is_open = self.filters.exclude_nothing() || self.pulls.allow(digest);
+        let content = self.contents.entry(digest.clone()).or_default();
+        content.is_open |= is_open;
+        content
     }
 
     /// Content came that may have no image yet.
     pub(super) fn set_arrived(&mut self, digest: &Digest) -> Delta {
-        let content = self.contents.entry(digest.clone()).or_default();
-        if !std::mem::replace(&mut content.arrived, true) {
+        if !std::mem::replace(&mut self.early(digest).arrived, true) {
             self.arrivals.push_back(digest.clone());
         }
-        self.touched.insert(digest.clone());
         while self.arrivals.len() > MAX_ARRIVED
             && let Some(oldest) = self.arrivals.pop_front()
         {

@@ -437,9 +437,42 @@ fn what_the_filters_keep_back_is_not_offered_while_it_comes_again() {
     let mut index = index_without(&["^registry\\.test/secret"]);
     index.set_arrived(&layer);
     index.set_receiving(&layer, true);
+    let open = repository("registry.test/open");
+    assert_eq!(index.pulls(&open, &TagOrDigest::Digest(layer.clone()), Instant::now()).added, [layer.clone().into()]);
     let delta = index.put("registry.test/secret:v1", blobs.walk(&image));
     assert_eq!(delta.removed, [layer.clone().into()]);
-    assert_eq!(index.verdict(&layer, Some(&repository("registry.test/open"))), Verdict::Refuse);
+    assert_eq!(index.verdict(&layer, Some(&open)), Verdict::Refuse);
+}
+
+/// Nothing but the question of our own containerd tells whose content it is before its image is there.
+#[test]
+fn with_filters_what_is_received_is_offered_only_if_it_is_known_to_pass_them() {
+    let mut blobs = Blobs::default();
+    let image = blobs.image(&["a layer", "another"]);
+    let (layer, another) = (digest_of("a layer"), digest_of("another"));
+    let now = Instant::now();
+    let (open, secret) = (repository("registry.test/open"), repository("registry.test/secret"));
+    for filters in [
+        Filters::new(&[], &["^registry\\.test/secret".into()]).unwrap(),
+        Filters::new(&["https://registry.test".into()], &["/secret".into()]).unwrap(),
+    ] {
+        let mut index = Index::new(filters);
+        assert_eq!(index.set_receiving(&layer, true), Delta::default(), "nobody said whose it is");
+        assert_eq!(index.pulls(&secret, &TagOrDigest::Digest(layer.clone()), now), Delta::default());
+        assert_eq!(index.set_arrived(&layer), Delta::default());
+        let delta = index.pulls(&open, &TagOrDigest::Digest(layer.clone()), now);
+        assert_eq!(delta.added, [layer.clone().into()]);
+        assert_eq!(index.set_receiving(&layer, false), Delta::default(), "it is here");
+
+        // As it is in fact: first the question, then the bytes.
+        index.pulls(&open, &TagOrDigest::Digest(another.clone()), now);
+        assert_eq!(index.set_receiving(&another, true).added, [another.clone().into()]);
+        let delta = index.put("registry.test/open:v1", blobs.walk(&image));
+        assert!(delta.removed.is_empty() && !delta.added.contains(&another.clone().into()));
+        index.set_receiving(&another, false);
+        index.remove("registry.test/open:v1");
+        assert!(index.contents.is_empty());
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::{Offered, Store};
 
-/// Reads from a store, at each scrape, how much it offers to peers, by registry.
+/// Reads from a store, at each scrape, how much it offers to peers, by registry, and how it notices what is received.
 #[derive(Debug)]
 pub struct OfferedCollector {
     store: Arc<dyn Store>,
@@ -43,6 +43,15 @@ impl Collector for OfferedCollector {
                 let gauge = ConstGauge::new(i64::try_from(figure(offered)).unwrap_or(i64::MAX));
                 gauge.encode(family.encode_family(&[("registry", registry.as_str())])?)?;
             }
+        }
+        let Some(ingests) = self.store.ingests() else { return Ok(()) };
+        let help = "Pulls in progress or left behind, by how they are noticed";
+        let mut family = encoder.encode_descriptor("spegel_ingests", help, None, MetricType::Gauge)?;
+        let states =
+            [("watched", ingests.watched), ("looked_at", ingests.looked_at), ("overlooked", ingests.overlooked)];
+        for (state, count) in states {
+            let gauge = ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
+            gauge.encode(family.encode_family(&[("state", state)])?)?;
         }
         Ok(())
     }

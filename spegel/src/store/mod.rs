@@ -7,6 +7,7 @@ mod index;
 mod ingest;
 mod metrics;
 mod oci_layout;
+mod pulls;
 mod small;
 mod state;
 mod tree;
@@ -17,13 +18,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 
-use crate::oci::{Digest, Key, Repository, TagName};
+use crate::oci::{Digest, Key, Repository, TagName, TagOrDigest};
 
 pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings};
-pub use ingest::Receiving;
+pub use ingest::{Ingests, Receiving};
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
 pub use small::Small;
@@ -55,6 +56,15 @@ pub enum Change {
     Added(Vec<Key>),
     /// These cannot be had here any more.
     Removed(Vec<Key>),
+}
+
+/// What became of content that this node's containerd has received to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was stored: containerd has verified it.
+    Stored(Digest),
+    /// It was not stored, so its bytes were not those of its digest; or it came to its end as its pull was given up.
+    Discarded(Digest),
 }
 
 /// Whether a store can answer.
@@ -155,6 +165,10 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
         Ok(None)
     }
 
+    /// Hears that this node's own containerd asks for something in the name of a repository, which is not here: where there are filters, that
+    /// decides whether it is offered before its image is recorded. Stores that never receive anything need not implement it.
+    fn pulls(&self, _repository: &Repository, _reference: &TagOrDigest) {}
+
     /// The manifests here whose `subject` is this digest.
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError>;
 
@@ -163,6 +177,17 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
 
     /// How much is offered, by registry. What has no registry, as images without a qualified name, is under the empty one.
     fn offered(&self) -> std::collections::BTreeMap<String, Offered>;
+
+    /// What becomes of content that is received, from now on. Who reads slowly misses some. Stores that never receive anything need not
+    /// implement it: it ends at once.
+    fn outcomes(&self) -> broadcast::Receiver<Outcome> {
+        broadcast::channel(1).1
+    }
+
+    /// How pulls in progress are noticed; nothing for stores that never receive anything.
+    fn ingests(&self) -> Option<Ingests> {
+        None
+    }
 
     /// Whether it can answer, followed.
     fn health(&self) -> watch::Receiver<Health>;

@@ -8,16 +8,20 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use rustix::io::Errno;
 
 use super::error::BodyError;
 use super::ops::{Client, Push, Settings, Transfer};
 use super::stage::Stage;
 use super::traffic::Way;
-use super::warm::{Warm, Window};
+use super::warm::{PAGE, STRIDE, Warm, Window};
 
 /// Bytes that are read at once where a file is not in memory. One turn's budget.
 const WINDOW: usize = 512 << 10;
+
+/// Bytes that are looked at once where so many in a row were in memory, and how far they are then apart: the probes were a tenth of
+/// what a warm body cost.
+const WARM_WINDOW: usize = 2 << 20;
+const WARM_STRIDE: u64 = 512 << 10;
 
 /// Bytes of a cold file that wait in a socket to be sent. Its pages count as ours, and cannot be taken back while they wait: beside 200
 /// clients that take nothing, a process whose group is limited to 128 MiB reset new connections.
@@ -36,6 +40,8 @@ pub(super) struct FileSource {
     warmer: Arc<dyn Warm>,
     /// Up to here the file was in memory when last looked at.
     resident_to: u64,
+    /// So many bytes in a row were.
+    warm_run: u64,
     warming: Option<Warming>,
     /// Whether a window was cold, and the client's socket does not know yet.
     is_news: bool,
@@ -58,6 +64,7 @@ impl FileSource {
             stage: None,
             warmer: settings.warmer.clone(),
             resident_to: offset,
+            warm_run: 0,
             warming: None,
             is_news: false,
             failed: None,
@@ -98,7 +105,7 @@ impl FileSource {
         let moved = match self.transfer {
             Transfer::Zerocopy => match self.sendfile(client, max) {
                 // A file system that sendfile(2) does not know, or a sandbox that refuses it.
-                Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::INVAL | Errno::NOSYS)) => {
+                Err(error) if super::ops::is_refused(&error) => {
                     self.transfer = Transfer::Copy;
                     self.copy(client, max)
                 }
@@ -123,14 +130,15 @@ impl FileSource {
             return Poll::Ready(Ok(()));
         }
         if self.warming.is_none() {
-            let window = self.window(self.offset);
-            match window.resident() {
+            match self.probe() {
                 0 => {
                     self.is_news = true;
-                    self.warming = Some(self.warm(window));
+                    self.warm_run = 0;
+                    self.warming = Some(self.warm(self.window(self.offset, WINDOW)));
                 }
                 resident => {
                     self.resident_to = self.offset + resident as u64;
+                    self.warm_run += resident as u64;
                     return Poll::Ready(Ok(()));
                 }
             }
@@ -139,16 +147,36 @@ impl FileSource {
         if ready!(warming.done.as_mut().poll(cx)).is_err() {
             return Poll::Ready(Err(BodyError::Disk { waited: PATIENCE }));
         }
-        self.resident_to = warming.end;
-        let next = self.window(self.resident_to);
-        self.warming = (next.resident() < next.len).then(|| self.warm(next));
+        let end = warming.end;
+        self.warming = None;
+        // Some of it may be gone again, or could not be read. Of that a page is tried, which says why.
+        let there = self.window(self.offset, usize::try_from(end - self.offset).unwrap_or(WINDOW)).resident(PAGE);
+        self.resident_to = self.offset + (there as u64).max(PAGE).min(self.left);
+        if self.resident_to < end {
+            return Poll::Ready(Ok(()));
+        }
+        let next = self.window(self.resident_to, WINDOW);
+        self.warming = (next.resident(STRIDE) < next.len).then(|| self.warm(next));
         Poll::Ready(Ok(()))
     }
 
-    /// The window from `start` on, which ends with the body.
-    fn window(&self, start: u64) -> Window {
+    /// How many of the next bytes are in memory.
+    fn probe(&self) -> usize {
+        if self.warm_run < WARM_WINDOW as u64 {
+            return self.window(self.offset, WINDOW).resident(STRIDE);
+        }
+        let window = self.window(self.offset, WARM_WINDOW);
+        match window.resident(WARM_STRIDE) {
+            all if all == window.len => all,
+            // Somewhere before that the cold begins.
+            _ => window.resident(STRIDE),
+        }
+    }
+
+    /// The window of up to `len` bytes from `start` on, which ends with the body.
+    fn window(&self, start: u64, len: usize) -> Window {
         let left = usize::try_from(self.offset + self.left - start).unwrap_or(usize::MAX);
-        Window { file: self.file.clone(), offset: start, len: left.min(WINDOW) }
+        Window { file: self.file.clone(), offset: start, len: left.min(len) }
     }
 
     fn warm(&self, window: Window) -> Warming {

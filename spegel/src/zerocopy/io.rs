@@ -47,10 +47,10 @@ impl Io {
         Self { stream, unread, ops: OpenOps(ops) }
     }
 
-    /// The socket. Whatever was still to be moved is given up.
+    /// The socket, and what has been read from it that nobody has taken yet. Whatever was still to be moved is given up.
     #[must_use]
-    pub fn into_stream(self) -> TcpStream {
-        self.stream
+    pub fn into_parts(self) -> (TcpStream, Bytes) {
+        (self.stream, self.unread)
     }
 
     fn poll_write_bufs(&self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
@@ -73,6 +73,8 @@ impl Io {
                     return Poll::Ready(Ok(n));
                 }
                 Ok((Attempt::ClientFull, _)) => {
+                    // Only now is it known what the kernel takes: a piece that it took whole may have ended before that.
+                    state.force = false;
                     state.blocked();
                     drop(state);
                     ready!(self.stream.poll_write_ready(cx))?;
@@ -91,8 +93,7 @@ impl Io {
         state: &mut State,
         bufs: &[IoSlice<'_>],
     ) -> io::Result<(Attempt, Option<Ended>)> {
-        let force = std::mem::take(&mut state.force);
-        let client = Client { stream: &self.stream, force, traffic: &shared.settings.traffic };
+        let client = Client { stream: &self.stream, force: state.force, traffic: &shared.settings.traffic };
         let split = bufs.iter().position(|buf| region::contains(shared.region, buf)).unwrap_or(bufs.len());
         let (memory, rest) = bufs.split_at(split);
         let owed: usize = memory.iter().map(|buf| buf.len()).sum();

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Context;
 
+use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -120,6 +121,7 @@ pub(super) struct State {
     /// Try the socket even where the runtime believes it to be full.
     pub(super) force: bool,
     blocked_since: Option<Instant>,
+    sent: u64,
     received: bool,
     bodies: usize,
     /// No response waits to be written.
@@ -135,6 +137,8 @@ pub struct Activity {
     pub blocked_since: Option<Instant>,
     /// A response's body is still being produced or moved.
     pub body: bool,
+    /// Bytes that the kernel took for the client since the connection, or this way of serving it, began.
+    pub sent: u64,
 }
 
 /// Where the bytes of a body come from.
@@ -178,6 +182,12 @@ pub(super) enum Push {
     Waiting,
 }
 
+/// Whether a system call is not to be had here: of a file system or kernel that does not know it, or in a sandbox that refuses it.
+pub(super) fn is_refused(error: &io::Error) -> bool {
+    let refusals = [Errno::INVAL, Errno::NOSYS, Errno::OPNOTSUPP, Errno::PERM, Errno::ACCESS];
+    Errno::from_io_error(error).is_some_and(|errno| refusals.contains(&errno))
+}
+
 /// The client's side of a transfer.
 pub(super) struct Client<'a> {
     pub(super) stream: &'a TcpStream,
@@ -205,6 +215,7 @@ impl Ops {
             budget: settings.budget,
             force: false,
             blocked_since: None,
+            sent: 0,
             received: false,
             bodies: 0,
             flushed: true,
@@ -230,7 +241,7 @@ impl Ops {
         let mut state = self.shared.lock();
         let received = std::mem::take(&mut state.received);
         let body = state.bodies > 0 || state.source.is_some() || state.promised > 0;
-        Activity { received, blocked_since: state.blocked_since, body }
+        Activity { received, blocked_since: state.blocked_since, body, sent: state.sent }
     }
 
     /// Whether everything of the responses that began has been handed to the kernel.
@@ -327,6 +338,7 @@ impl State {
 
     pub(super) fn progressed(&mut self, bytes: usize) {
         self.blocked_since = None;
+        self.sent += bytes as u64;
         self.budget = self.budget.saturating_sub(bytes);
     }
 

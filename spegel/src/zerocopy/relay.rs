@@ -1,7 +1,7 @@
 //! A peer's socket as the source of a body.
 
 use std::fmt;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use futures::future::BoxFuture;
-use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -30,7 +29,7 @@ pub enum RelayEnd {
     Broken {
         /// Bytes of the body sent to the client.
         sent: u64,
-        /// What the peer did; `TimedOut` is a stall.
+        /// What the peer did; `TimedOut` is a stall, and with `ConnectionAborted` it is our client that took nothing for long.
         error: io::Error,
     },
     /// The client left, or the response needed no body. No fault of the peer's.
@@ -40,16 +39,19 @@ pub enum RelayEnd {
     },
 }
 
-/// Finds another source for the rest of a body, which starts at the given offset of the body. Yields that source's
-/// connection and the body bytes already read from it, or `None` when nobody can go on. The time it may take is the relay's
-/// stall timeout. It is not called twice without a byte gained in between.
-pub type Resume = Box<dyn FnMut(u64) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> + Send>;
+/// Finds another source for the rest of a body, which starts at the given offset of the body, and is told how the one before failed:
+/// `UnexpectedEof` is an orderly close, `TimedOut` a stall. Yields that source's connection and the body bytes already read from it, or `None`
+/// when nobody can go on. The time it may take is the relay's stall timeout. It is not called twice without a byte gained in between.
+pub type Resume = Box<dyn FnMut(u64, &io::Error) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> + Send>;
 
 /// Says whether a peer that has sent nothing for the stall timeout is worth waiting for as long again: it has no more to send yet than
 /// the given number of the body's bytes, which came, and gets on by itself. Has to bound its own time.
 pub type Excuse = Box<dyn FnMut(u64) -> BoxFuture<'static, bool> + Send>;
 
 type OnEnd = Box<dyn FnOnce(RelayEnd) + Send>;
+
+/// Where a peer was left waiting for so long, its end is not its fault: the error is `ConnectionAborted` then.
+const LEFT_WAITING: Duration = Duration::from_secs(10);
 
 /// A peer's response body on its way to a client, exactly `len` bytes of it.
 pub struct Relay {
@@ -122,6 +124,7 @@ impl Relay {
             excusing: None,
             resuming: None,
             resumed_at: None,
+            read_at: None,
             failed: None,
             on_end,
         };
@@ -183,6 +186,8 @@ pub(super) struct RelaySource {
     excusing: Option<BoxFuture<'static, bool>>,
     resuming: Option<Resuming>,
     resumed_at: Option<u64>,
+    /// When bytes of the peer's were last taken, if it has not been waited for since.
+    read_at: Option<Instant>,
     failed: Option<io::Error>,
     on_end: EndHook,
 }
@@ -235,7 +240,7 @@ impl RelaySource {
                 self.on_end.sent += n as u64;
                 Ok(Push::Moved(n))
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Push::ClientFull),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(Push::ClientFull),
             Err(error) => Err(error),
         }
     }
@@ -263,7 +268,7 @@ impl RelaySource {
     fn adopt(&mut self, peer: TcpStream, prefetched: Bytes) -> io::Result<()> {
         self.peer = Some(TcpStream::from_std(peer.into_std()?)?);
         if prefetched.len() as u64 > self.unread {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer sent more than it said"));
+            return Err(io::Error::new(ErrorKind::InvalidData, "the peer sent more than it said"));
         }
         self.unread -= prefetched.len() as u64;
         self.pending = prefetched;
@@ -306,7 +311,7 @@ impl RelaySource {
                 let cause = self.resuming.take().map(|resuming| resuming.cause);
                 let adopted = match (answer, cause) {
                     (Some((peer, prefetched)), _) => self.adopt(peer, prefetched),
-                    (None, cause) => Err(cause.unwrap_or_else(|| io::ErrorKind::TimedOut.into())),
+                    (None, cause) => Err(cause.unwrap_or_else(|| ErrorKind::TimedOut.into())),
                 };
                 self.stall.restart();
                 match adopted {
@@ -315,16 +320,22 @@ impl RelaySource {
                     Err(error) => return Poll::Ready(Err(error)),
                 }
             }
+            let unread_for = self.read_at.take().map_or(Duration::ZERO, |at| at.elapsed());
             let read = if self.stall.too_slow() { Poll::Pending } else { self.read(cx) };
             let error = match read {
+                Poll::Ready(Ok(0) | Err(_)) if unread_for >= LEFT_WAITING => io::Error::new(
+                    ErrorKind::ConnectionAborted,
+                    "our client took nothing for so long that the peer gave up",
+                ),
                 Poll::Pending => match self.poll_stalled(cx) {
-                    Poll::Ready(true) => io::Error::new(io::ErrorKind::TimedOut, "the peer stalled"),
+                    Poll::Ready(true) => io::Error::new(ErrorKind::TimedOut, "the peer stalled"),
                     Poll::Ready(false) => continue,
                     Poll::Pending => return Poll::Pending,
                 },
-                Poll::Ready(Ok(0)) => io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed early"),
+                Poll::Ready(Ok(0)) => io::Error::new(ErrorKind::UnexpectedEof, "the peer closed early"),
                 Poll::Ready(Ok(n)) => {
                     self.unread -= n as u64;
+                    self.read_at = Some(Instant::now());
                     self.excusing = None;
                     self.stall.gained(n);
                     return Poll::Ready(Ok(()));
@@ -337,7 +348,7 @@ impl RelaySource {
             match &mut self.resume {
                 Some(resume) if self.resumed_at != Some(sent) => {
                     self.resumed_at = Some(sent);
-                    self.resuming = Some(Resuming { next: resume(sent), cause: error });
+                    self.resuming = Some(Resuming { next: resume(sent, &error), cause: error });
                     self.stall.restart();
                 }
                 _ => return Poll::Ready(Err(error)),
@@ -366,7 +377,7 @@ impl RelaySource {
 
     fn read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let Some(peer) = &self.peer else {
-            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+            return Poll::Ready(Err(ErrorKind::NotConnected.into()));
         };
         loop {
             let read = if self.transfer == Transfer::Zerocopy {
@@ -384,12 +395,12 @@ impl RelaySource {
                 self.stage.get_or_insert_with(Stage::new).fill(self.unread, |buf| peer.try_read(buf))
             };
             match read {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => match peer.poll_read_ready(cx) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => match peer.poll_read_ready(cx) {
                     Poll::Ready(Ok(())) => {}
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                     Poll::Pending => return Poll::Pending,
                 },
-                Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::INVAL | Errno::NOSYS)) => {
+                Err(error) if super::ops::is_refused(&error) => {
                     if self.transfer == Transfer::Copy {
                         return Poll::Ready(Err(error));
                     }

@@ -11,8 +11,14 @@ use futures::future::BoxFuture;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-/// Distance between the bytes that are asked for when residency is probed: the kernel's read-ahead comes in pieces of this size.
-const STRIDE: u64 = 128 << 10;
+/// Distance between the bytes that are asked for where a file may be cold: the kernel's read-ahead comes in pieces of this size.
+pub(super) const STRIDE: u64 = 128 << 10;
+
+/// The smallest page of any kernel.
+pub(super) const PAGE: u64 = 4 << 10;
+
+/// Buffers that a ring keeps for the next windows.
+const KEPT_BUFFERS: usize = 2;
 
 /// Windows that one runtime's ring reads at once, each with a buffer of its length.
 const RING_READS: usize = 16;
@@ -41,20 +47,41 @@ pub trait Warm: Send + Sync + fmt::Debug {
 // === impl Window ===
 
 impl Window {
-    /// How many bytes from the window's start on are in the page cache, found by asking for one byte in each 128 KiB without
-    /// waiting (`RWF_NOWAIT`, preadv2(2)). All of them where the file system cannot say, and beyond the file's end.
-    pub(super) fn resident(&self) -> usize {
+    /// How many bytes from the window's start on are in the page cache, found by asking for one byte in each `stride`, and the last one, without
+    /// waiting (`RWF_NOWAIT`, preadv2(2)). Where one of them is not, the pages before it are asked one by one. All where the file system cannot
+    /// say, and beyond the file's end.
+    pub(super) fn resident(&self, stride: u64) -> usize {
         let end = self.offset + self.len as u64;
-        let mut at = self.offset;
+        let (mut known, mut at) = (self.offset, self.offset);
         while at < end {
-            let mut byte = [0];
-            match preadv2(&*self.file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT) {
-                Err(Errno::AGAIN) => return usize::try_from(at - self.offset).unwrap_or(self.len),
-                Err(_) | Ok(0) => return self.len,
-                Ok(_) => at = (at / STRIDE + 1) * STRIDE,
+            match self.is_cold(at) {
+                Some(true) => return self.resident_pages(known, at),
+                None => return self.len,
+                Some(false) => known = at,
             }
+            let next = (at / stride + 1) * stride;
+            at = if next >= end && at + 1 < end { end - 1 } else { next };
         }
         self.len
+    }
+
+    /// The same, where the page at `known` is there, and the one at `cold` is not.
+    fn resident_pages(&self, known: u64, cold: u64) -> usize {
+        let mut at = known;
+        while at < cold && self.is_cold(at) != Some(true) {
+            at = (at / PAGE + 1) * PAGE;
+        }
+        usize::try_from(at.min(cold).saturating_sub(self.offset)).unwrap_or(self.len)
+    }
+
+    /// Whether the page of a byte would have to be read; none where that cannot be told, or there is no such byte.
+    fn is_cold(&self, at: u64) -> Option<bool> {
+        let mut byte = [0];
+        match preadv2(&*self.file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT) {
+            Err(Errno::AGAIN) => Some(true),
+            Err(_) | Ok(0) => None,
+            Ok(_) => Some(false),
+        }
     }
 
     /// Reads the window on this thread, which waits for the disk. The null device takes the pages as they are: nothing is copied.
@@ -103,13 +130,18 @@ impl Default for ThreadWarmer {
 impl Warm for ThreadWarmer {
     fn warm(&self, window: Window) -> BoxFuture<'static, ()> {
         let threads = self.threads.clone();
-        let reading = tokio::spawn(async move {
-            // Never closed.
-            let _permit = threads.acquire_owned().await;
+        let (mut done, waiting) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            // Never closed. Who no longer waits must not hold the file until a disk that hangs is back.
+            let _permit = tokio::select! {
+                permit = threads.acquire_owned() => permit,
+                () = done.closed() => return,
+            };
             let _ = tokio::task::spawn_blocking(move || window.read()).await;
+            let _ = done.send(());
         });
         Box::pin(async move {
-            let _ = reading.await;
+            let _ = waiting.await;
         })
     }
 }
@@ -148,29 +180,41 @@ impl Warm for RingWarmer {
 async fn serve_ring(mut requests: mpsc::UnboundedReceiver<(Window, oneshot::Sender<()>)>) {
     let slots = Rc::new(Semaphore::new(RING_READS));
     let buffers = Rc::new(std::cell::RefCell::new(Vec::<Vec<u8>>::new()));
-    while let Some((window, done)) = requests.recv().await {
+    while let Some((window, mut done)) = requests.recv().await {
         let (slots, buffers) = (slots.clone(), buffers.clone());
         // A task each, since tokio-uring panics where the kernel refuses a submission: `done` is dropped then.
         tokio_uring::spawn(async move {
-            let Ok(_slot) = slots.acquire().await else { return };
-            // Whoever waited may be gone by now.
-            if done.is_closed() {
-                return;
-            }
+            // Who no longer waits must not hold the file until a disk that hangs is back.
+            let _slot = tokio::select! {
+                slot = slots.acquire() => slot,
+                () = done.closed() => return,
+            };
             let mut buffer = buffers.borrow_mut().pop().unwrap_or_default();
             buffer.clear();
             buffer.reserve_exact(window.len);
             if let Ok(file) = window.file.try_clone() {
-                buffer = ring_read(&tokio_uring::fs::File::from_std(file), buffer, window.offset).await;
+                let file = tokio_uring::fs::File::from_std(file);
+                let mut offset = window.offset;
+                // A read may end early, at what was in memory for one.
+                while offset < window.offset + window.len as u64 {
+                    let read;
+                    (read, buffer) = ring_read(&file, buffer, offset).await;
+                    match read {
+                        Ok(n @ 1..) => offset += n as u64,
+                        _ => break,
+                    }
+                }
             }
-            buffers.borrow_mut().push(buffer);
+            if buffers.borrow().len() < KEPT_BUFFERS {
+                buffers.borrow_mut().push(buffer);
+            }
             let _ = done.send(());
         });
     }
 }
 
 /// Reads as much as the buffer has room for, once.
-async fn ring_read(file: &tokio_uring::fs::File, buffer: Vec<u8>, offset: u64) -> Vec<u8> {
+async fn ring_read(file: &tokio_uring::fs::File, buffer: Vec<u8>, offset: u64) -> (io::Result<usize>, Vec<u8>) {
     let (read, _) = tokio::join!(file.read_at(buffer, offset), tokio_uring::no_op());
-    read.1
+    read
 }

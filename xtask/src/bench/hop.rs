@@ -35,8 +35,21 @@ first one's content directory as containerd does it: a folder in `ingest`, `data
 a client of the first node asks it as a peer would. Two: a client of the second node asks that one as its containerd would, which \
 relays. Latency: from the return of write(2) to the first and to the last byte of that MiB at the client, 600 times, one every 10 ms. CPU: \
 of the first node's process for 1 GiB to one client that follows the growth at 400 MiB/s, to one that reads the complete blob at that \
-speed, and to one that reads it as fast as it can, in turn, the medians of five. The limit: a loop of sendfile(2) on loopback that sends \
-a MiB and sleeps, beside one that sends all it can to a client that sleeps: what sending in steps costs the kernel.";
+speed, and to one that reads it as fast as it can, in turn, the medians of five; and of that process and its client together, since the \
+kernel charges the same segments to the server where its client waits for them, and to the client where they wait for it. The limit: a \
+loop of sendfile(2) on loopback that sends a MiB and sleeps, beside one that sends all it can to a client that sleeps: what sending in \
+steps costs the kernel.";
+
+/// CPU time for a layer.
+#[derive(Clone, Copy)]
+struct Cost {
+    /// Of the process that sends it.
+    server: Duration,
+    /// Of its thread that watches the ingests.
+    watcher: Duration,
+    /// Of the client's thread.
+    client: Duration,
+}
 
 /// Both nodes.
 struct Bench {
@@ -67,16 +80,22 @@ pub(super) fn run(program: &Path) -> Result<Figures> {
     let mut bench = Bench::start(program)?;
     let one = bench.latencies(0)?;
     let two = bench.latencies(1)?;
-    let mut times = [const { Vec::new() }; 3];
+    let mut costs = [const { Vec::new() }; 3];
     for _ in 0..ROUNDS {
-        for (times, time) in times.iter_mut().zip(bench.cpu()?) {
-            times.push(time);
+        for (costs, cost) in costs.iter_mut().zip(bench.cpu()?) {
+            costs.push(cost);
         }
     }
-    let [growing, paced, complete] = times.map(|mut times| {
-        times.sort();
-        times[ROUNDS / 2].as_secs_f64()
-    });
+    let of = |which: fn(&Cost) -> Duration| {
+        costs.each_ref().map(|costs| {
+            let mut times: Vec<Duration> = costs.iter().map(which).collect();
+            times.sort();
+            times[ROUNDS / 2].as_secs_f64()
+        })
+    };
+    let [growing, paced, complete] = of(|cost| cost.server);
+    let [both_growing, both_paced, both_complete] = of(|cost| cost.server + cost.client);
+    let [watcher, ..] = of(|cost| cost.watcher);
     let bare = bare_ratio()?;
     let load = fs::read_to_string("/proc/loadavg")?;
     let load = load.split(' ').next().unwrap_or_default();
@@ -91,17 +110,25 @@ pub(super) fn run(program: &Path) -> Result<Figures> {
         }
     }
     rows.push(vec!["CPU for a growing GiB".into(), format!("{growing:.3} s")]);
+    rows.push(vec!["of which the thread that watches the ingests".into(), format!("{watcher:.3} s")]);
     rows.push(vec!["CPU for a complete GiB, as fast as the growing one".into(), format!("{paced:.3} s")]);
     rows.push(vec!["CPU for a complete GiB, as fast as it goes".into(), format!("{complete:.3} s")]);
     rows.push(vec!["growing beside complete, as fast as each other".into(), format!("{:.2}", growing / paced)]);
     rows.push(vec!["growing beside complete, as fast as it goes".into(), format!("{:.2}", growing / complete)]);
-    rows.push(vec!["the same of a bare sendfile(2) loop".into(), format!("{bare:.2}")]);
+    let both = |complete: f64| format!("{:.2}", both_growing / complete);
+    rows.push(vec!["the same with the client's, as fast as each other".into(), both(both_paced)]);
+    rows.push(vec!["the same with the client's, as fast as it goes".into(), both(both_complete)]);
+    rows.push(vec![
+        "growing beside complete, as fast as each other, of a bare sendfile(2) loop".into(),
+        format!("{bare:.2}"),
+    ]);
     rows.push(vec!["load of the machine at the end".into(), load.to_owned()]);
     let json = json!({
         "one_hop_last_byte_p50_ms": ms(percentile(&one.last, 50)), "one_hop_last_byte_p99_ms": ms(percentile(&one.last, 99)),
         "two_hops_last_byte_p50_ms": ms(percentile(&two.last, 50)), "two_hops_last_byte_p99_ms": ms(percentile(&two.last, 99)),
         "cpu_seconds_per_growing_gib": growing, "cpu_seconds_per_paced_gib": paced,
-        "cpu_seconds_per_complete_gib": complete, "bare_sendfile_growing_beside_paced": bare, "load": load,
+        "cpu_seconds_per_complete_gib": complete, "cpu_seconds_per_growing_gib_both_ends": both_growing,
+        "cpu_seconds_per_paced_gib_both_ends": both_paced, "cpu_seconds_per_complete_gib_both_ends": both_complete, "bare_sendfile_growing_beside_paced": bare, "load": load,
     });
     Ok(Figures { name: "hop", method: METHOD.to_owned(), columns: vec!["what".into(), "figure".into()], rows, json })
 }
@@ -213,9 +240,8 @@ impl Bench {
         Ok(Latencies { first, last })
     }
 
-    /// The CPU time of the first node's process for a growing layer, for the same layer when it is complete, read as fast, and for that read
-    /// without a pause.
-    fn cpu(&mut self) -> Result<[Duration; 3]> {
+    /// What a growing layer costs, the same layer when it is complete, read as fast, and that read without a pause.
+    fn cpu(&mut self) -> Result<[Cost; 3]> {
         let mut ingest = self.begin(LARGE)?;
         let step = vec![0x5a; STEP];
         thread::sleep(Duration::from_millis(100));
@@ -227,8 +253,8 @@ impl Bench {
             ingest.data.write_all(&step)?;
             thread::sleep(LARGE_PAUSE);
         }
-        client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
-        let growing = self.cpu_time()? - before;
+        let client = client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+        let growing = self.cpu_time()?.since(before, client);
         fs::create_dir_all(ingest.blob.parent().context("a blob has a folder")?)?;
         fs::rename(ingest.folder.join("data"), &ingest.blob)?;
         fs::remove_dir_all(&ingest.folder)?;
@@ -241,22 +267,33 @@ impl Bench {
     }
 
     /// The CPU time of the first node's process for a client that reads a complete blob and pauses after each step.
-    fn cpu_to_read(&self, digest: &str, pause: Duration) -> Result<Duration> {
+    fn cpu_to_read(&self, digest: &str, pause: Duration) -> Result<Cost> {
         let stream = self.ask(0, digest)?;
         let before = self.cpu_time()?;
-        read(stream, pause)?;
-        Ok(self.cpu_time()? - before)
+        let client = read(stream, pause)?;
+        Ok(self.cpu_time()?.since(before, client))
     }
 
     /// User and system time of the first node's process, from its threads' run times in nanoseconds: the ticks of `/proc/PID/stat` are
     /// too coarse.
-    fn cpu_time(&self) -> Result<Duration> {
-        let mut total = 0;
+    fn cpu_time(&self) -> Result<Cost> {
+        let mut cost = Cost { server: Duration::ZERO, watcher: Duration::ZERO, client: Duration::ZERO };
         for thread in fs::read_dir(format!("/proc/{}/task", self.spegels[0].daemon.pid()))? {
-            let stat = fs::read_to_string(thread?.path().join("schedstat"))?;
-            total += stat.split(' ').next().context("no run time")?.parse::<u64>()?;
+            let thread = thread?.path();
+            let time = run_time(&thread)?;
+            cost.server += time;
+            if fs::read_to_string(thread.join("comm"))?.trim() == "ingest" {
+                cost.watcher += time;
+            }
         }
-        Ok(Duration::from_nanos(total))
+        Ok(cost)
+    }
+}
+
+impl Cost {
+    /// What was used since then, and by a client.
+    fn since(self, before: Self, client: Duration) -> Self {
+        Self { server: self.server - before.server, watcher: self.watcher - before.watcher, client }
     }
 }
 
@@ -265,8 +302,9 @@ fn containerd(binaries: &Binaries, node: &Node) -> Result<Containerd> {
     Containerd::start(binaries, node, &Options::default())
 }
 
-/// Reads a large layer, with a pause after each step.
-fn read(mut stream: TcpStream, pause: Duration) -> Result<()> {
+/// Reads a large layer, with a pause after each step. Returns the CPU time that it took.
+fn read(mut stream: TcpStream, pause: Duration) -> Result<Duration> {
+    let before = own_cpu_time()?;
     let mut buffer = vec![0; STEP];
     for step in 0..LARGE {
         stream.read_exact(&mut buffer).with_context(|| format!("the body ended in its MiB {step}"))?;
@@ -274,7 +312,7 @@ fn read(mut stream: TcpStream, pause: Duration) -> Result<()> {
             thread::sleep(pause);
         }
     }
-    Ok(())
+    Ok(own_cpu_time()? - before)
 }
 
 /// How much more CPU time sending in steps takes than sending as the client takes it, of sendfile(2) alone.
@@ -316,6 +354,11 @@ fn bare(file: &File, pause: Duration, clients: Duration) -> Result<Duration> {
 
 /// The run time of this thread.
 fn own_cpu_time() -> Result<Duration> {
-    let stat = fs::read_to_string("/proc/thread-self/schedstat")?;
+    run_time(Path::new("/proc/thread-self"))
+}
+
+/// The run time of a thread, by its folder in procfs.
+fn run_time(thread: &Path) -> Result<Duration> {
+    let stat = fs::read_to_string(thread.join("schedstat"))?;
     Ok(Duration::from_nanos(stat.split(' ').next().context("no run time")?.parse()?))
 }

@@ -4,6 +4,7 @@
 mod bulk;
 mod cold;
 mod many;
+mod memory;
 mod requests;
 mod rivals;
 
@@ -21,6 +22,7 @@ use spegel_benches::netns::{Lab, Node};
 pub(super) use bulk::{relay, serve};
 pub(super) use cold::cold;
 pub(super) use many::connections;
+pub(super) use memory::memory;
 pub(super) use requests::{mixed, small};
 pub(super) use rivals::{Rival, Running};
 

@@ -28,6 +28,9 @@ pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/spegel/kad/1.0
 /// The protocol of those who keep the list of each other.
 pub(super) const MEMBERS: StreamProtocol = StreamProtocol::new("/spegel/members/1");
 
+/// The protocol by which nodes ask who gets from whom what none has yet.
+pub(super) const STORMS: StreamProtocol = StreamProtocol::new("/spegel/storm/1");
+
 /// TCP connect, security handshake and multiplexer together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 

@@ -23,7 +23,9 @@ use super::links::{Arrival, Links};
 use super::members::{self, Action, Believed, Membership, Message};
 use super::memory::Memory;
 use super::metrics::{Direction, Reason, RouterMetrics};
+use super::opener::{Inbound, Purpose};
 use super::records::SharedRecords;
+use super::storms::Storms;
 use super::table::{Contact, SharedTable};
 use crate::router::{Member, Members, Peer, Readiness};
 
@@ -61,6 +63,8 @@ pub(super) struct Driver {
     pub(super) speakers: HashSet<PeerId>,
     pub(super) registry_port: u16,
     pub(super) metrics: RouterMetrics,
+    /// If this node takes part in storms.
+    pub(super) storms: Option<Storms>,
     pub(super) remembered: Option<Memory>,
     /// The number of multicast DNS among the sources.
     pub(super) mdns: Option<usize>,
@@ -109,6 +113,7 @@ impl Driver {
                         memory.keep(now, &self.table.read());
                     }
                     self.records.lock().sweep(now);
+                    self.storms.iter().for_each(|storms| storms.sweep(now));
                     self.redialled.retain(|_, at| now.duration_since(*at) < REDIAL_PAUSE);
                     self.advertiser.grown(self.shown.len());
                     self.measure();
@@ -156,7 +161,12 @@ impl Driver {
                 }
                 self.introduced(peer_id, &info.listen_addrs);
             }
-            SwarmEvent::Behaviour(BehaviourEvent::Opener(inbound)) => self.links.accept(inbound),
+            SwarmEvent::Behaviour(BehaviourEvent::Opener(Inbound { peer, purpose, stream })) => {
+                match (&self.storms, purpose) {
+                    (Some(storms), Purpose::Storms) => storms.accept(peer, stream),
+                    _ => self.links.accept(peer, stream),
+                }
+            }
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad_event(event),
             SwarmEvent::Behaviour(BehaviourEvent::Mdns(event)) => self.on_mdns_event(event),
             SwarmEvent::ConnectionClosed { connection_id, peer_id, num_established, .. } => {
@@ -424,6 +434,7 @@ impl Driver {
             } else {
                 table.remove_member(&peer);
                 self.shown.remove(&peer);
+                self.storms.iter().for_each(|storms| storms.lost(&peer));
                 records.forget(&peer);
             }
         }

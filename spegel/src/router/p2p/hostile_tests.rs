@@ -56,6 +56,7 @@ impl Hostile {
             mdns: false,
             advertise: Vec::new(),
             peer_networks: Vec::new(),
+            storms: false,
             network_key: None,
             zone: None,
             metrics: metrics.clone(),
@@ -74,7 +75,7 @@ impl Hostile {
             mdns: false,
             network_key: None,
             records: SharedRecords::new(Records::new(local, limits, Instant::now())),
-            opener: Opener::new(local, opens),
+            opener: Opener::new(local, false, opens),
             metrics: RouterMetrics::default(),
         };
         let mut swarm = behaviour::swarm(setup).unwrap();

@@ -73,6 +73,11 @@ impl Position {
         Self(words)
     }
 
+    /// The first of those that begin with these eight bytes.
+    pub(super) fn with_prefix(prefix: u64) -> Self {
+        Self([prefix, 0, 0, 0])
+    }
+
     /// Its first eight bytes.
     pub(super) fn prefix(&self) -> u64 {
         self.0[0]

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::client::{Client, frame};
 use super::members::Message;
-use super::opener::{Inbound, Purpose};
+use super::opener::Purpose;
 use super::table::Contact;
 use super::wire::read_frame;
 
@@ -89,7 +89,7 @@ impl Links {
     }
 
     /// Reads a stream that a peer opened, unless it has too many already.
-    pub(super) fn accept(&mut self, Inbound { peer, stream }: Inbound) {
+    pub(super) fn accept(&mut self, peer: PeerId, stream: Stream) {
         let open = self.inbound.entry(peer).or_default();
         if *open >= MAX_INBOUND {
             return tracing::debug!(%peer, "has too many member streams");

@@ -30,6 +30,7 @@ mod results;
 mod search;
 #[cfg(test)]
 mod simulation;
+mod storms;
 mod table;
 mod wire;
 
@@ -70,6 +71,7 @@ pub use network_key::{NetworkKey, NetworkKeyError};
 use opener::Opener;
 use records::{RecordLimits, Records, SharedRecords};
 use search::{Context, Searches};
+use storms::Storms;
 use table::SharedTable;
 
 /// How long records of others outlive the time within which they are told again.
@@ -105,6 +107,8 @@ pub struct P2pSettings {
     pub network_key: Option<NetworkKey>,
     /// The zone that this node says it is in.
     pub zone: Option<String>,
+    /// Whether this node takes part in cold storms: asks who pulls what nobody has, and answers such questions.
+    pub storms: bool,
     /// Within what time each key is told again. Other nodes keep it four minutes longer.
     pub advertise_ttl: Duration,
     /// How long this node is not ready while none of the peers that are named can be reached.
@@ -138,12 +142,14 @@ pub enum RouterError {
 pub struct P2pRouter {
     id: Arc<str>,
     listen: Vec<SocketAddr>,
+    scope: Scope,
     records: SharedRecords,
     table: SharedTable,
     searches: Searches,
     advertiser: Advertiser,
     readiness: watch::Receiver<Readiness>,
     members: watch::Receiver<Members>,
+    storms: Option<Storms>,
     load: watch::Sender<Option<u8>>,
     _stop: DropGuard,
 }
@@ -182,7 +188,7 @@ impl P2pRouter {
         let (open, opens) = mpsc::channel(QUEUE);
         let client = Client::new(local, open, settings.metrics.clone());
 
-        let opener = Opener::new(local, opens);
+        let opener = Opener::new(local, settings.storms, opens);
         let setup = Setup {
             identity: &settings.identity.0,
             mdns: settings.mdns,
@@ -194,6 +200,7 @@ impl P2pRouter {
         let mut swarm = behaviour::swarm(setup).map_err(|error| RouterError::Setup(error.to_string()))?;
         let listen = listen(&mut swarm, &settings.listen)?;
         let scope = Scope::of_listeners(&listen).within(&settings.peer_networks);
+        let accepted = scope.clone();
 
         let context = Context {
             local,
@@ -206,10 +213,21 @@ impl P2pRouter {
         let searches = Searches::new(context, client.clone(), Handle::current());
         let advertiser = Advertiser::new(records.clone(), table.clone(), client.clone(), settings.metrics.clone());
         let (arrivals, arrived) = mpsc::channel(QUEUE);
-        let links = Links::new(client, arrivals);
+        let links = Links::new(client.clone(), arrivals);
         let (load, loads) = watch::channel(None);
         let members: watch::Sender<Members> = watch::Sender::default();
-        let own = Own { addresses: Vec::new(), zone: settings.zone, load: None };
+        let storms = settings.storms.then(|| {
+            Storms::new(storms::Context {
+                local,
+                zone: settings.zone.clone(),
+                registry_port: settings.registry_port,
+                table: table.clone(),
+                records: records.clone(),
+                client: client.clone(),
+                runtime: Handle::current(),
+            })
+        });
+        let own = Own { addresses: Vec::new(), zone: settings.zone, load: None, storms: settings.storms };
         let membership = Membership::new(
             local,
             own,
@@ -249,6 +267,7 @@ impl P2pRouter {
             remembered: settings.remembered.map(Memory::new),
             mdns,
             membership,
+            storms: storms.clone(),
             links,
             arrived,
             loads,
@@ -266,6 +285,7 @@ impl P2pRouter {
         tokio::spawn(driver.run(cancelled.clone()));
         tokio::spawn(advertiser.clone().run(settings.advertise_ttl, cancelled.clone()));
         Ok(Arc::new(Self {
+            scope: accepted,
             id: local.to_base58().into(),
             listen,
             records,
@@ -274,6 +294,7 @@ impl P2pRouter {
             advertiser,
             readiness: readiness_seen,
             members: members.subscribe(),
+            storms,
             load,
             _stop: cancelled.drop_guard(),
         }))
@@ -333,6 +354,14 @@ impl Router for P2pRouter {
 
     fn members(&self) -> watch::Receiver<Members> {
         self.members.clone()
+    }
+
+    fn accepts(&self, address: SocketAddr) -> bool {
+        self.scope.accepts(address)
+    }
+
+    fn storms(&self) -> Option<Arc<dyn super::Storms>> {
+        self.storms.clone().map(|storms| Arc::new(storms) as Arc<dyn super::Storms>)
     }
 
     fn set_load(&self, percent: u8) {

@@ -1,16 +1,18 @@
-//! Opens streams of the Kademlia protocol for our own queries, carries those of the member protocol both ways, and keeps the
+//! Opens streams of the Kademlia protocol for our own queries, carries those of the protocols of members and storms both ways, and keeps the
 //! connections to peers of the routing table.
 //!
 //! kad's behaviour answers the Kademlia protocol; of that one this is the outbound side only. (libp2p-stream would do the first half, but
 //! remembers every connection that there ever was.)
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::convert::Infallible;
+use std::future::{Ready, ready};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use libp2p::PeerId;
 use libp2p::core::transport::PortUse;
-use libp2p::core::upgrade::ReadyUpgrade;
+use libp2p::core::upgrade::{InboundUpgrade, ReadyUpgrade, UpgradeInfo};
 use libp2p::core::{Endpoint, Multiaddr};
 use libp2p::swarm::behaviour::ConnectionEstablished;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
@@ -22,7 +24,7 @@ use libp2p::swarm::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::addresses::multiaddr;
-use super::behaviour::{MEMBERS, PROTOCOL};
+use super::behaviour::{MEMBERS, PROTOCOL, STORMS};
 use super::table::Contact;
 
 /// How long opening a stream on an open connection may take.
@@ -39,6 +41,13 @@ const MAX_OPENED: usize = 8;
 pub(super) enum Purpose {
     Kademlia,
     Members,
+    Storms,
+}
+
+/// The protocols in which peers may open streams to us, of those that are ours to serve.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Served {
+    storms: bool,
 }
 
 /// Asks for a stream. Dropping the sender says that there is none.
@@ -53,6 +62,7 @@ pub(super) struct Open {
 /// The behaviour.
 pub(super) struct Opener {
     local: PeerId,
+    served: Served,
     requests: mpsc::Receiver<Open>,
     connected: HashMap<PeerId, Connections>,
     waiting: HashMap<PeerId, Vec<(Purpose, oneshot::Sender<Stream>)>>,
@@ -76,26 +86,30 @@ pub(super) enum Command {
     Keep(bool),
 }
 
-/// A peer opened a stream of the member protocol.
+/// A peer opened a stream to us.
 #[derive(Debug)]
 pub(super) struct Inbound {
     pub(super) peer: PeerId,
+    pub(super) purpose: Purpose,
     pub(super) stream: Stream,
 }
 
 /// One connection's part.
 pub(super) struct Handler {
     wanted: VecDeque<(Purpose, oneshot::Sender<Stream>)>,
-    opened: VecDeque<Stream>,
+    opened: VecDeque<(Purpose, Stream)>,
+    served: Served,
     keep: bool,
 }
 
 // === impl Opener ===
 
 impl Opener {
-    pub(super) fn new(local: PeerId, requests: mpsc::Receiver<Open>) -> Self {
+    /// `storms`: whether peers may ask this node about storms.
+    pub(super) fn new(local: PeerId, storms: bool, requests: mpsc::Receiver<Open>) -> Self {
         Self {
             local,
+            served: Served { storms },
             requests,
             connected: HashMap::new(),
             waiting: HashMap::new(),
@@ -153,8 +167,8 @@ impl Opener {
         }
     }
 
-    fn handler() -> Handler {
-        Handler { wanted: VecDeque::new(), opened: VecDeque::new(), keep: false }
+    fn handler(&self) -> Handler {
+        Handler { wanted: VecDeque::new(), opened: VecDeque::new(), served: self.served, keep: false }
     }
 }
 
@@ -178,7 +192,7 @@ impl NetworkBehaviour for Opener {
         _: &Multiaddr,
         _: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(Self::handler())
+        Ok(self.handler())
     }
 
     fn handle_established_outbound_connection(
@@ -189,7 +203,7 @@ impl NetworkBehaviour for Opener {
         _: Endpoint,
         _: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(Self::handler())
+        Ok(self.handler())
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
@@ -221,8 +235,8 @@ impl NetworkBehaviour for Opener {
         }
     }
 
-    fn on_connection_handler_event(&mut self, peer: PeerId, _: ConnectionId, stream: Stream) {
-        self.events.push_back(ToSwarm::GenerateEvent(Inbound { peer, stream }));
+    fn on_connection_handler_event(&mut self, peer: PeerId, _: ConnectionId, (purpose, stream): (Purpose, Stream)) {
+        self.events.push_back(ToSwarm::GenerateEvent(Inbound { peer, purpose, stream }));
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Inbound, THandlerInEvent<Self>>> {
@@ -240,18 +254,40 @@ impl NetworkBehaviour for Opener {
     }
 }
 
+// === impl Served ===
+
+impl UpgradeInfo for Served {
+    type Info = StreamProtocol;
+    type InfoIter = Vec<StreamProtocol>;
+
+    fn protocol_info(&self) -> Vec<StreamProtocol> {
+        [MEMBERS].into_iter().chain(self.storms.then_some(STORMS)).collect()
+    }
+}
+
+impl InboundUpgrade<Stream> for Served {
+    type Output = (Purpose, Stream);
+    type Error = Infallible;
+    type Future = Ready<Result<(Purpose, Stream), Infallible>>;
+
+    fn upgrade_inbound(self, stream: Stream, protocol: StreamProtocol) -> Self::Future {
+        let purpose = if protocol == STORMS { Purpose::Storms } else { Purpose::Members };
+        ready(Ok((purpose, stream)))
+    }
+}
+
 // === impl Handler ===
 
 impl ConnectionHandler for Handler {
     type FromBehaviour = Command;
-    type ToBehaviour = Stream;
-    type InboundProtocol = ReadyUpgrade<StreamProtocol>;
+    type ToBehaviour = (Purpose, Stream);
+    type InboundProtocol = Served;
     type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
     type InboundOpenInfo = ();
     type OutboundOpenInfo = oneshot::Sender<Stream>;
 
-    fn listen_protocol(&self) -> SubstreamProtocol<ReadyUpgrade<StreamProtocol>> {
-        SubstreamProtocol::new(ReadyUpgrade::new(MEMBERS), ())
+    fn listen_protocol(&self) -> SubstreamProtocol<Served> {
+        SubstreamProtocol::new(self.served, ())
     }
 
     fn connection_keep_alive(&self) -> bool {
@@ -268,7 +304,7 @@ impl ConnectionHandler for Handler {
     fn poll(
         &mut self,
         _: &mut Context<'_>,
-    ) -> Poll<ConnectionHandlerEvent<Self::OutboundProtocol, Self::OutboundOpenInfo, Stream>> {
+    ) -> Poll<ConnectionHandlerEvent<Self::OutboundProtocol, Self::OutboundOpenInfo, (Purpose, Stream)>> {
         if let Some(stream) = self.opened.pop_front() {
             return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(stream));
         }
@@ -279,6 +315,7 @@ impl ConnectionHandler for Handler {
             let protocol = match purpose {
                 Purpose::Kademlia => PROTOCOL,
                 Purpose::Members => MEMBERS,
+                Purpose::Storms => STORMS,
             };
             let upgrade = ReadyUpgrade::new(protocol);
             let protocol = SubstreamProtocol::new(upgrade, reply).with_timeout(STREAM_TIMEOUT);

@@ -206,7 +206,7 @@ impl Context {
                 addresses.push(registry);
             }
         }
-        let Traits { zone, load } = self.table.read().traits(&peer);
+        let Traits { zone, load, .. } = self.table.read().traits(&peer);
         (!addresses.is_empty()).then(|| Peer { id: peer.to_base58().into(), addresses, zone, load })
     }
 }

@@ -28,6 +28,8 @@ struct Inner {
 pub(super) struct Traits {
     pub(super) zone: Option<Arc<str>>,
     pub(super) load: Option<u8>,
+    /// It answers questions about storms.
+    pub(super) storms: bool,
 }
 
 /// The driver's view of who is there, which searches and the advertiser read: the peers that are connected and in kad's table, and
@@ -135,6 +137,12 @@ impl Table {
     /// A peer that is connected or a member.
     pub(super) fn find(&self, peer: &PeerId) -> Option<&Contact> {
         self.entry(peer).and_then(Entry::contact)
+    }
+
+    /// The peer whose position begins with these eight bytes.
+    pub(super) fn with_prefix(&self, prefix: u64) -> Option<&Contact> {
+        let (position, entry) = self.known.range(Position::with_prefix(prefix)..).next()?;
+        entry.contact().filter(|_| position.prefix() == prefix)
     }
 
     /// Whether nobody is connected.
@@ -294,7 +302,7 @@ mod tests {
         let (one, two) = (contact(), contact());
         table.insert(one.clone());
         table.set_member(one.clone(), Arc::default());
-        table.set_member(two.clone(), Arc::new(Traits { zone: None, load: Some(3) }));
+        table.set_member(two.clone(), Arc::new(Traits { load: Some(3), ..Traits::default() }));
         assert_eq!(table.traits(&two.peer()).load, Some(3));
         assert_eq!(table.remove(&one.peer()), Some(one.clone()));
         assert_eq!(table.remove(&one.peer()), None);

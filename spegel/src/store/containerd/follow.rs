@@ -15,7 +15,7 @@ use super::super::blobs::{BlobDir, io_error};
 use super::super::index::Index;
 use super::super::ingest::Watcher;
 use super::super::tree::{Contents, Tree};
-use super::super::{Health, StoreError};
+use super::super::{Health, Outcome, StoreError};
 use super::Inner;
 use super::rpc::{Event, ImageRecord, Rpc};
 use crate::oci::Digest;
@@ -138,7 +138,7 @@ impl Receiving {
         self.dir = Some(dir.root().to_path_buf());
         let watcher = blocking(move || {
             let (receptions, told) = (inner.receptions.clone(), inner.clone());
-            Watcher::start(dir, &inner.settings.namespace, receptions, move |news| told.received(news))
+            Watcher::start(dir, &inner.settings.namespace, receptions, move |news| Inner::received(&told, news))
         });
         self.watcher = watcher
             .await?
@@ -231,6 +231,7 @@ impl Session {
             },
             Event::ContentCreated(digest) => {
                 self.inner.ownership.learn(&digest, true);
+                self.inner.tell(Outcome::Stored(digest.clone()));
                 if !self.inner.state.read(|index| index.is_present(&digest)) {
                     let waiting = self.inner.state.read(|index| index.images_that_name(&digest));
                     self.walk_again(waiting).await?;

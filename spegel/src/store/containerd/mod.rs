@@ -10,7 +10,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -18,14 +19,23 @@ use self::ownership::Ownership;
 use self::rpc::Rpc;
 use super::blobs::BlobDir;
 use super::index::{Index, Verdict};
-use super::ingest::{News, Receptions};
+use super::ingest::{Ingests, News, Receptions};
 use super::state::State;
-use super::{Blob, Changes, Found, Health, Offered, Referrer, Store, StoreError};
-use crate::oci::{Digest, Filters, Repository, TagName};
+use super::{Blob, Changes, Found, Health, Offered, Outcome, Referrer, Store, StoreError};
+use crate::oci::{Digest, Filters, Repository, TagName, TagOrDigest};
 
 /// How long a request may wait for containerd to say whose content is. Past it the answer is that it is not here, which
 /// sends the asker elsewhere.
 const OWNERSHIP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// When containerd is asked whose content is that came unseen: it says so only a moment after the file is in place.
+const CLAIMS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(200), Duration::from_secs(2)];
+
+/// For how much such content containerd is asked at a time. What is beyond waits for its image.
+const MAX_CLAIMS: usize = 64;
+
+/// How much that became of content is kept for who has not read it yet.
+const MAX_OUTCOMES: usize = 1024;
 
 /// How to reach containerd, and what of it to serve.
 #[derive(Clone, Debug)]
@@ -63,7 +73,11 @@ struct Inner {
     state: State,
     ownership: Ownership,
     receptions: Arc<Receptions>,
+    outcomes: broadcast::Sender<Outcome>,
     link: RwLock<Link>,
+    /// For the threads that are none of tokio's.
+    runtime: Handle,
+    claims: Arc<Semaphore>,
 }
 
 /// What is known of the other side.
@@ -93,7 +107,10 @@ impl Containerd {
             state: State::new(settings.filters.clone(), waiting),
             ownership: Ownership::default(),
             receptions: Arc::new(Receptions::new(settings.stall)),
+            outcomes: broadcast::channel(MAX_OUTCOMES).0,
             link: RwLock::new(Link { rpc: None, contents }),
+            runtime: Handle::current(),
+            claims: Arc::new(Semaphore::new(MAX_CLAIMS)),
             settings,
         });
         let token = token.child_token();
@@ -170,6 +187,13 @@ impl Store for Containerd {
         self.find(digest, asked).await
     }
 
+    fn pulls(&self, repository: &Repository, reference: &TagOrDigest) {
+        // Without filters all that is received is offered.
+        if !self.inner.settings.filters.exclude_nothing() {
+            self.inner.state.change(|index| index.pulls(repository, reference, Instant::now()));
+        }
+    }
+
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {
         Ok(self.inner.state.read(|index| index.referrers(subject)))
     }
@@ -180,6 +204,14 @@ impl Store for Containerd {
 
     fn offered(&self) -> BTreeMap<String, Offered> {
         self.inner.state.read(Index::offered)
+    }
+
+    fn outcomes(&self) -> broadcast::Receiver<Outcome> {
+        self.inner.outcomes.subscribe()
+    }
+
+    fn ingests(&self) -> Option<Ingests> {
+        Some(self.inner.receptions.ingests())
     }
 
     fn health(&self) -> watch::Receiver<Health> {
@@ -199,17 +231,55 @@ impl Inner {
     }
 
     /// What is told of content that is being received.
-    fn received(&self, news: News) {
+    fn received(self: &Arc<Self>, news: News) {
         tracing::trace!(?news, "ingests");
         match news {
-            News::Receiving(digest) => self.state.change(|index| index.set_receiving(&digest, true)),
-            News::NotReceiving(digest) => self.state.change(|index| index.set_receiving(&digest, false)),
-            News::Arrived(digest) => {
-                // containerd records whose it is only after the file is in place.
-                self.ownership.learn(&digest, true);
-                self.state.change(|index| index.set_arrived(&digest))
+            News::Receiving(digest) => {
+                self.state.change(|index| index.set_receiving(&digest, true));
             }
-        };
+            News::NotReceiving(digest) => {
+                self.state.change(|index| index.set_receiving(&digest, false));
+            }
+            News::Arrived(digest) => self.stored(&digest),
+            News::Discarded(digest) => self.tell(Outcome::Discarded(digest)),
+            News::MayHaveArrived(digest) => self.claim_later(digest),
+        }
+    }
+
+    /// Content was received for our namespace, and is in place.
+    fn stored(&self, digest: &Digest) {
+        // containerd records whose it is only after the file is in place.
+        self.ownership.learn(digest, true);
+        self.state.change(|index| index.set_arrived(digest));
+        self.tell(Outcome::Stored(digest.clone()));
+    }
+
+    fn tell(&self, outcome: Outcome) {
+        // Nobody may be listening.
+        let _ = self.outcomes.send(outcome);
+    }
+
+    /// Finds out whose content is that may be ours.
+    fn claim_later(self: &Arc<Self>, digest: Digest) {
+        if let Ok(permit) = Arc::clone(&self.claims).try_acquire_owned() {
+            let inner = Arc::clone(self);
+            self.runtime.spawn(async move {
+                let _permit = permit;
+                inner.claim(&digest).await;
+            });
+        }
+    }
+
+    /// Takes content for arrived if containerd says that it is ours.
+    async fn claim(&self, digest: &Digest) {
+        for wait in CLAIMS {
+            tokio::time::sleep(wait).await;
+            let Some(rpc) = self.link().rpc else { continue };
+            if let Ok(Ok(true)) = tokio::time::timeout(OWNERSHIP_TIMEOUT, rpc.has(digest)).await {
+                self.stored(digest);
+                return;
+            }
+        }
     }
 
     /// Whether content that no image is known to have belongs to our namespace.

@@ -3,15 +3,17 @@
 mod reference;
 mod tracker;
 mod watcher;
+mod watches;
 
 use std::fs::File;
 use std::io::ErrorKind;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use self::tracker::Tracker;
+use self::tracker::{MAX_KNOWN, Tracker};
 use super::StoreError;
 use super::blobs::{BlobDir, io_error};
 use crate::oci::Digest;
@@ -26,6 +28,19 @@ pub struct Receiving {
     pub growing: Growing,
     /// The length in bytes that it will have.
     pub total: u64,
+    /// Which file it is: the same as long as that is written on from where it was, and another when it starts over.
+    pub ingest: u64,
+}
+
+/// How the pulls in progress of this node are noticed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ingests {
+    /// The kernel tells of each change.
+    pub watched: usize,
+    /// They are looked at now and then: there are too many to be watched, or the kernel refuses.
+    pub looked_at: usize,
+    /// They are not followed: there are too many.
+    pub overlooked: usize,
 }
 
 /// The blobs of one containerd namespace that are being received.
@@ -34,6 +49,8 @@ pub(super) struct Receptions {
     tracker: Mutex<Tracker>,
     /// Something began, ended or became complete.
     changed: watch::Sender<()>,
+    /// How many are watched, looked at, and overlooked.
+    counts: [AtomicUsize; 3],
 }
 
 // === impl Receptions ===
@@ -41,7 +58,25 @@ pub(super) struct Receptions {
 impl Receptions {
     /// None, as long as no [`Watcher`] finds them. What does not grow for `stall` is given up.
     pub(super) fn new(stall: Duration) -> Self {
-        Self { tracker: Mutex::new(Tracker::new(stall)), changed: watch::Sender::new(()) }
+        Self::bounded(stall, MAX_KNOWN)
+    }
+
+    fn bounded(stall: Duration, max_known: usize) -> Self {
+        Self {
+            tracker: Mutex::new(Tracker::new(stall, max_known)),
+            changed: watch::Sender::new(()),
+            counts: Default::default(),
+        }
+    }
+
+    /// How they are noticed.
+    pub(super) fn ingests(&self) -> Ingests {
+        let [watched, looked_at, overlooked] = self.counts.each_ref().map(|count| count.load(Ordering::Relaxed));
+        Ingests { watched, looked_at, overlooked }
+    }
+
+    fn count(&self, counts: [usize; 3]) {
+        self.counts.iter().zip(counts).for_each(|(known, count)| known.store(count, Ordering::Relaxed));
     }
 
     /// Opens a blob that is being received, or says that it is not.
@@ -57,7 +92,7 @@ impl Receptions {
             },
             Err(error) => return Err(io_error(&path, error)),
         };
-        Ok(Some(Receiving { growing: Growing::new(file, growth.progress), total: growth.total }))
+        Ok(Some(Receiving { growing: Growing::new(file, growth.progress), total: growth.total, ingest: growth.file }))
     }
 
     /// Whether a blob is about to be received: containerd has asked for it, and has no bytes of it.

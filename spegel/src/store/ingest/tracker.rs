@@ -1,6 +1,7 @@
 //! What is being received, from what was seen of its files. Pure: sights and a clock come in.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -12,6 +13,10 @@ use crate::zerocopy::Progress;
 /// How long after its writer closed a file it may take until the file is renamed. containerd does the one right after the
 /// other when it commits; a close without the other is an abort.
 const COMMIT: Duration = Duration::from_millis(250);
+
+/// The same from when a file was seen to be whole, where no event tells that its writer closed it: containerd may have to wait for its disk
+/// between the two.
+const COMMIT_UNHEARD: Duration = Duration::from_secs(1);
 
 /// So many times the stall bound is the longest that a file may not grow, however slowly it has grown before. containerd writes in steps of
 /// up to 1 MiB, which at the default bound is 35 KB a second.
@@ -28,6 +33,8 @@ pub(super) type Inode = (u64, u64);
 pub(super) struct Sight {
     pub(super) position: u64,
     pub(super) inode: Inode,
+    /// When it was made, in nanoseconds, where the file system knows: inodes are used again.
+    pub(super) born: u128,
 }
 
 /// An ingest of ours.
@@ -40,6 +47,10 @@ struct Reception {
     is_new: bool,
     /// None as long as its `data` was not seen.
     sight: Option<Sight>,
+    /// How often it was seen to start over.
+    starts: u32,
+    /// When its `data` was last seen to be another than before.
+    seen_at: Option<Instant>,
     /// When it was first seen, or grew last, and the longest that it has lately taken from one step to the next.
     changed_at: Option<Instant>,
     pace: Duration,
@@ -64,6 +75,8 @@ pub(super) struct Growth {
     pub(super) folder: Box<str>,
     /// The length that the blob will have.
     pub(super) total: u64,
+    /// Which file it is.
+    pub(super) file: u64,
     pub(super) progress: watch::Receiver<Progress>,
 }
 
@@ -71,20 +84,40 @@ pub(super) struct Growth {
 #[derive(Debug)]
 pub(super) struct Tracker {
     receptions: HashMap<Box<str>, Reception>,
+    /// How many there may be.
+    max_known: usize,
     /// How long a file may not grow until it is given up, unless it has grown in steps that took long before.
     stall: Duration,
+    /// What came whole and was not committed, since that was last asked for.
+    discarded: Vec<Digest>,
 }
 
 // === impl Tracker ===
 
 impl Tracker {
-    pub(super) fn new(stall: Duration) -> Self {
-        Self { receptions: HashMap::new(), stall }
+    pub(super) fn new(stall: Duration, max_known: usize) -> Self {
+        Self { receptions: HashMap::new(), max_known, stall, discarded: Vec::new() }
+    }
+
+    /// Whether one more can be followed.
+    pub(super) fn has_room(&self) -> bool {
+        self.receptions.len() < self.max_known
+    }
+
+    /// Forgets the one that has not grown for the longest time, if it has not grown since `before`. Returns its folder's name.
+    pub(super) fn make_room(&mut self, before: Instant) -> Option<Box<str>> {
+        let idle = self.receptions.iter().filter(|(_, reception)| reception.live.is_none() && !reception.is_awaited);
+        let (folder, _) = idle
+            .filter(|(_, reception)| reception.seen_at.is_none_or(|at| at <= before))
+            .min_by_key(|(_, reception)| reception.seen_at)?;
+        let folder = folder.clone();
+        self.receptions.remove(&folder);
+        Some(folder)
     }
 
     /// An ingest is there; `is_new` if it was seen to be made. False if there are too many.
     pub(super) fn begin(&mut self, folder: &str, reference: Reference, total: Option<u64>, is_new: bool) -> bool {
-        if self.receptions.len() >= MAX_KNOWN {
+        if !self.has_room() {
             return false;
         }
         let reception = Reception {
@@ -92,6 +125,8 @@ impl Tracker {
             total,
             is_new,
             sight: None,
+            starts: 0,
+            seen_at: None,
             changed_at: None,
             pace: Duration::ZERO,
             live: None,
@@ -110,10 +145,16 @@ impl Tracker {
         let reception = self.receptions.get_mut(folder)?;
         let was_live = reception.live.is_some();
         reception.changed_at.get_or_insert(now);
+        if reception.sight != Some(sight) {
+            reception.seen_at = Some(now);
+        }
         match reception.sight.replace(sight) {
             // What another process left behind, and what was there before we looked, may grow no more.
             None if !reception.is_new => {}
-            Some(before) if before.inode != sight.inode || sight.position < before.position => reception.give_up(),
+            Some(before) if before.inode != sight.inode || sight.position < before.position => {
+                reception.starts += 1;
+                reception.give_up();
+            }
             before if sight.position > before.map_or(0, |before| before.position) => {
                 reception.grew(sight.position, now);
             }
@@ -129,6 +170,20 @@ impl Tracker {
         if let Some(live) = &mut reception.live {
             live.closed_at = Some(now);
         }
+    }
+
+    /// No event will tell that the ingest's writer closed its `data`: if that is whole, it should be the blob soon.
+    pub(super) fn unheard(&mut self, folder: &str, now: Instant) {
+        let Some(reception) = self.receptions.get_mut(folder) else { return };
+        let is_whole = reception.is_whole();
+        if let Some(live) = reception.live.as_mut().filter(|_| is_whole) {
+            live.closed_at.get_or_insert(now + (COMMIT_UNHEARD - COMMIT));
+        }
+    }
+
+    /// Whether the ingest's `data` looked like that already.
+    pub(super) fn has_seen(&self, folder: &str, sight: Sight) -> bool {
+        self.receptions.get(folder).is_some_and(|reception| reception.sight == Some(sight))
     }
 
     /// The identity of the ingest's `data` when it was last looked at, and what it is.
@@ -149,8 +204,16 @@ impl Tracker {
     /// The ingest is gone, or its `data`: whoever follows it gets no more.
     pub(super) fn gone(&mut self, folder: &str) -> Option<Digest> {
         let mut reception = self.receptions.remove(folder)?;
+        if reception.live.is_some() && reception.is_whole() {
+            self.discarded.push(reception.reference.digest.clone());
+        }
         reception.give_up();
         Some(reception.reference.digest)
+    }
+
+    /// What its receiver had all of and did not keep: its bytes are not those of its digest, or its pull was given up at that moment.
+    pub(super) fn take_discarded(&mut self) -> Vec<Digest> {
+        std::mem::take(&mut self.discarded)
     }
 
     /// Gives up what has not grown, or was closed and not committed, for too long. Returns what is offered no more.
@@ -158,7 +221,11 @@ impl Tracker {
         let stall = self.stall;
         let over = |live: &Live| live.deadline(stall) <= now;
         let receptions = self.receptions.values_mut().filter(|reception| reception.live.as_ref().is_some_and(over));
+        let discarded = &mut self.discarded;
         let given_up = receptions.map(|reception| {
+            if reception.is_whole() && reception.live.as_ref().is_some_and(|live| live.closed_at.is_some()) {
+                discarded.push(reception.reference.digest.clone());
+            }
             reception.give_up();
             reception.reference.digest.clone()
         });
@@ -176,7 +243,8 @@ impl Tracker {
         self.receptions.iter().filter(|(_, reception)| reception.reference.digest == *digest).find_map(
             |(folder, reception)| {
                 let (live, total) = (reception.live.as_ref()?, reception.total?);
-                Some(Growth { folder: folder.clone(), total, progress: live.progress.subscribe() })
+                let file = reception.file();
+                Some(Growth { folder: folder.clone(), total, file, progress: live.progress.subscribe() })
             },
         )
     }
@@ -221,6 +289,18 @@ impl Reception {
                 self.live = Some(Live { progress, grown_at: now, pace: self.pace, closed_at: None });
             }
         }
+    }
+
+    /// Whether as much has come as was announced.
+    fn is_whole(&self) -> bool {
+        self.total.is_some() && self.sight.map(|sight| sight.position) == self.total
+    }
+
+    /// A name for what was written since it last started over, the same after a restart of this process if it has not.
+    fn file(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.sight.map(|sight| (sight.inode, sight.born)), self.starts).hash(&mut hasher);
+        hasher.finish()
     }
 
     /// Tells whoever follows it that no more will come. It is offered again when it grows again.

@@ -12,7 +12,7 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        Self { tracker: Tracker::new(STALL), now: Instant::now() }
+        Self { tracker: Tracker::new(STALL, MAX_KNOWN), now: Instant::now() }
     }
 
     /// An ingest of 10 MiB of which nothing is there yet.
@@ -28,7 +28,7 @@ impl Fixture {
     }
 
     fn saw(&mut self, folder: &str, position: u64) -> Option<Digest> {
-        self.tracker.saw(folder, Sight { position, inode: (1, 1) }, self.now)
+        self.tracker.saw(folder, Sight { position, inode: (1, 1), born: 0 }, self.now)
     }
 
     fn wait(&mut self, time: Duration) -> Vec<Digest> {
@@ -156,6 +156,40 @@ fn a_writer_that_closes_without_a_commit_has_given_up() {
 }
 
 #[test]
+fn a_whole_file_whose_end_nobody_hears_of_is_given_up_a_little_later() {
+    let mut fixture = Fixture::with_layer("a");
+    fixture.saw("a", 9 * MIB);
+    fixture.tracker.unheard("a", fixture.now);
+    assert_eq!(fixture.wait(COMMIT_UNHEARD), [], "it may grow on");
+    fixture.saw("a", 10 * MIB);
+    fixture.tracker.unheard("a", fixture.now);
+    assert_eq!(fixture.wait(COMMIT_UNHEARD / 2), []);
+    fixture.tracker.unheard("a", fixture.now);
+    assert_eq!(fixture.wait(COMMIT_UNHEARD / 2), [digest()]);
+}
+
+#[test]
+fn the_one_that_has_stood_still_the_longest_makes_room() {
+    let mut fixture = Fixture { tracker: Tracker::new(STALL, 3), now: Instant::now() };
+    let second = Duration::from_secs(1);
+    for folder in ["old", "older", "grows"] {
+        fixture.begin(folder, Kind::Blob, Some(10 * MIB));
+    }
+    for (folder, position) in [("grows", 0), ("older", 5), ("old", 5), ("grows", 1)] {
+        fixture.now += second;
+        fixture.saw(folder, position);
+        fixture.saw(folder, position);
+    }
+    assert!(!fixture.tracker.has_room());
+    let mut room = |ago: u32| fixture.tracker.make_room(fixture.now - second * ago);
+    assert_eq!(room(3), None, "nobody for so long");
+    assert_eq!(room(1).as_deref(), Some("older"));
+    assert_eq!(room(1).as_deref(), Some("old"));
+    assert_eq!(room(0), None, "what grows stays");
+    assert!(fixture.tracker.has_room());
+}
+
+#[test]
 fn a_writer_that_goes_on_after_a_close_has_not_given_up() {
     let mut fixture = Fixture::with_layer("a");
     fixture.saw("a", MIB);
@@ -177,9 +211,26 @@ fn a_file_that_starts_over_ends_for_those_who_follow_it() {
     assert_eq!(now_at(&fixture.growth()), (MIB, false));
 
     let growth = fixture.growth();
-    let other = Sight { position: 2 * MIB, inode: (1, 2) };
+    let other = Sight { position: 2 * MIB, inode: (1, 2), born: 0 };
     assert_eq!(fixture.tracker.saw("a", other, fixture.now), Some(digest()), "another file in its place");
     assert_eq!(now_at(&growth), (MIB, true));
+}
+
+#[test]
+fn a_file_has_a_name_until_it_starts_over() {
+    let mut fixture = Fixture::with_layer("a");
+    fixture.saw("a", MIB);
+    let name = fixture.growth().file;
+    fixture.wait(STALL);
+    fixture.saw("a", 2 * MIB);
+    assert_eq!(fixture.growth().file, name, "it goes on where it was");
+    fixture.saw("a", 0);
+    fixture.saw("a", MIB);
+    let anew = fixture.growth().file;
+    assert_ne!(anew, name);
+    let other = Sight { position: 2 * MIB, inode: (1, 1), born: 5 };
+    fixture.tracker.saw("a", other, fixture.now);
+    assert_ne!(fixture.growth().file, anew, "an inode that is used again");
 }
 
 #[test]
@@ -223,4 +274,43 @@ fn the_number_of_ingests_is_bounded() {
     let reference = || Reference { kind: Kind::Blob, digest: digest() };
     let begun = (0..MAX_KNOWN + 9).filter(|n| fixture.tracker.begin(&n.to_string(), reference(), None, true)).count();
     assert_eq!(begun, MAX_KNOWN);
+}
+
+#[test]
+fn what_came_whole_and_was_not_kept_is_told_once() {
+    let mut kept = Fixture::with_layer("a");
+    kept.saw("a", 10 * MIB);
+    kept.tracker.closed("a", kept.now);
+    kept.tracker.committed("a");
+    kept.wait(2 * STALL);
+    assert_eq!(kept.tracker.take_discarded(), []);
+
+    let mut closed = Fixture::with_layer("a");
+    closed.saw("a", 10 * MIB);
+    closed.tracker.closed("a", closed.now);
+    assert_eq!(closed.tracker.take_discarded(), [], "containerd may still rename it");
+    closed.wait(COMMIT);
+    assert_eq!(closed.tracker.take_discarded(), [digest()]);
+    closed.wait(STALL);
+    closed.tracker.gone("a");
+    assert_eq!(closed.tracker.take_discarded(), []);
+
+    let mut removed = Fixture::with_layer("a");
+    removed.saw("a", 10 * MIB);
+    removed.tracker.gone("a");
+    assert_eq!(removed.tracker.take_discarded(), [digest()]);
+}
+
+#[test]
+fn what_did_not_come_whole_was_not_discarded() {
+    for is_closed in [false, true] {
+        let mut cut = Fixture::with_layer("a");
+        cut.saw("a", 9 * MIB);
+        if is_closed {
+            cut.tracker.closed("a", cut.now);
+        }
+        cut.wait(6 * STALL);
+        cut.tracker.gone("a");
+        assert_eq!(cut.tracker.take_discarded(), []);
+    }
 }

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::sync::mpsc::{Receiver, channel};
 
 use super::*;
-use crate::store::ingest::Receiving;
+use crate::store::ingest::{Ingests, Receiving};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const STALL: Duration = Duration::from_millis(400);
@@ -139,6 +139,7 @@ fn what_comes_in_one_piece_is_told_when_it_is_there() {
                 News::Arrived(arrived) => break assert_eq!(arrived, digest),
                 // Where it was seen to grow first.
                 News::Receiving(other) | News::NotReceiving(other) => assert!(other == digest || n > 1),
+                other => panic!("{other:?}"),
             }
         }
     }
@@ -210,6 +211,7 @@ fn an_abort_a_stall_and_a_new_start_withdraw_it() {
     content.expect(&News::NotReceiving(digest));
 }
 
+/// As containerd does whose check of the digest failed.
 #[test]
 fn a_writer_that_closes_and_does_not_commit_is_given_up_early() {
     let content = Content::new(PATIENCE * 10);
@@ -217,6 +219,7 @@ fn a_writer_that_closes_and_does_not_commit_is_given_up_early() {
     ingest.write(3000);
     content.expect(&News::Receiving(ingest.digest.clone()));
     drop(ingest.data);
+    content.expect(&News::Discarded(ingest.digest.clone()));
     content.expect(&News::NotReceiving(ingest.digest.clone()));
     assert!(content.open(&ingest.digest).is_none(), "its bytes were wrong");
 }
@@ -254,7 +257,8 @@ fn the_end_of_the_watcher_ends_what_is_followed() {
 #[test]
 fn many_pulls_at_once_are_all_told_within_bounds() {
     let content = Content::new(PATIENCE * 10);
-    let count = MAX_WATCHES as u64 + 200;
+    let max_watches = Limits::default().watches;
+    let count = max_watches as u64 + 200;
     let begin = |n| {
         let ingest = content.begin(n, "k8s.io", Some(3000));
         // The descriptor is ours, not the watcher's.
@@ -276,7 +280,7 @@ fn many_pulls_at_once_are_all_told_within_bounds() {
         })
         .collect();
     assert_eq!(told.len() as u64, count);
-    assert!(own_watches() <= MAX_WATCHES + 200, "the tests beside this one have some, too: {}", own_watches());
+    assert!(own_watches() <= max_watches + 200, "the tests beside this one have some, too: {}", own_watches());
     for ingest in &ingests {
         fs::remove_dir_all(&ingest.path).unwrap();
     }
@@ -293,17 +297,58 @@ fn own_watches() -> usize {
     infos.map(|info| info.lines().filter(|line| line.starts_with("inotify wd:")).count()).sum()
 }
 
+// === without a thread, at times of our own ===
+
+/// The thread's work, one turn after the other.
+struct Turns {
+    folder: tempfile::TempDir,
+    watch: Watch<Box<dyn Fn(News)>>,
+    news: Receiver<News>,
+    now: Instant,
+}
+
+impl Turns {
+    fn new(folder: tempfile::TempDir, inotify: Option<OwnedFd>, max_known: usize) -> Self {
+        fs::create_dir_all(folder.path().join("ingest")).unwrap();
+        let receptions = Arc::new(Receptions::bounded(PATIENCE, max_known));
+        let (sender, news) = channel();
+        let tell: Box<dyn Fn(News)> = Box::new(move |news| sender.send(news).unwrap());
+        let mut watch = Watch::new(BlobDir::new(folder.path()), "k8s.io", receptions, tell, inotify);
+        let now = Instant::now();
+        watch.watch_root(now);
+        Self { folder, watch, news, now }
+    }
+
+    fn watching(max_known: usize) -> Self {
+        Self::new(tempfile::tempdir().unwrap(), inotify::init(CreateFlags::NONBLOCK).ok(), max_known)
+    }
+
+    fn begin(&mut self, n: u64) -> Ingest {
+        let ingest = begin(self.folder.path(), n, "k8s.io", Some(3000));
+        self.turn();
+        ingest
+    }
+
+    fn turn(&mut self) -> Vec<News> {
+        let turn = self.watch.read_events();
+        self.watch.handle(turn, self.now);
+        self.news.try_iter().collect()
+    }
+
+    fn ingests(&self) -> Ingests {
+        self.watch.receptions.ingests()
+    }
+}
+
 #[test]
 fn nothing_is_done_while_nothing_is_received() {
     let folder = tempfile::tempdir().unwrap();
     let mut stale = begin(folder.path(), 1, "k8s.io", Some(3000));
     stale.write(1000);
-    let inotify = inotify::init(CreateFlags::NONBLOCK).unwrap();
-    let receptions = Arc::new(Receptions::new(STALL));
-    let mut watch = Watch::new(BlobDir::new(folder.path()), "k8s.io", receptions, |_| {}, Some(inotify));
-    watch.watch_root();
-    assert_eq!(watch.folders.len(), 1);
-    assert_eq!(watch.timeout(Instant::now()), None, "it sleeps until the kernel wakes it");
+    let mut turns = Turns::new(folder, inotify::init(CreateFlags::NONBLOCK).ok(), MAX_KNOWN);
+    turns.turn();
+    assert_eq!(turns.ingests(), Ingests { watched: 1, looked_at: 0, overlooked: 0 });
+    assert_eq!(turns.watch.timeout(turns.now), None, "it sleeps until the kernel wakes it");
 }
 
 /// No watch is left for this user: what can be done is to look.
@@ -311,18 +356,141 @@ fn nothing_is_done_while_nothing_is_received() {
 fn a_directory_that_cannot_be_watched_is_looked_at() {
     let folder = tempfile::tempdir().unwrap();
     let mut ingest = begin(folder.path(), 1, "k8s.io", Some(3000));
-    let receptions = Arc::new(Receptions::new(PATIENCE));
-    let refuses_every_watch = Some(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
-    let dir = BlobDir::new(folder.path());
-    let mut watch = Watch::new(dir, "k8s.io", receptions.clone(), |_| {}, refuses_every_watch);
-    watch.watch_root();
-    assert_eq!(watch.timeout(Instant::now()), Some(LOOK));
+    let refuses_every_watch = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let mut turns = Turns::new(folder, Some(refuses_every_watch), MAX_KNOWN);
+    assert_eq!(turns.watch.timeout(turns.now), Some(LOOK));
     ingest.write(1000);
-    watch.handle(Turn::default());
+    turns.turn();
     ingest.write(1000);
-    watch.handle(Turn::default());
-    let growing = receptions.open(&ingest.digest, &watch.dir).unwrap().unwrap().growing;
+    turns.turn();
+    let growing = turns.watch.receptions.open(&ingest.digest, &turns.watch.dir).unwrap().unwrap().growing;
     assert_eq!(growing.progress().position, 2000);
+}
+
+#[test]
+fn an_instance_that_the_kernel_did_not_have_is_asked_for_again() {
+    let mut turns = Turns::new(tempfile::tempdir().unwrap(), None, MAX_KNOWN);
+    let mut ingest = turns.begin(1);
+    assert!(turns.watch.watches.inotify().is_some(), "this kernel has one");
+    turns.turn();
+    ingest.write(1000);
+    assert_eq!(turns.turn(), [News::Receiving(ingest.digest.clone())]);
+    assert_eq!((turns.ingests().watched, turns.watch.timeout(turns.now) > Some(LOOK)), (1, true));
+}
+
+/// A crash leaves more than can be watched. They give way to what comes, and are found all the same when they go on.
+#[test]
+fn what_was_left_behind_gives_its_watches_to_what_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let max_watches = Limits::default().watches as u64;
+    let stale: Vec<Ingest> = (1..=max_watches + 10)
+        .map(|n| {
+            let mut stale = begin(folder.path(), n, "k8s.io", Some(3000));
+            stale.write(1000);
+            // The descriptor is ours, not the watcher's.
+            Ingest { data: fs::File::open("/dev/null").unwrap(), ..stale }
+        })
+        .collect();
+    let mut turns = Turns::new(folder, inotify::init(CreateFlags::NONBLOCK).ok(), MAX_KNOWN);
+    turns.turn();
+    assert_eq!(turns.ingests(), Ingests { watched: max_watches as usize, looked_at: 10, overlooked: 0 });
+    turns.now += IDLE;
+    let mut ingest = turns.begin(5000);
+    assert_eq!(turns.ingests().watched, Limits::default().idle + 1, "the others have stood still for long enough");
+    ingest.write(1000);
+    assert_eq!(turns.turn(), [News::Receiving(ingest.digest.clone())]);
+    turns.now += RETRY;
+    for stale in &stale {
+        let data = fs::File::options().append(true).open(stale.path.join("data")).unwrap();
+        (&data).write_all(&[1; 500]).unwrap();
+    }
+    assert_eq!(turns.turn().len(), stale.len(), "each is found when it goes on");
+    assert_eq!(turns.ingests().watched, max_watches as usize);
+}
+
+#[test]
+fn what_was_left_behind_makes_room_for_what_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let long_ago = SystemTime::now() - 2 * IDLE;
+    let stale: Vec<Ingest> = (1..=20)
+        .map(|n| {
+            let mut stale = begin(folder.path(), n, "k8s.io", Some(3000));
+            stale.write(1000);
+            stale.data.set_modified(long_ago).unwrap();
+            stale
+        })
+        .collect();
+    let mut turns = Turns::new(folder, inotify::init(CreateFlags::NONBLOCK).ok(), 4);
+    assert_eq!(turns.ingests().overlooked, 0, "not counted yet");
+    turns.turn();
+    assert_eq!(turns.ingests(), Ingests { watched: 4, looked_at: 0, overlooked: 16 });
+    turns.now += IDLE;
+    let mut fresh = turns.begin(30);
+    fresh.write(1000);
+    assert_eq!(turns.turn(), [News::Receiving(fresh.digest.clone())]);
+
+    // One that is not followed goes on, and is found in a while.
+    let followed: HashSet<Box<str>> = turns.watch.receptions.lock().folders().map(Into::into).collect();
+    let mut overlooked = stale.into_iter().find(|stale| {
+        let name = stale.path.file_name().unwrap().to_str().unwrap();
+        !followed.contains(name)
+    });
+    let overlooked = overlooked.as_mut().unwrap();
+    overlooked.write(10);
+    assert_eq!(turns.turn(), []);
+    turns.now += LOOK_THROUGH;
+    turns.turn();
+    overlooked.write(10);
+    assert_eq!(turns.turn(), [News::Receiving(overlooked.digest.clone())]);
+
+    // All go, and nothing is overlooked any more. The kernel keeps a folder as long as a file in it is open.
+    fresh.data = fs::File::open("/dev/null").unwrap();
+    overlooked.data = fs::File::open("/dev/null").unwrap();
+    fs::remove_dir_all(turns.folder.path().join("ingest")).unwrap();
+    fs::create_dir_all(turns.folder.path().join("ingest")).unwrap();
+    turns.turn();
+    turns.turn();
+    assert_eq!(turns.ingests(), Ingests::default());
+    assert_eq!(turns.watch.look_through_at, None);
+}
+
+/// Nothing tells of a writer that closes a file that is not watched.
+#[test]
+fn a_whole_file_that_is_not_watched_and_not_committed_is_given_up_early() {
+    let refuses_every_watch = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let mut turns = Turns::new(tempfile::tempdir().unwrap(), Some(refuses_every_watch), MAX_KNOWN);
+    let mut ingest = turns.begin(1);
+    turns.turn();
+    ingest.write(3000);
+    let mut told = Vec::new();
+    for _ in 0..8 {
+        turns.now += LOOK;
+        told.extend(turns.turn());
+    }
+    let [received, discarded] = [News::Receiving(ingest.digest.clone()), News::Discarded(ingest.digest.clone())];
+    assert_eq!(told, [received, discarded, News::NotReceiving(ingest.digest)]);
+}
+
+/// The directory is every namespace's: a blob in it need not be what was received for ours.
+#[test]
+fn a_blob_that_was_not_seen_to_be_what_was_received_is_not_taken_for_it() {
+    for was_seen in [true, false] {
+        let mut turns = Turns::watching(MAX_KNOWN);
+        let mut ingest = begin(turns.folder.path(), 1, "k8s.io", Some(3000));
+        if was_seen {
+            ingest.write(10);
+            turns.turn();
+        }
+        fs::create_dir_all(ingest.blob.parent().unwrap()).unwrap();
+        fs::write(&ingest.blob, [7; 3000]).unwrap();
+        fs::remove_file(ingest.path.join("data")).unwrap();
+        let hint = Hint { moved: true, ..Hint::default() };
+        let turn = Turn { folders: HashMap::from([(format!("{:064x}", 1).into(), hint)]), ..Turn::default() };
+        turns.watch.handle(turn, turns.now);
+        let told: Vec<News> = turns.news.try_iter().filter(|news| !matches!(news, News::Receiving(_))).collect();
+        let digest = ingest.digest;
+        assert_eq!(told, [News::NotReceiving(digest.clone()), News::MayHaveArrived(digest)], "{was_seen}");
+    }
 }
 
 #[test]

@@ -17,6 +17,7 @@ mod mdns;
 mod pulls;
 mod receiving;
 mod signals;
+mod storms;
 mod upstream;
 
 /// Declares each scenario as a test for containerd 1.6 and one for 2.2.

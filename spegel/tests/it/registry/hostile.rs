@@ -8,7 +8,7 @@ use spegel::mirror::Settings as MirrorSettings;
 use spegel::oci::{Digest, Key};
 use spegel::registry::UploadLimits;
 use spegel::router::{Member, MemoryNetwork, MemoryRouter, Peer, Readiness, Router};
-use spegel::store::Change;
+use spegel::store::{Change, Outcome};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
 
@@ -102,8 +102,17 @@ impl Lies {
         Self { b: Node::join(&network, "b"), honest: None, network, blobs, _liar: liar }
     }
 
-    /// Whether the node's own containerd is given all of a blob, right or wrong. What it had before is refused by a close.
+    /// Whether the node's own containerd is given all of a blob, right or wrong, which it then does not store. What it had before is refused by
+    /// a close.
     async fn gets(&self, n: usize) -> bool {
+        let is_given = self.is_given(n).await;
+        if is_given {
+            self.b.registry.hear(&Outcome::Discarded(self.blobs[n].0.clone()));
+        }
+        is_given
+    }
+
+    async fn is_given(&self, n: usize) -> bool {
         let reply = self.b.ask("GET", &target(&self.blobs[n].0), &[("X-Spegel-Node", "b")]).await;
         assert!(reply.orderly && matches!(reply.status, 200 | 404));
         reply.status == 200 && reply.body.len() == self.blobs[n].1.len()
@@ -133,9 +142,19 @@ async fn what_is_asked_for_again_speaks_against_its_sender() {
 async fn what_was_stored_meanwhile_speaks_against_nobody() {
     let lies = Lies::new().await;
     for _ in 0..4 {
-        assert!(lies.gets(0).await);
-        lies.b.registry.stored(&[Key::Digest(lies.blobs[0].0.clone())]);
+        assert!(lies.is_given(0).await);
+        lies.b.registry.hear(&Outcome::Stored(lies.blobs[0].0.clone()));
     }
+}
+
+/// Images are removed and pulled again, and some into a namespace of containerd's that this node does not see.
+#[tokio::test]
+async fn who_sent_what_nobody_saw_stored_or_discarded_is_no_liar() {
+    let lies = Lies::new().await;
+    for n in 0..3 {
+        assert!(lies.is_given(n).await && !lies.is_given(n).await, "{n}: not asked again within a minute");
+    }
+    assert!(lies.is_given(3).await, "and asked for all else");
 }
 
 #[tokio::test]
@@ -360,7 +379,7 @@ async fn content_that_is_wrong_here_is_withdrawn_when_a_peer_complains() {
     let mirrored = [("X-Spegel-Mirrored", "true")];
     assert_eq!(a.ask("GET", &target(&digest), &mirrored).await.status, 404);
     a.shelf.put(&bytes);
-    a.registry.stored(&[Key::Digest(digest.clone())]);
+    a.registry.hear(&Outcome::Stored(digest.clone()));
     assert!(a.ask("GET", &target(&digest), &mirrored).await.body == bytes, "stored anew");
 }
 

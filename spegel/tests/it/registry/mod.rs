@@ -4,10 +4,12 @@
 mod choosing;
 mod hostile;
 mod local;
+mod misled;
 mod peers;
 mod ready;
 mod receiving;
 mod refusals;
+mod storms;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Seek as _, Write as _};
@@ -19,7 +21,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use sha2::{Digest as _, Sha256};
 use spegel::mirror::{Mirror, MirrorMetrics, Settings as MirrorSettings};
-use spegel::oci::{Digest, Filters, Key, Repository, TagName};
+use spegel::oci::{Digest, Filters, Key, Repository, TagName, TagOrDigest};
 use spegel::registry::{BasicAuth, Registry, RegistryMetrics, Settings, UploadLimits};
 use spegel::router::{MemoryNetwork, MemoryRouter, Router};
 use spegel::serve::{ListenAddr, Options, RemoteAddr, Server};
@@ -51,6 +53,8 @@ struct Shelf {
     receiving: Mutex<HashMap<Digest, Receiving>>,
     /// What was asked for and has not begun to arrive.
     expected: Mutex<HashSet<Digest>>,
+    /// What its own containerd asked for.
+    pulls: Mutex<Vec<(Repository, TagOrDigest)>>,
     tags: Mutex<HashMap<TagName, Digest>>,
     health: watch::Sender<Health>,
 }
@@ -61,6 +65,7 @@ impl Shelf {
             blobs: Mutex::default(),
             receiving: Mutex::default(),
             expected: Mutex::default(),
+            pulls: Mutex::default(),
             tags: Mutex::default(),
             health: watch::channel(Health::Ready).0,
         })
@@ -114,6 +119,10 @@ impl Store for Shelf {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         self.find(digest, asked).await
+    }
+
+    fn pulls(&self, repository: &Repository, reference: &TagOrDigest) {
+        self.pulls.lock().unwrap().push((repository.clone(), reference.clone()));
     }
 
     async fn referrers(&self, subject: &Digest) -> Result<Vec<Referrer>, StoreError> {

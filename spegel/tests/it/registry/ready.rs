@@ -111,9 +111,13 @@ async fn what_stands_ready_is_what_was_answered() {
     for node in ["a", "b"] {
         assert!(kept.prompt("GET", TAG, &[("x-spegel-node", node)]).is_some());
     }
-    assert!(kept.prompt("GET", TAG, &[("X-Spegel-Mirrored", "true")]).is_some());
+    let from_peer = [("X-Spegel-Mirrored", "true")];
+    let (_, head, _) = kept.handle("GET", TAG, &from_peer).await;
+    assert!(head.contains(&"x-spegel-load: 0".to_owned()), "{head:?}");
+    let told = |head: Vec<String>| head.into_iter().collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(kept.prompt("GET", TAG, &from_peer).map(|(prompt, _)| told(prompt)), Some(told(head)));
     for (line, count) in [
-        ("http_request_duration_seconds_count{handler=\"manifest\",method=\"GET\",code=\"200\"}", 9.0),
+        ("http_request_duration_seconds_count{handler=\"manifest\",method=\"GET\",code=\"200\"}", 10.0),
         ("http_request_duration_seconds_count{handler=\"manifest\",method=\"HEAD\",code=\"200\"}", 6.0),
         ("spegel_mirror_requests_total{registry=\"registry.test\",cache=\"hit\"}", 10.0),
         ("spegel_mirror_requests_total{registry=\"unknown\",cache=\"hit\"}", 4.0),

@@ -21,11 +21,15 @@ struct Writer {
 impl Writer {
     /// `node` receives `bytes`, none of which is there yet, and offers them.
     fn at(node: &Node, bytes: &[u8]) -> Self {
-        let digest = digest_of(bytes);
+        Self::of(node, digest_of(bytes), bytes, 1)
+    }
+
+    /// The same of bytes that need not be those of the digest, into the file of this name.
+    fn of(node: &Node, digest: Digest, bytes: &[u8], ingest: u64) -> Self {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let progress = watch::Sender::new(Progress { position: 0, ended: false });
         let growing = Growing::new(file.clone(), progress.subscribe());
-        let receiving = Receiving { growing, total: bytes.len() as u64 };
+        let receiving = Receiving { growing, total: bytes.len() as u64, ingest };
         node.shelf.receiving.lock().unwrap().insert(digest.clone(), receiving);
         node.announce(Key::Digest(digest.clone()));
         let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
@@ -343,4 +347,182 @@ async fn who_grows_and_sends_nothing_is_given_up() {
     let asked = tokio::time::timeout(Duration::from_secs(10), ask_as(&b, "b", &target));
     let reply = asked.await.expect("it was waited for without bound");
     assert!(reply.status == 200 && reply.orderly && reply.body == bytes[..100_000], "{}", reply.body.len());
+}
+
+/// With filters that is what decides whether it is offered while it comes, also where they keep back what is asked for.
+#[tokio::test]
+async fn the_store_hears_what_its_own_containerd_pulls() {
+    let network = MemoryNetwork::new();
+    let filters = Filters::new(&[], &[":latest$".to_owned()]).unwrap();
+    let a = Node::with(&network, "a", Setup { filters: Some(filters), ..Setup::default() });
+    let (here, gone) = (a.offer(&noise(80, 100)), digest_of(b"not here"));
+    let blob = |digest: &Digest| format!("/v2/app/blobs/{digest}?ns=registry.test");
+    let manifest = |name: &str| format!("/v2/app/manifests/{name}?ns=registry.test");
+    for target in [blob(&here), blob(&gone), manifest("latest"), manifest(gone.as_str())] {
+        ask_as(&a, "a", &target).await;
+        ask_as(&a, "b", &target).await;
+        ask_for(&a, "b", &target, "bytes=0-").await;
+    }
+    let pulls = std::mem::take(&mut *a.shelf.pulls.lock().unwrap());
+    let repository = Repository::new("registry.test", "app").unwrap();
+    let asked = [
+        TagOrDigest::Digest(gone.clone()),
+        TagOrDigest::Tag("registry.test/app:latest".parse().unwrap()),
+        TagOrDigest::Digest(gone),
+    ];
+    assert_eq!(pulls, asked.map(|reference| (repository.clone(), reference)));
+}
+
+// === circles ===
+
+/// Asks as the node's own containerd, and hears who gives it: the port of the peer, or nobody.
+fn parent(node: &Node, name: &str, target: &str, first: usize) -> tokio::task::JoinHandle<(Option<u16>, TcpStream)> {
+    let (address, name, target) = (node.address(), name.to_owned(), target.to_owned());
+    tokio::spawn(async move {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request =
+            format!("GET {target} HTTP/1.1\r\nHost: n\r\nX-Spegel-Node: {name}\r\nRange: bytes={first}-\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(tokio::time::timeout(PATIENCE, stream.read_u8()).await.expect("a head").unwrap());
+        }
+        let head = String::from_utf8(head).unwrap();
+        let source =
+            head.lines().find_map(|line| line.to_lowercase().strip_prefix("x-spegel-source: ").map(str::to_owned));
+        let port = source.filter(|_| head.starts_with("HTTP/1.1 206"));
+        (port.map(|source| source.parse::<SocketAddr>().unwrap().port()), stream)
+    })
+}
+
+/// All have lost their parent at the same time, and ask each other at the same time. Whoever gets it from nobody goes upstream; nobody gets it
+/// from himself, and of those who have as much as each other not all go upstream.
+#[tokio::test]
+async fn of_nodes_that_ask_each_other_at_once_none_is_its_own_ancestor() {
+    let mut fed = 0;
+    for round in 0..12 {
+        for count in [2, 3] {
+            let network = MemoryNetwork::new();
+            let names: Vec<String> = (0..count).map(|n| format!("{round}-{n}")).collect();
+            let nodes: Vec<Node> = names.iter().map(|name| Node::join(&network, name)).collect();
+            let bytes = noise(40 + round, 4 * MIB);
+            let writers: Vec<Writer> = nodes.iter().map(|node| Writer::at(node, &bytes)).collect();
+            writers.iter().for_each(|writer| writer.write_to(MIB));
+            // Some start over: what their files look like is not what they have.
+            let first = if round % 2 == 0 { MIB } else { 0 };
+            let asked: Vec<_> =
+                nodes.iter().zip(&names).map(|(node, name)| parent(node, name, &writers[0].target, first)).collect();
+            let mut parents = HashMap::new();
+            let mut open = Vec::new();
+            for (node, asked) in nodes.iter().zip(asked) {
+                let (port, stream) = asked.await.unwrap();
+                parents.extend(port.map(|port| (node.address().port(), port)));
+                open.push(stream);
+            }
+            for node in &nodes {
+                let way = std::iter::successors(parents.get(&node.address().port()), |port| parents.get(port));
+                assert!(way.take(count + 1).count() <= count, "round {round}: a circle in {parents:?}");
+            }
+            assert!(parents.len() < count);
+            fed += parents.len();
+        }
+    }
+    assert!(fed > 0, "somebody gives it to others");
+}
+
+// === wrong bytes ===
+
+/// A's upstream sent wrong bytes of three layers, which B had of A as they came. That is no lie of A's: what it has verified is good.
+#[tokio::test]
+async fn who_passed_on_wrong_bytes_is_no_outcast_and_its_file_is_not_used_again() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
+    let right: Vec<Vec<u8>> = (50..53).map(|seed| noise(seed, 2 * MIB)).collect();
+    let status = async |target: &str| {
+        let reply = ask_as(&b, "b", target).await;
+        // What was given before is refused by an orderly close.
+        if reply.body.len() == 2 * MIB { (reply.status, reply.body) } else { (404, Vec::new()) }
+    };
+    let poison = |n: usize, ingest: u64| {
+        let mut wrong = right[n].clone();
+        wrong[MIB] ^= 1;
+        let writer = Writer::of(&a, digest_of(&right[n]), &wrong, ingest);
+        writer.write_to(2 * MIB);
+        (writer, wrong)
+    };
+    let (writer, wrong) = poison(0, 1);
+    assert!(status(&writer.target).await == (200, wrong), "not verified here");
+    assert_eq!(status(&writer.target).await.0, 404, "B's containerd asks again: that file is not used again");
+    assert_eq!(status(&writer.target).await.0, 404);
+    let anew = Writer::of(&a, digest_of(&right[0]), &right[0], 2);
+    anew.write_to(2 * MIB);
+    assert!(status(&anew.target).await == (200, right[0].clone()), "A starts over");
+
+    for n in 1..3 {
+        let (writer, wrong) = poison(n, 3);
+        assert!(status(&writer.target).await == (200, wrong), "{n}");
+        assert_eq!(status(&writer.target).await.0, 404, "{n}");
+    }
+    // Small ones are verified here.
+    let small = noise(54, 1000);
+    let writer = Writer::of(&a, digest_of(&small), &[7; 1000], 4);
+    writer.write_to(1000);
+    assert_eq!(ask_as(&b, "b", &writer.target).await.status, 404);
+    a.shelf.receiving.lock().unwrap().clear();
+    for bytes in right.iter().chain([&small, &noise(55, 3 * MIB)]) {
+        let digest = a.offer(bytes);
+        let reply = ask_as(&b, "b", &format!("/v2/app/blobs/{digest}?ns=registry.test")).await;
+        assert!(reply.status == 200 && reply.body == *bytes, "{}: A has verified it", reply.status);
+    }
+}
+
+// === small and slow ===
+
+/// 400 KB in steps that take longer than the stall bound together.
+#[tokio::test]
+async fn small_content_that_comes_slowly_is_waited_for_as_long_as_its_sender_gets_on() {
+    let network = MemoryNetwork::new();
+    let stall = Duration::from_millis(300);
+    let a = Node::join(&network, "a");
+    let hasty = MirrorSettings { stall, ..MirrorSettings::default() };
+    let b = Node::with(&network, "b", Setup { mirror: Some(hasty), ..Setup::default() });
+    let writer = Writer::at(&a, &noise(60, 400_000));
+    writer.write_to(1);
+    let pulled = pull(&b, "b", &writer.target);
+    for n in 1..=4 {
+        tokio::time::sleep(stall * 2 / 3).await;
+        assert!(!pulled.is_finished(), "given up before step {n}");
+        writer.write_to(n * 100_000);
+    }
+    let reply = pulled.await.unwrap();
+    assert!(reply.status == 200 && reply.body == writer.bytes, "{}: {} bytes", reply.status, reply.body.len());
+    let other = a.offer(&noise(61, 1000));
+    assert_eq!(b.get(&format!("/v2/app/blobs/{other}?ns=registry.test")).await.status, 200, "A is not set aside");
+
+    let still = Writer::at(&a, &noise(62, 400_000));
+    still.write_to(100_000);
+    let pulled = pull(&b, "b", &still.target);
+    tokio::time::sleep(stall / 2).await;
+    still.give_up();
+    assert_eq!(pulled.await.unwrap().status, 404, "its own pull was given up");
+    let other = a.offer(&noise(63, 1000));
+    assert_eq!(b.get(&format!("/v2/app/blobs/{other}?ns=registry.test")).await.status, 200, "A is not set aside");
+}
+
+/// A pull that is given up at A says nothing about the next thing that A is asked for.
+#[tokio::test]
+async fn a_pull_that_is_given_up_does_not_set_its_node_aside() {
+    let network = MemoryNetwork::new();
+    let (a, b) = (Node::join(&network, "a"), Node::join(&network, "b"));
+    let other = a.offer(&noise(70, 2 * MIB));
+    for seed in 71..75 {
+        let writer = Writer::at(&a, &noise(seed, 5 * MIB));
+        writer.write_to(2 * MIB);
+        let pulled = pull(&b, "b", &writer.target);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        writer.give_up();
+        assert_eq!(pulled.await.unwrap().body.len(), 2 * MIB);
+        let reply = b.get(&format!("/v2/app/blobs/{other}?ns=registry.test")).await;
+        assert_eq!((reply.status, reply.body.len()), (200, 2 * MIB), "{seed}");
+    }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use spegel::oci::Key;
 use spegel::router::{Peer, Readiness, Router};
 use spegel::store::Change;
+use spegel::storm::{Have, Holding, Request, Response, Want, Why};
 use tokio::time::{Instant, sleep, timeout};
 
 /// Longer than anything here takes on a busy machine; only failures wait so long.
@@ -236,6 +237,47 @@ pub(super) async fn members_know_each_other(network: &mut impl Network) {
     .await;
 }
 
+pub(super) async fn all_ask_the_same_coordinator_about_a_storm(network: &mut impl Network) {
+    let nodes = connected::<_, 3>(network).await;
+    let know_all = || nodes.iter().all(|node| node.router.members().borrow().len() == 2);
+    eventually("all know each other", know_all).await;
+    let storms = nodes.each_ref().map(|node| node.router.storms().expect("they take part"));
+    let (name, coordinators) = storms[0].coordinators(&key(11));
+    assert_eq!(coordinators.len(), 3, "all of three nodes");
+    assert!(storms.iter().all(|storms| storms.coordinators(&key(11)) == (name, coordinators.clone())));
+    for coordinator in &coordinators {
+        assert_eq!(storms.iter().filter(|storms| storms.peer(*coordinator).is_none()).count(), 1, "itself");
+    }
+    let mut answers = Vec::new();
+    for storms in &storms {
+        let want = Want {
+            key: name,
+            number: 1,
+            position: 0,
+            total: Some(1 << 30),
+            slots: 1,
+            usual: None,
+            why: Why::New,
+            avoid: Vec::new(),
+            skipped: 0,
+            busy: false,
+        };
+        answers.push(storms.ask(coordinators[0], Request::Want(want)).await.expect("an answer"));
+    }
+    assert!(matches!(answers[0], Response::Pull { .. }), "{answers:?}");
+    for n in [1, 2] {
+        let Response::Fetch { parent, .. } = answers[n] else { panic!("{answers:?}") };
+        let parent = storms[n].peer(parent).expect("a member");
+        assert_eq!((parent.id, parent.addresses), (nodes[n - 1].id.clone(), vec![nodes[n - 1].registry]));
+    }
+    let nobody = storms[0].ask(spegel::storm::Node(1), Request::Have(have(name))).await;
+    assert!(nobody.is_err(), "there is no such node");
+}
+
+fn have(key: spegel::storm::Key) -> Have {
+    Have { key, number: 2, position: 0, total: None, slots: 0, holding: Holding::Nothing }
+}
+
 pub(super) async fn eventually(what: &str, mut good: impl FnMut() -> bool) {
     let deadline = Instant::now() + 3 * PATIENCE;
     while !good() {
@@ -269,6 +311,7 @@ macro_rules! suite {
             restarted_provider_is_found_by_its_new_identity,
             dead_provider_disappears,
             members_know_each_other,
+            all_ask_the_same_coordinator_about_a_storm,
         ]);
     };
 }

@@ -49,6 +49,7 @@ impl Loopback {
 
     pub(super) fn settings(&self, ip: Ipv4Addr) -> P2pSettings {
         P2pSettings {
+            storms: true,
             listen: vec![SocketAddr::from((ip, ROUTER_PORT))],
             registry_port: REGISTRY_PORT,
             identity: Identity::fresh(),

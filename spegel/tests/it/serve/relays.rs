@@ -297,8 +297,8 @@ async fn another_peer_goes_on_where_the_first_failed() {
         let (next, next_peer) = pair().await;
         let (body, ended) = relay(ours, &bytes[..10], bytes.len());
         let mut next = Some((next, Bytes::copy_from_slice(&bytes[first..first + 5])));
-        let body = body.resume(Box::new(move |at| {
-            assert_eq!(at, first as u64);
+        let body = body.resume(Box::new(move |at, cause| {
+            assert_eq!((at, cause.kind()), (first as u64, std::io::ErrorKind::UnexpectedEof));
             let next = next.take();
             Box::pin(async move { next })
         }));
@@ -319,7 +319,7 @@ async fn a_resume_that_never_answers_is_bounded() {
     let fixture = Fixture::new(Mode::default());
     let (ours, peer) = pair().await;
     let (body, ended) = relay(ours, b"", 10);
-    let body = body.stall_timeout(Duration::from_millis(200)).resume(Box::new(|_| Box::pin(std::future::pending())));
+    let body = body.stall_timeout(Duration::from_millis(200)).resume(Box::new(|_, _| Box::pin(std::future::pending())));
     fixture.then(Body::relay(body));
     drop(peer);
     let mut client = fixture.connect().await;
@@ -337,7 +337,7 @@ async fn successors_that_bring_no_byte_are_not_asked_for_ever() {
     let asked = Arc::new(Mutex::new(0));
     let (body, ended) = relay(ours, b"", 10);
     let count = asked.clone();
-    let body = body.resume(Box::new(move |_| {
+    let body = body.resume(Box::new(move |_, _| {
         *count.lock().unwrap() += 1;
         Box::pin(async {
             let (ours, peer) = pair().await;

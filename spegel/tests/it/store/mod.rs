@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use spegel::oci::{Digest, Filters, Key, Repository, TagName};
+use spegel::oci::{Digest, Filters, Key, Repository, TagName, TagOrDigest};
 use spegel::store::{Change, Changes, Health, Store};
 use spegel_benches::image::{Compression, Image, ImageBuilder, digest_of};
 use tempfile::TempDir;

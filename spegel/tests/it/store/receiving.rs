@@ -81,6 +81,7 @@ async fn ended_at(receiving: &Receiving) -> u64 {
 pub(super) async fn conforms(daemon: &mut Daemon) {
     from_the_first_piece_to_the_commit(daemon).await;
     only_ours_and_only_with_a_length(daemon).await;
+    anothers_blob_in_the_place_of_ours(daemon).await;
     a_client_that_is_killed(daemon).await;
     a_containerd_that_restarts(daemon).await;
 }
@@ -91,6 +92,15 @@ async fn from_the_first_piece_to_the_commit(daemon: &mut Daemon) {
     let mut follower = Follower::new(&store);
     let mut ingest = Ingest::begin(daemon, NAMESPACE, 1, true);
     ingest.write(0..1);
+    let reception = async {
+        while receiving(&store, &ingest.digest).await.is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(DEADLINE, reception).await.is_ok(), "it is not found");
+    assert!(follower.told().is_none(), "nobody said from which repository it is, and there are filters");
+    let app = Repository::new("registry.test", "app").unwrap();
+    store.pulls(&app, &TagOrDigest::Digest(ingest.digest.clone()));
     let key = BTreeSet::from([Key::from(ingest.digest.clone())]);
     follower.until_all(&key).await;
     let found = receiving(&store, &ingest.digest).await.expect("offered, so it can be had");
@@ -132,6 +142,31 @@ async fn only_ours_and_only_with_a_length(daemon: &mut Daemon) {
     for digest in [unknown, marker] {
         daemon.ctr(&["content", "rm", digest.as_str()]);
     }
+    daemon.ctr(&["--namespace", "other", "content", "rm", theirs.as_str()]);
+}
+
+/// An ingest of ours that goes, and a blob of its digest that another namespace has: nobody said that it is ours.
+async fn anothers_blob_in_the_place_of_ours(daemon: &mut Daemon) {
+    let store = daemon.store(everything());
+    until_ready(&store).await;
+    let mut follower = Follower::new(&store);
+    let theirs = Ingest::begin(daemon, "other", 7, true).finish(0..3);
+    let folder = daemon.containerd.content_path().join("ingest").join("f".repeat(64));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("ref"), format!("{NAMESPACE}/1/layer-{theirs}")).unwrap();
+    std::fs::write(folder.join("total"), (3 * PIECE).to_string()).unwrap();
+    std::fs::write(folder.join("data"), "").unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    std::fs::rename(folder.join("data"), folder.with_extension("gone")).unwrap();
+    let mut marker = Ingest::begin(daemon, NAMESPACE, 8, true);
+    marker.write(0..1);
+    follower.until_all(&BTreeSet::from([marker.digest.clone().into()])).await;
+    let marker = marker.finish(1..3);
+    assert!(!follower.held.contains(&theirs.clone().into()), "it is offered");
+    assert!(store.open(&theirs, None).await.unwrap().is_none() && find(&store, &theirs, None).await.is_none());
+    std::fs::remove_file(folder.with_extension("gone")).unwrap();
+    std::fs::remove_dir_all(folder).unwrap();
+    daemon.ctr(&["content", "rm", marker.as_str()]);
     daemon.ctr(&["--namespace", "other", "content", "rm", theirs.as_str()]);
 }
 

@@ -55,7 +55,11 @@ pub(in crate::bench) fn cold(settings: &Settings) -> Result<Figures> {
     })
 }
 
-fn drop_pages(plane: &Plane) -> Result<()> {
+/// Has the kernel forget the blob.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn drop_pages(plane: &Plane) -> Result<()> {
     let file = File::open(plane.blob_file())?;
     rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).context("drop the blob's pages")
 }

@@ -15,8 +15,9 @@ use super::super::addresses::{Scope, multiaddr};
 use super::super::keys::{ContentId, Position};
 use super::super::table::{Contact, Traits};
 
-/// What this program speaks.
+/// What this program speaks; who takes part in storms says so by the second.
 pub(in super::super) const VERSION: u32 = 1;
+pub(in super::super) const VERSION_WITH_STORMS: u32 = 2;
 
 /// What a signature is over, before the card: it cannot be taken for a signature of anything else.
 const CONTEXT: &[u8] = b"spegel/members/1 card:";
@@ -248,7 +249,8 @@ fn mix(mut n: u64) -> u64 {
 impl Believed {
     pub(in super::super) fn new(card: Card, signed: SignedCard) -> Self {
         let contact = Contact::new(card.peer, &card.addresses);
-        let traits = Arc::new(Traits { zone: card.zone.as_deref().map(Arc::from), load: card.load });
+        let storms = card.version >= VERSION_WITH_STORMS;
+        let traits = Arc::new(Traits { zone: card.zone.as_deref().map(Arc::from), load: card.load, storms });
         Self { tag: Tag::of(contact.position()), card, contact, traits, signed }
     }
 

@@ -36,7 +36,7 @@ use budget::Budget;
 use comparing::Comparison;
 use list::{List, MAX_MEMBERS, PARTS};
 pub(super) use message::{Believed, Card, MAX_KEYS, Message, Read, SignedCard, Signer, Tag, ids};
-use message::{NewsId, Rumour, VERSION};
+use message::{NewsId, Rumour, VERSION, VERSION_WITH_STORMS};
 use news::News;
 
 /// How often [`Membership::tick`] is to be called.
@@ -118,6 +118,8 @@ pub(super) struct Own {
     pub(super) addresses: Vec<SocketAddr>,
     pub(super) zone: Option<String>,
     pub(super) load: Option<u8>,
+    /// Whether it takes part in storms.
+    pub(super) storms: bool,
 }
 
 /// One node's part in the protocol.
@@ -369,9 +371,10 @@ impl Membership {
     fn announce(&mut self, now: Instant, at_least: u64) {
         let before = self.list.stamp(self.own_tag).unwrap_or(0);
         let stamp = self.unix(now).max(before + 1).max(at_least);
-        let Own { addresses, zone, load } = self.own.clone();
+        let Own { addresses, zone, load, storms } = self.own.clone();
         (self.told_load, self.announced, self.doubted) = (load, now, None);
-        let card = Card { peer: self.local, stamp, addresses, zone, version: VERSION, load };
+        let version = if storms { VERSION_WITH_STORMS } else { VERSION };
+        let card = Card { peer: self.local, stamp, addresses, zone, version, load };
         let signed = card.sign(&*self.signer);
         self.put(now, Arc::new(Believed::new(card, signed)), true);
     }

@@ -117,7 +117,7 @@ pub(super) fn address(n: u8) -> SocketAddr {
 }
 
 pub(super) fn node(keypair: &Keypair, n: u8, now: Instant) -> Membership {
-    let own = Own { addresses: vec![address(n)], zone: Some("b".into()), load: None };
+    let own = Own { addresses: vec![address(n)], zone: Some("b".into()), load: None, storms: n.is_multiple_of(2) };
     let clock = (now, SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
     Membership::new(keypair.public().to_peer_id(), own, scope(), Box::new(keypair.clone()), 1, clock)
 }

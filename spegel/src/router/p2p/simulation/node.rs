@@ -106,7 +106,7 @@ impl Node {
         rng.fill(&mut secret);
         let peer = Keypair::ed25519_from_bytes(secret).unwrap().public().to_peer_id();
         let address = SocketAddr::from(((0x0a00_0000 + number).to_be_bytes(), 5001));
-        let own = Own { addresses: vec![address], zone: Some("zone-a".into()), load: None };
+        let own = Own { addresses: vec![address], zone: Some("zone-a".into()), load: None, storms: false };
         let seed = rng.random();
         let membership =
             (kind == Kind::Member).then(|| Membership::new(peer, own, scope(), Box::new(signer.clone()), seed, clock));

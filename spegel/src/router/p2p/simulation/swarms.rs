@@ -68,6 +68,7 @@ impl Swarms {
         let metrics = RouterMetrics::default();
         let first = format!("{}:{PORT}", self.address(1));
         let settings = P2pSettings {
+            storms: false,
             listen: vec![SocketAddr::from((self.address(self.started), PORT))],
             registry_port: 5_000,
             identity: Identity::fresh(),

@@ -1,0 +1,436 @@
+//! The part of a node that is near to a blob's key: it says who gets the blob from whom.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use super::rate::Rate;
+use super::tree::{Seeker, Standing, Tree};
+use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT, Want, Why, Zone};
+
+/// How long a blob is remembered of which nothing is heard.
+const FORGOTTEN: Duration = Duration::from_secs(60);
+/// How long a holder of a lease is given for its first byte where nothing is known of upstream, and the bounds where it is. It is given the
+/// longest as long as it says that upstream has not refused it: containerd shows nothing before it has a whole MiB.
+const FIRST_BYTE: Duration = Duration::from_secs(1);
+const SHORTEST_FIRST_BYTE: Duration = Duration::from_millis(500);
+const LONGEST_FIRST_BYTE: Duration = Duration::from_millis(1500);
+const BEYOND_USUAL: Duration = Duration::from_millis(250);
+/// How long to wait at a parent that waits itself, and at one that has bytes or is waited for by others no longer than that.
+const PATIENCE_BELOW: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(1);
+/// What a child may lack of what a root has, if that is so for all.
+const SLACK: u64 = 4 << 20;
+/// Whoever lacks so much of what another has should get that from it before it pulls itself; or this part of the blob.
+const WORTHWHILE: u64 = 8 << 20;
+const WORTHWHILE_PART: u64 = 8;
+/// How long to wait for another answer: while a root is silent, and where there is no better parent.
+const SOON: Duration = Duration::from_millis(300);
+const LATER: Duration = Duration::from_secs(1);
+const MUCH_LATER: Duration = Duration::from_secs(5);
+/// How long somebody who pulls something else already is kept from pulling this as well: if others want it, one of them comes meanwhile. containerd
+/// asks for more layers than it gets at a time, so that a lease for the last of them would run out.
+const SPREAD: Duration = Duration::from_millis(150);
+/// How rare the reports of all nodes but roots are.
+const REPORTS_A_SECOND: u32 = 200;
+const LEAST_PAUSE: Duration = Duration::from_secs(2);
+
+/// What a coordinator may use.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// How many blobs it keeps.
+    pub blobs: usize,
+    /// How many places of nodes, in all blobs.
+    pub places: usize,
+    /// How many messages a second it answers, and how many at once.
+    pub messages: (u32, u32),
+    /// The same for each node.
+    pub messages_of_node: (u32, u32),
+}
+
+/// A coordinator. What it knows is lost with it, which costs time and no pull.
+#[derive(Debug)]
+pub struct Coordinator {
+    limits: Limits,
+    trees: BTreeMap<Key, Tree>,
+    places: usize,
+    rate: Rate,
+    rates: HashMap<Node, Rate>,
+    /// How long upstream's first byte took after a lease, smoothed.
+    usual: Option<Duration>,
+    leases: u64,
+}
+
+// === impl Limits ===
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { blobs: 4096, places: 131_072, messages: (20_000, 40_000), messages_of_node: (20, 100) }
+    }
+}
+
+// === impl Coordinator ===
+
+impl Coordinator {
+    /// One that knows nothing.
+    pub fn new(limits: Limits, now: Instant) -> Self {
+        Self {
+            limits,
+            trees: BTreeMap::new(),
+            places: 0,
+            rate: Rate::new(limits.messages.1, now),
+            rates: HashMap::new(),
+            usual: None,
+            leases: 0,
+        }
+    }
+
+    /// How many times it told somebody to pull.
+    pub fn leases(&self) -> u64 {
+        self.leases
+    }
+
+    /// How many blobs and how many places of nodes it keeps.
+    pub fn size(&self) -> (usize, usize) {
+        (self.trees.len(), self.places)
+    }
+
+    /// Whether nothing is known of the blob: then [`Coordinator::holders`] should be told before anything else.
+    pub fn is_new(&self, key: &Key) -> bool {
+        !self.trees.contains_key(key)
+    }
+
+    /// These nodes are said to have all of the blob.
+    pub fn holders(&mut self, key: &Key, holders: &[Node], now: Instant) {
+        if holders.is_empty() || self.places + holders.len() > self.limits.places {
+            return;
+        }
+        let tree = self.tree(key, now);
+        let before = tree.len();
+        holders.iter().for_each(|holder| tree.is_said_to_have(*holder, 1, now));
+        let more = tree.len() - before;
+        self.places += more;
+    }
+
+    /// Answers a node's message; not at all if it sends too many.
+    pub fn receive(&mut self, from: Node, zone: Zone, request: &Request, now: Instant) -> Option<Response> {
+        if !self.may_speak(from, now) {
+            return None;
+        }
+        if !self.trees.contains_key(request.key()) {
+            if matches!(request, Request::Have(Have { holding: Holding::Nothing | Holding::Child, .. })) {
+                return Some(Response::Ack { again: LEAST_PAUSE, furthest: 0 });
+            }
+            self.tree(request.key(), now);
+        }
+        let is_known = self.trees.get(request.key()).is_some_and(|tree| tree.get(from).is_some());
+        if !is_known && self.places >= self.limits.places {
+            self.forget(now);
+            if self.places >= self.limits.places {
+                return Some(Response::Refuse);
+            }
+        }
+        let tree = self.trees.get_mut(request.key())?;
+        let before = tree.len();
+        // What comes a second time is answered as it was, and what was overtaken not at all.
+        if let Some(place) = tree.get(from)
+            && request.number() <= place.number
+        {
+            return (request.number() == place.number).then_some(place.answer);
+        }
+        let mut asked = Asked { tree, from, zone, now, usual: &mut self.usual, leases: &mut self.leases };
+        let answer = match request {
+            Request::Want(want) => asked.want(want),
+            Request::Have(have) => asked.have(have),
+        };
+        if let Some(place) = tree.get_mut(from) {
+            (place.number, place.answer) = (request.number(), answer);
+        }
+        self.places = self.places + tree.len() - before;
+        Some(answer)
+    }
+
+    /// The node is gone: nobody is sent to it any more.
+    pub fn lost(&mut self, node: Node) {
+        for tree in self.trees.values_mut() {
+            self.places -= usize::from(tree.remove(node));
+        }
+        self.rates.remove(&node);
+    }
+
+    /// Drops what nothing was heard of for a while. To be called now and then.
+    pub fn forget(&mut self, now: Instant) {
+        self.trees.retain(|_, tree| now.saturating_duration_since(tree.touched) < FORGOTTEN);
+        self.places = self.trees.values().map(Tree::len).sum();
+        let (per_second, burst) = self.limits.messages_of_node;
+        self.rates.retain(|_, rate| !rate.is_full(per_second, burst, now));
+    }
+
+    /// The tree of a blob, a new one if there was none.
+    fn tree(&mut self, key: &Key, now: Instant) -> &mut Tree {
+        if !self.trees.contains_key(key) {
+            self.make_room(now);
+        }
+        self.trees.entry(*key).or_insert_with(|| Tree::new(now))
+    }
+
+    fn make_room(&mut self, now: Instant) {
+        if self.trees.len() < self.limits.blobs {
+            return;
+        }
+        self.forget(now);
+        while self.trees.len() >= self.limits.blobs {
+            let stalest = self.trees.iter().min_by_key(|(_, tree)| tree.touched).map(|(key, _)| *key);
+            let Some(tree) = stalest.and_then(|key| self.trees.remove(&key)) else { return };
+            self.places -= tree.len();
+        }
+    }
+
+    fn may_speak(&mut self, node: Node, now: Instant) -> bool {
+        let Limits { messages, messages_of_node: of_node, places, .. } = self.limits;
+        if self.rates.len() >= places && !self.rates.contains_key(&node) {
+            self.forget(now);
+            if self.rates.len() >= places {
+                return false;
+            }
+        }
+        let rate = self.rates.entry(node).or_insert_with(|| Rate::new(of_node.1, now));
+        rate.take(of_node.0, of_node.1, now) && self.rate.take(messages.0, messages.1, now)
+    }
+}
+
+/// A message that is being answered.
+struct Asked<'a> {
+    tree: &'a mut Tree,
+    from: Node,
+    zone: Zone,
+    now: Instant,
+    usual: &'a mut Option<Duration>,
+    leases: &'a mut u64,
+}
+
+impl Asked<'_> {
+    fn want(&mut self, want: &Want) -> Response {
+        let (from, now) = (self.from, self.now);
+        self.tree.heard(from, self.zone, want.position, want.slots, now);
+        self.tree.total = self.tree.total.or(want.total);
+        self.hear_why(want);
+        self.tree.end_leases(now);
+        match want.why {
+            Why::Slow => self.better(want, true),
+            // Whatever holds it up holds up the root, or it is not behind.
+            Why::Still
+                if self.is_fed() && (!self.tree.progresses(now) || self.tree.furthest <= want.position + SLACK) =>
+            {
+                Response::Wait { pause: LATER }
+            }
+            Why::Still => self.better(want, false),
+            Why::New | Why::Refused | Why::Broke => self.place(want),
+        }
+    }
+
+    /// What the question says of those that it names.
+    fn hear_why(&mut self, want: &Want) {
+        let Some(place) = self.tree.get(self.from) else { return };
+        let parent = place.parent;
+        match (want.why, place.standing) {
+            // It was told to pull, or did so, and is back: upstream does not give it to it.
+            (_, Standing::Leased { .. } | Standing::Root) => {
+                if let Some(place) = self.tree.get_mut(self.from) {
+                    place.refused = true;
+                }
+                self.tree.stand(self.from, Standing::Orphan, None);
+            }
+            (Why::New | Why::Still, _) => {}
+            (why, _) => {
+                parent.into_iter().for_each(|parent| self.hear_of(parent, why));
+                if why != Why::Slow {
+                    self.tree.stand(self.from, Standing::Orphan, None);
+                }
+            }
+        }
+    }
+
+    fn hear_of(&mut self, parent: Node, why: Why) {
+        match why {
+            Why::Refused | Why::Broke if self.tree.is_hearsay(parent) => {
+                self.tree.remove(parent);
+            }
+            Why::Refused => self.tree.refused(parent),
+            _ => self.tree.complain(parent, why == Why::Broke, self.now),
+        }
+    }
+
+    /// Whether the asker's way up leads to somebody who gets the blob from elsewhere.
+    fn is_fed(&self) -> bool {
+        let mut at = self.tree.get(self.from).and_then(|place| place.parent);
+        for _ in 0..self.tree.len() {
+            let Some(node) = at else { return false };
+            if self.tree.is_source(node, self.now) {
+                return true;
+            }
+            at = self.tree.get(node).and_then(|place| place.parent);
+        }
+        false
+    }
+
+    /// A place for one that has none.
+    fn place(&mut self, want: &Want) -> Response {
+        let seeker =
+            Seeker { node: self.from, position: want.position, avoid: &want.avoid, only_free: false, at_need: false };
+        if let Some(parent) = self.parent(seeker) {
+            return self.fetch(parent);
+        }
+        // Not the one that it has just lost.
+        let latest = want.avoid.len().saturating_sub(1);
+        let at_need = Seeker { avoid: &want.avoid[latest..], at_need: true, ..seeker };
+        if want.position > 0
+            && let Some(parent) = self.parent(at_need).filter(|parent| !at_need.avoid.contains(parent))
+        {
+            return self.fetch(parent);
+        }
+        if self.tree.has_root(self.now) {
+            // There is a root, and nobody who is ahead of the asker and would do.
+            return Response::Wait { pause: SOON };
+        }
+        self.pull(want)
+    }
+
+    /// Another place for one that has one, if there is a better one.
+    fn better(&mut self, want: &Want, only_free: bool) -> Response {
+        let Some(place) = self.tree.get(self.from) else { return Response::Refuse };
+        let mut avoid = want.avoid.clone();
+        avoid.extend(place.parent);
+        let seeker = Seeker { node: self.from, position: want.position, avoid: &avoid, only_free, at_need: false };
+        if let Some(parent) = self.parent(seeker) {
+            return self.fetch(parent);
+        }
+        if only_free || self.tree.has_root(self.now) {
+            let pause = if only_free { MUCH_LATER.max(self.turn()) } else { LATER };
+            return Response::Wait { pause };
+        }
+        self.pull(want)
+    }
+
+    fn parent(&mut self, seeker: Seeker<'_>) -> Option<Node> {
+        if let Some(parent) = self.tree.parent_for(seeker, self.now) {
+            return Some(parent);
+        }
+        if seeker.position > 0 || seeker.only_free || !self.tree.has_root(self.now) {
+            return None;
+        }
+        // All that could take it were counted after it.
+        self.tree.count_anew(seeker.node);
+        self.tree.parent_for(seeker, self.now)
+    }
+
+    fn fetch(&mut self, parent: Node) -> Response {
+        let patience = match self.tree.get(parent) {
+            Some(place) => match place.standing {
+                Standing::Leased { .. } => LONGEST_FIRST_BYTE + BEYOND_USUAL,
+                _ if place.position == 0 => PATIENCE_BELOW,
+                _ => PATIENCE,
+            },
+            None => PATIENCE,
+        };
+        self.tree.stand(self.from, Standing::Child, Some(parent));
+        Response::Fetch { parent, rank: self.tree.rank(self.from), patience }
+    }
+
+    /// Nobody gets it from upstream: the asker may.
+    fn pull(&mut self, want: &Want) -> Response {
+        let (from, now) = (self.from, self.now);
+        if want.skipped > 0 && now.saturating_duration_since(self.tree.first_heard) < GRACE {
+            return Response::Wait { pause: SOON };
+        }
+        let alone = now.saturating_duration_since(self.tree.first_heard);
+        if want.busy && want.position == 0 && alone < SPREAD {
+            return Response::Wait { pause: SPREAD - alone };
+        }
+        let worthwhile = self.tree.total.map_or(WORTHWHILE, |total| WORTHWHILE.max(total / WORTHWHILE_PART));
+        if let Some(further) = self.tree.further_than(want.position + worthwhile, &want.avoid, now)
+            && further != from
+            && !self.leads_to(further)
+        {
+            return self.fetch(further);
+        }
+        if self.tree.get(from).is_none_or(|place| place.refused) {
+            // It has its own right to try, and does not count as who pulls for the others.
+            return Response::Refuse;
+        }
+        let within = first_byte(want.usual.max(*self.usual));
+        self.tree.stand(from, Standing::Leased { until: now + within }, None);
+        if let Some(place) = self.tree.get_mut(from) {
+            place.grown = now;
+        }
+        *self.leases += 1;
+        Response::Pull { within }
+    }
+
+    /// Whether the way up from a node leads to the asker.
+    fn leads_to(&self, node: Node) -> bool {
+        let mut at = Some(node);
+        for _ in 0..=self.tree.len() {
+            match at {
+                Some(node) if node == self.from => return true,
+                Some(node) => at = self.tree.get(node).and_then(|place| place.parent),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    fn have(&mut self, have: &Have) -> Response {
+        let (from, now) = (self.from, self.now);
+        let before = self.tree.get(from).map(|place| (place.standing, place.grown, place.position));
+        self.tree.heard(from, self.zone, have.position, have.slots, now);
+        self.tree.total = self.tree.total.or(have.total);
+        match have.holding {
+            Holding::Root => match before {
+                Some((Standing::Leased { .. }, granted, 0)) if have.position > 0 => {
+                    self.learn(now.saturating_duration_since(granted));
+                    self.tree.stand(from, Standing::Root, None);
+                }
+                Some((Standing::Leased { until }, granted, position)) if have.position <= position => {
+                    let until = until.max((now + SUSPECT).min(granted + LONGEST_FIRST_BYTE));
+                    self.tree.stand(from, Standing::Leased { until }, None);
+                }
+                // Another coordinator told it to pull, or nobody did: it has time to get something all the same.
+                None if have.position == 0 => {
+                    let until = now + LONGEST_FIRST_BYTE;
+                    self.tree.stand(from, Standing::Leased { until }, None);
+                }
+                _ => self.tree.stand(from, Standing::Root, None),
+            },
+            Holding::All => self.tree.stand(from, Standing::Complete, None),
+            // From whom it gets it is known if it was told so here.
+            Holding::Child => {}
+            Holding::Nothing => {
+                let was_root = matches!(before, Some((Standing::Leased { .. } | Standing::Root, ..)));
+                self.tree.stand(from, Standing::Orphan, None);
+                if let Some(place) = self.tree.get_mut(from) {
+                    place.refused |= was_root;
+                }
+            }
+        }
+        let again = match have.holding {
+            Holding::Root if self.tree.is_main_root(from) => REPORT,
+            _ => LEAST_PAUSE.max(self.turn()),
+        };
+        Response::Ack { again, furthest: self.tree.furthest }
+    }
+
+    /// The time in which each node may say something once, if they are not to say too much together.
+    fn turn(&self) -> Duration {
+        Duration::from_secs(1) * u32::try_from(self.tree.len()).unwrap_or(u32::MAX) / REPORTS_A_SECOND
+    }
+
+    /// Upstream's first byte took so long.
+    fn learn(&mut self, took: Duration) {
+        *self.usual = Some(self.usual.map_or(took, |usual| (usual * 3 + took) / 4));
+    }
+}
+
+fn first_byte(usual: Option<Duration>) -> Duration {
+    let bound = usual.map_or(FIRST_BYTE, |usual| 3 * usual + BEYOND_USUAL);
+    bound.clamp(SHORTEST_FIRST_BYTE, LONGEST_FIRST_BYTE)
+}

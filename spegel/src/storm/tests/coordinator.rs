@@ -1,0 +1,331 @@
+//! What one coordinator answers.
+
+use std::time::{Duration, Instant};
+
+use crate::storm::{
+    Coordinator, GRACE, Have, Holding, Key, LEASE, Limits, Node, Request, Response, SUSPECT, Want, Why, Zone,
+};
+
+const KEY: Key = Key([3; 32]);
+const TOTAL: u64 = 256 << 20;
+
+/// A coordinator and those who talk to it.
+struct Talk {
+    coordinator: Coordinator,
+    now: Instant,
+    number: u64,
+}
+
+impl Talk {
+    fn new() -> Self {
+        Self::with(Limits::default())
+    }
+
+    fn with(limits: Limits) -> Self {
+        let now = Instant::now();
+        Self { coordinator: Coordinator::new(limits, now), now, number: 0 }
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+    }
+
+    fn say(&mut self, node: u64, zone: u32, request: &Request) -> Option<Response> {
+        self.coordinator.receive(Node(node), Zone(zone), request, self.now)
+    }
+
+    fn want(&mut self, node: u64) -> Response {
+        self.want_as(node, 0, |_| {})
+    }
+
+    fn want_as(&mut self, node: u64, zone: u32, change: impl Fn(&mut Want)) -> Response {
+        self.number += 1;
+        let mut want = Want {
+            key: KEY,
+            number: self.number,
+            position: 0,
+            total: Some(TOTAL),
+            slots: 1,
+            usual: None,
+            why: Why::New,
+            avoid: Vec::new(),
+            skipped: 0,
+            busy: false,
+        };
+        change(&mut want);
+        self.say(node, zone, &Request::Want(want)).expect("an answer")
+    }
+
+    fn have(&mut self, node: u64, position: u64, holding: Holding) {
+        self.number += 1;
+        let have = Have { key: KEY, number: self.number, position, total: Some(TOTAL), slots: 1, holding };
+        let answer = self.say(node, 0, &Request::Have(have));
+        assert!(matches!(answer, Some(Response::Ack { .. })), "{answer:?}");
+    }
+
+    #[track_caller]
+    fn pulls(&mut self, node: u64) {
+        let answer = self.want(node);
+        assert!(matches!(answer, Response::Pull { .. }), "{answer:?}");
+    }
+}
+
+#[track_caller]
+fn parent(answer: Response) -> u64 {
+    match answer {
+        Response::Fetch { parent, .. } => parent.0,
+        answer => panic!("{answer:?}"),
+    }
+}
+
+#[test]
+fn the_first_pulls_and_the_others_follow_in_a_chain() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    assert_eq!((2..6).map(|node| parent(talk.want(node))).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    assert_eq!(talk.coordinator.leases(), 1);
+}
+
+#[test]
+fn a_tree_is_no_deeper_than_it_may_be_and_no_parent_has_many_more_than_its_slots() {
+    let mut talk = Talk::new();
+    talk.pulls(0);
+    let mut parents = vec![0; 1000];
+    let mut level = vec![0; 1000];
+    for node in 1..1000_u64 {
+        let of = parent(talk.want(node)) as usize;
+        parents[of] += 1;
+        level[node as usize] = level[of] + 1;
+    }
+    assert_eq!(level.iter().max(), Some(&24), "one level for each 10 MiB, up to 24");
+    assert_eq!(parents.iter().max(), Some(&2), "one more than there are slots");
+    // What is small is passed on to many at once.
+    let mut talk = Talk::new();
+    let small = |talk: &mut Talk, node| talk.want_as(node, 0, |want| (want.total, want.slots) = (Some(4096), 16));
+    small(&mut talk, 0);
+    let mut level = vec![0; 1000];
+    for node in 1..1000_u64 {
+        level[node as usize] = level[parent(small(&mut talk, node)) as usize] + 1;
+    }
+    assert_eq!(level.iter().max(), Some(&3));
+}
+
+#[test]
+fn own_zones_are_preferred() {
+    let mut talk = Talk::new();
+    talk.want_as(0, 1, |_| {});
+    let (mut crossings, nodes) = (0, 30);
+    for node in 1..nodes {
+        let zone = node as u32 % 3 + 1;
+        let of = parent(talk.want_as(node, zone, |_| {}));
+        crossings += u32::from(zone != if of == 0 { 1 } else { of as u32 % 3 + 1 });
+    }
+    assert_eq!(crossings, 2, "one link into each other zone");
+}
+
+#[test]
+fn a_lease_goes_to_the_next_if_nothing_comes_in_its_time() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    talk.pass(Duration::from_millis(900));
+    assert_eq!(parent(talk.want(2)), 1);
+    talk.pass(Duration::from_millis(200));
+    talk.pulls(3);
+    // Whom upstream gave nothing gets it from others, and is not told again.
+    assert_ne!(parent(talk.want(1)), 1);
+    talk.have(3, 0, Holding::Nothing);
+    talk.coordinator.lost(Node(2));
+    assert_eq!(talk.want(1), Response::Refuse);
+    assert_eq!(talk.want(3), Response::Refuse);
+    talk.pulls(4);
+}
+
+#[test]
+fn a_refusal_that_is_told_passes_the_lease_on_at_once() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    talk.have(1, 0, Holding::Nothing);
+    talk.pulls(2);
+    assert_eq!(talk.coordinator.leases(), 2);
+}
+
+#[test]
+fn the_bound_of_a_lease_follows_what_upstream_takes() {
+    let within = |usual: u64| {
+        let usual = Some(Duration::from_millis(usual));
+        match Talk::new().want_as(1, 0, |want| want.usual = usual) {
+            Response::Pull { within } => within.as_millis(),
+            answer => panic!("{answer:?}"),
+        }
+    };
+    assert_eq!([10, 200, 400, 9000].map(within), [500, 850, 1450, 1500]);
+}
+
+#[test]
+fn who_says_that_upstream_has_not_refused_it_is_given_more_time() {
+    let mut talk = Talk::new();
+    talk.want_as(1, 0, |want| want.usual = Some(Duration::from_millis(50)));
+    for _ in 0..5 {
+        talk.pass(Duration::from_millis(250));
+        talk.have(1, 0, Holding::Root);
+    }
+    assert_eq!(parent(talk.want(2)), 1, "after 1.25 s");
+    talk.pass(Duration::from_millis(250));
+    talk.have(1, 0, Holding::Root);
+    talk.pulls(3);
+}
+
+#[test]
+fn who_pulls_something_else_lets_others_pull_this() {
+    let mut talk = Talk::new();
+    let busy = |want: &mut Want| want.busy = true;
+    let answer = talk.want_as(1, 0, busy);
+    let Response::Wait { pause } = answer else { panic!("{answer:?}") };
+    talk.pulls(2);
+    talk.pass(pause);
+    assert_eq!(parent(talk.want_as(1, 0, busy)), 2);
+    let mut talk = Talk::new();
+    talk.want_as(1, 0, busy);
+    talk.pass(pause);
+    assert!(matches!(talk.want_as(1, 0, busy), Response::Pull { .. }), "nobody else came");
+}
+
+#[test]
+fn a_root_that_grows_keeps_its_lease_and_a_silent_one_loses_it() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    for n in 1..40 {
+        talk.pass(Duration::from_millis(250));
+        talk.have(1, n << 20, Holding::Root);
+        assert_eq!(parent(talk.want_as(2, 0, |want| want.why = Why::New)), 1);
+    }
+    talk.pass(LEASE - Duration::from_millis(1));
+    assert_eq!(parent(talk.want(3)), 2);
+    talk.pass(Duration::from_millis(1));
+    talk.pulls(4);
+}
+
+#[test]
+fn a_root_that_a_child_has_lost_is_taken_for_dead_sooner_unless_it_is_heard() {
+    let mut talk = Talk::new();
+    let lost = |want: &mut Want| (want.position, want.why, want.avoid) = (1 << 20, Why::Broke, vec![Node(1)]);
+    talk.pulls(1);
+    talk.have(1, 2 << 20, Holding::Root);
+    assert_eq!(parent(talk.want(2)), 1);
+    assert!(matches!(talk.want_as(2, 0, lost), Response::Wait { .. }));
+    talk.pass(SUSPECT - Duration::from_millis(1));
+    assert!(matches!(talk.want_as(2, 0, lost), Response::Wait { .. }));
+    talk.have(1, 3 << 20, Holding::Root);
+    talk.pass(SUSPECT);
+    assert!(!matches!(talk.want_as(2, 0, lost), Response::Pull { .. }), "it was heard of since");
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    talk.have(1, 2 << 20, Holding::Root);
+    talk.want(2);
+    talk.want_as(2, 0, lost);
+    talk.pass(SUSPECT);
+    assert!(matches!(talk.want_as(2, 0, lost), Response::Pull { .. }));
+}
+
+#[test]
+fn who_stands_still_with_the_root_stays_where_it_is() {
+    let mut talk = Talk::new();
+    let still = |want: &mut Want| (want.position, want.why) = (1 << 20, Why::Still);
+    talk.pulls(1);
+    talk.have(1, 2 << 20, Holding::Root);
+    talk.want(2);
+    talk.want(3);
+    talk.pass(Duration::from_millis(2500));
+    talk.have(1, 2 << 20, Holding::Root);
+    assert!(matches!(talk.want_as(3, 0, still), Response::Wait { .. }), "the root has got nothing either");
+    talk.have(1, 32 << 20, Holding::Root);
+    assert_eq!(parent(talk.want_as(3, 0, still)), 1, "it has, and the parent does not deliver");
+}
+
+#[test]
+fn in_the_place_of_a_nearer_one_it_waits_for_news_of_a_root() {
+    let mut talk = Talk::new();
+    let skipped = |want: &mut Want| want.skipped = 1;
+    assert!(matches!(talk.want_as(1, 0, skipped), Response::Wait { .. }));
+    talk.pass(GRACE / 2);
+    talk.have(9, 5 << 20, Holding::Root);
+    assert_eq!(parent(talk.want_as(1, 0, skipped)), 9);
+    let mut talk = Talk::new();
+    talk.want_as(1, 0, skipped);
+    talk.pass(GRACE);
+    assert!(matches!(talk.want_as(1, 0, skipped), Response::Pull { .. }));
+}
+
+#[test]
+fn repetitions_are_answered_as_before_and_what_was_overtaken_is_not() {
+    let mut talk = Talk::new();
+    let want = |number, why| {
+        Request::Want(Want {
+            key: KEY,
+            number,
+            position: 0,
+            total: Some(TOTAL),
+            slots: 1,
+            usual: None,
+            why,
+            avoid: Vec::new(),
+            skipped: 0,
+            busy: false,
+        })
+    };
+    let first = talk.say(1, 0, &want(5, Why::New));
+    assert!(matches!(first, Some(Response::Pull { .. })));
+    assert_eq!(talk.say(1, 0, &want(5, Why::New)), first);
+    assert_eq!(talk.say(1, 0, &want(4, Why::New)), None);
+    assert_eq!(talk.coordinator.leases(), 1);
+}
+
+#[test]
+fn who_is_said_to_have_it_is_asked_until_it_does_not() {
+    let mut talk = Talk::new();
+    talk.coordinator.holders(&KEY, &[Node(7)], talk.now);
+    assert_eq!(parent(talk.want(1)), 7);
+    let refused = |want: &mut Want| (want.why, want.avoid) = (Why::Refused, vec![Node(7)]);
+    assert!(matches!(talk.want_as(1, 0, refused), Response::Pull { .. }));
+    assert_eq!(parent(talk.want(2)), 1);
+}
+
+#[test]
+fn memory_is_bounded() {
+    let limits = Limits { blobs: 10, places: 50, ..Limits::default() };
+    let mut talk = Talk::with(limits);
+    let mut refused = 0;
+    for n in 0..1000_u64 {
+        let mut key = [0; 32];
+        key[0] = (n % 20) as u8;
+        let have = Have { key: Key(key), number: n + 1, position: 1, total: None, slots: 1, holding: Holding::Root };
+        let answer = talk.say(n, 0, &Request::Have(have));
+        refused += u32::from(!matches!(answer, Some(Response::Ack { .. })));
+        let (blobs, places) = talk.coordinator.size();
+        assert!(blobs <= 10 && places <= 50, "{blobs} {places}");
+    }
+    assert!(refused >= 500, "{refused}");
+    talk.pass(Duration::from_secs(61));
+    talk.coordinator.forget(talk.now);
+    assert_eq!(talk.coordinator.size(), (0, 0));
+}
+
+#[test]
+fn floods_are_not_answered() {
+    let mut talk = Talk::new();
+    let mut flood = |node: u64, count: u64| {
+        let want = |number| {
+            Request::Have(Have { key: KEY, number, position: 1, total: None, slots: 1, holding: Holding::Root })
+        };
+        (1..=count).filter(|number| talk.say(node, 0, &want(*number)).is_some()).count()
+    };
+    assert_eq!(flood(1, 1000), 100);
+    assert_eq!(flood(2, 10), 10, "others are");
+    talk.pass(Duration::from_secs(1));
+    talk.number = 10_000;
+    let answered = (0..50).filter(|n| {
+        let have = Have { key: KEY, number: 20_000 + n, position: 1, total: None, slots: 1, holding: Holding::Root };
+        talk.say(1, 0, &Request::Have(have)).is_some()
+    });
+    assert_eq!(answered.count(), 20);
+}

@@ -1,0 +1,432 @@
+//! Who gets one blob from whom, as its coordinator knows it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use super::{Holding, LEASE, Node, Rank, Response, STILL, STUCK, SUSPECT, Zone};
+
+/// How long a parent that does not deliver is given no more children.
+const SHUNNED: Duration = Duration::from_secs(5);
+/// How long a complete node counts as a source without being heard of.
+const COMPLETE: Duration = Duration::from_secs(60);
+/// How many candidates of one class and zone are looked at for one question.
+const LOOKS: usize = 64;
+/// A longer way up is a circle that two views made.
+const LONGEST: usize = 4096;
+/// How many zones are told apart; nodes of others are in none.
+const ZONES: usize = 64;
+/// How many roots are told apart.
+const ROOTS: usize = 64;
+/// How many of them report often.
+const MAIN_ROOTS: usize = 3;
+/// One level for each so many bytes of the blob, between these bounds, and no fewer than a tree of two children each needs.
+const BYTES_A_LEVEL: u64 = 10 << 20;
+const FEWEST_LEVELS: u64 = 4;
+const MOST_LEVELS: u64 = 24;
+
+/// A node's place.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) rank: u32,
+    zone: Zone,
+    pub(super) parent: Option<Node>,
+    level: u16,
+    pub(super) position: u64,
+    /// The furthest position of all when it told its own.
+    furthest: u64,
+    slots: u16,
+    children: u16,
+    pub(super) standing: Standing,
+    /// When it was last heard of, and when its position last grew.
+    pub(super) heard: Instant,
+    pub(super) grown: Instant,
+    /// It is given no children until then.
+    shunned: Option<Instant>,
+    /// A child has said since it was last heard of that it broke off.
+    suspected: bool,
+    /// It was told to pull once, and got nothing: it is not told again.
+    pub(super) refused: bool,
+    /// It is only said to have it, and was never heard of itself.
+    is_hearsay: bool,
+    /// The number of its last message, and what it was answered.
+    pub(super) number: u64,
+    pub(super) answer: Response,
+}
+
+/// What a node is to the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It has no source that is known of.
+    Orphan,
+    /// It gets it from its parent.
+    Child,
+    /// It was told to pull, and is given until then to get something.
+    Leased { until: Instant },
+    /// It gets it from upstream.
+    Root,
+    /// It has all of it.
+    Complete,
+}
+
+/// How full a parent is, how deep, and its rank: the lower the better. Nodes whose slots are not full are in class 0.
+type Order = (u16, u16, u32, Node);
+
+/// Everybody who wants or has one blob.
+#[derive(Debug)]
+pub(super) struct Tree {
+    next: u32,
+    pub(super) total: Option<u64>,
+    places: HashMap<Node, Place>,
+    open: BTreeMap<Zone, BTreeSet<Order>>,
+    /// Those that get it from upstream or were told to.
+    roots: Vec<Node>,
+    pub(super) furthest: u64,
+    pub(super) first_heard: Instant,
+    pub(super) touched: Instant,
+}
+
+/// Who asks for a parent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seeker<'a> {
+    pub(super) node: Node,
+    pub(super) position: u64,
+    pub(super) avoid: &'a [Node],
+    /// Only a parent will do that is not full.
+    pub(super) only_free: bool,
+    /// One will do, for want of a better one, that it or others had trouble with.
+    pub(super) at_need: bool,
+}
+
+// === impl Tree ===
+
+impl Tree {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            next: 0,
+            total: None,
+            places: HashMap::new(),
+            open: BTreeMap::new(),
+            roots: Vec::new(),
+            furthest: 0,
+            first_heard: now,
+            touched: now,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    pub(super) fn get(&self, node: Node) -> Option<&Place> {
+        self.places.get(&node)
+    }
+
+    pub(super) fn get_mut(&mut self, node: Node) -> Option<&mut Place> {
+        self.places.get_mut(&node)
+    }
+
+    /// The node has so many bytes and takes so many children. It is entered if it is not known.
+    pub(super) fn heard(&mut self, node: Node, zone: Zone, position: u64, slots: u16, now: Instant) {
+        self.touched = now;
+        if !self.places.contains_key(&node) {
+            let zone = if self.open.contains_key(&zone) || self.open.len() < ZONES { zone } else { Zone::default() };
+            let place = Place {
+                rank: self.next,
+                zone,
+                parent: None,
+                level: 0,
+                position: 0,
+                furthest: 0,
+                slots,
+                children: 0,
+                standing: Standing::Orphan,
+                heard: now,
+                grown: now,
+                shunned: None,
+                suspected: false,
+                refused: false,
+                is_hearsay: false,
+                number: 0,
+                answer: Response::Refuse,
+            };
+            self.next = self.next.wrapping_add(1);
+            self.places.insert(node, place);
+        }
+        let furthest = self.furthest.max(position);
+        self.change(node, |place| {
+            if position > place.position {
+                (place.position, place.grown) = (position, now);
+            }
+            place.furthest = furthest;
+            (place.slots, place.heard, place.suspected, place.is_hearsay) = (slots, now, false, false);
+        });
+        self.furthest = furthest;
+    }
+
+    /// Where the node was counted.
+    pub(super) fn rank(&self, node: Node) -> Rank {
+        Rank(self.places.get(&node).map_or(0, |place| place.rank))
+    }
+
+    /// Counts the node anew, behind all others.
+    pub(super) fn count_anew(&mut self, node: Node) {
+        let next = self.next;
+        self.next = self.next.wrapping_add(1);
+        self.change(node, |place| place.rank = next);
+    }
+
+    /// What the node is from now on; what it was before, it is no more.
+    pub(super) fn stand(&mut self, node: Node, standing: Standing, parent: Option<Node>) {
+        let Some(before) = self.places.get(&node).and_then(|place| place.parent) else {
+            return self.stand_apart(node, standing, parent);
+        };
+        if Some(before) != parent {
+            self.change(before, |place| place.children = place.children.saturating_sub(1));
+        }
+        self.stand_apart(node, standing, parent);
+    }
+
+    fn stand_apart(&mut self, node: Node, standing: Standing, parent: Option<Node>) {
+        let Some(place) = self.places.get(&node) else { return };
+        let is_new_child = parent.is_some() && place.parent != parent;
+        let level = match parent.and_then(|parent| self.places.get(&parent)) {
+            Some(parent) => parent.level.saturating_add(1),
+            // How far it is, is told by how deep it was.
+            None if standing == Standing::Orphan => place.level,
+            None => 0,
+        };
+        self.change(node, |place| (place.standing, place.parent, place.level) = (standing, parent, level));
+        if let (true, Some(parent)) = (is_new_child, parent) {
+            self.change(parent, |place| place.children = place.children.saturating_add(1));
+        }
+        let is_root = matches!(standing, Standing::Root | Standing::Leased { .. });
+        match self.roots.iter().position(|root| *root == node) {
+            None if is_root && self.roots.len() < ROOTS => self.roots.push(node),
+            Some(place) if !is_root => {
+                self.roots.swap_remove(place);
+            }
+            _ => {}
+        }
+    }
+
+    /// The node is no more.
+    pub(super) fn remove(&mut self, node: Node) -> bool {
+        self.stand(node, Standing::Orphan, None);
+        let Some(place) = self.places.remove(&node) else { return false };
+        if let Some(open) = self.open.get_mut(&place.zone) {
+            open.remove(&order(node, &place));
+        }
+        true
+    }
+
+    /// A child says that this node is of no use to it. Whoever does not deliver gets no more children for a while.
+    pub(super) fn complain(&mut self, about: Node, broke: bool, now: Instant) {
+        self.change(about, |place| {
+            place.suspected |= broke;
+            place.shunned = Some(now + SHUNNED);
+        });
+    }
+
+    /// The node is said to have all of it.
+    pub(super) fn is_said_to_have(&mut self, node: Node, slots: u16, now: Instant) {
+        if !self.places.contains_key(&node) {
+            self.heard(node, Zone::default(), 0, slots, now);
+            self.change(node, |place| place.is_hearsay = true);
+            self.stand(node, Standing::Complete, None);
+        }
+    }
+
+    /// The node took somebody not.
+    pub(super) fn refused(&mut self, node: Node) {
+        self.change(node, |place| place.slots = place.slots.min(place.children));
+    }
+
+    /// Whether the node is only said to have it.
+    pub(super) fn is_hearsay(&self, node: Node) -> bool {
+        self.places.get(&node).is_some_and(|place| place.is_hearsay)
+    }
+
+    /// Whether the node can be taken to have a source that is not another node.
+    pub(super) fn is_source(&self, node: Node, now: Instant) -> bool {
+        self.places.get(&node).is_some_and(|place| place.is_source(now))
+    }
+
+    /// Whether anybody gets the blob from upstream, or may be about to.
+    pub(super) fn has_root(&self, now: Instant) -> bool {
+        self.roots.iter().any(|root| self.is_source(*root, now))
+    }
+
+    /// Whether somebody gets the blob from upstream who has got more of it a moment ago.
+    pub(super) fn progresses(&self, now: Instant) -> bool {
+        let recent = |place: &Place| now.saturating_duration_since(place.grown) < STILL;
+        self.roots.iter().filter_map(|root| self.places.get(root)).any(|place| place.is_source(now) && recent(place))
+    }
+
+    /// Whether the node is one of the first of those that get the blob from upstream.
+    pub(super) fn is_main_root(&self, node: Node) -> bool {
+        self.roots.iter().take(MAIN_ROOTS).any(|root| *root == node)
+    }
+
+    /// Takes leases back whose holders got nothing in their time, and forgets roots that are silent.
+    pub(super) fn end_leases(&mut self, now: Instant) {
+        for n in (0..self.roots.len()).rev() {
+            let node = self.roots[n];
+            let Some(place) = self.places.get(&node) else {
+                self.roots.swap_remove(n);
+                continue;
+            };
+            if !place.is_source(now) {
+                let was_leased = matches!(place.standing, Standing::Leased { .. });
+                self.change(node, |place| place.refused |= was_leased);
+                self.stand(node, Standing::Orphan, None);
+            }
+        }
+    }
+
+    /// The best parent for the one who seeks one.
+    pub(super) fn parent_for(&self, seeker: Seeker<'_>, now: Instant) -> Option<Node> {
+        let own = self.places.get(&seeker.node)?;
+        let deepest = self.deepest();
+        let near = own.zone;
+        let mut best: Option<((u16, bool, u16), Node)> = None;
+        for (zone, open) in &self.open {
+            let is_far = *zone != near;
+            let mut class = 0;
+            // Class by class, the shallow ones of each first.
+            while let Some(first) = open.range((class, 0, 0, Node(0))..).next() {
+                class = first.0;
+                // In the own zone one child too many is as good as a free place in another.
+                let merit = (class.saturating_sub(u16::from(!is_far)), is_far, class);
+                if best.is_some_and(|(known, _)| known <= merit) || (seeker.only_free && class > 0) {
+                    break;
+                }
+                let within = open.range((class, 0, 0, Node(0))..=(class, u16::MAX, u32::MAX, Node(u64::MAX)));
+                for (_, level, _, node) in within.take(LOOKS) {
+                    if *level >= deepest {
+                        break;
+                    }
+                    if self.may_feed(*node, own, seeker, now).is_some_and(|level| level < deepest) {
+                        best = Some((merit, *node));
+                        break;
+                    }
+                }
+                class = class.saturating_add(1);
+            }
+        }
+        best.map(|(_, node)| node)
+    }
+
+    /// Whether the node may be the parent of the one who seeks one, and how deep it is.
+    fn may_feed(&self, node: Node, own: &Place, seeker: Seeker<'_>, now: Instant) -> Option<u16> {
+        let place = self.places.get(&node)?;
+        let is_out = seeker.avoid.contains(&node) || place.shunned.is_some_and(|until| now < until);
+        if node == seeker.node || (is_out && !seeker.at_need) {
+            return None;
+        }
+        let is_ahead = match seeker.position {
+            0 => place.position > 0 || place.is_apart() || place.rank < own.rank,
+            position => {
+                // Nodes tell it rarely. Whoever is fed gets at least what the furthest gets meanwhile.
+                let seems = place.position + (self.furthest - place.furthest);
+                place.standing == Standing::Complete || seems > position || place.level < own.level
+            }
+        };
+        if !is_ahead {
+            return None;
+        }
+        self.level_of(node, seeker.node, now)
+    }
+
+    /// How far the node is from a source; nothing if its way up leads through `seeker`, or to none.
+    fn level_of(&self, node: Node, seeker: Node, now: Instant) -> Option<u16> {
+        let (mut at, mut level) = (node, 0_u16);
+        for _ in 0..LONGEST {
+            let place = self.places.get(&at)?;
+            if at == seeker {
+                return None;
+            }
+            match place.parent {
+                // Nobody is sent to one that may be dead, until that is known.
+                None => return (place.is_source(now) && !place.suspected).then_some(level),
+                Some(parent) => (at, level) = (parent, level.saturating_add(1)),
+            }
+        }
+        None
+    }
+
+    /// The node that has most of those with more than `position`, were it of no use otherwise.
+    pub(super) fn further_than(&self, position: u64, avoid: &[Node], now: Instant) -> Option<Node> {
+        let recent = |place: &Place| now.saturating_duration_since(place.heard) < LEASE && !place.suspected;
+        let ahead = self.places.iter().filter(|(node, place)| {
+            place.position > position && recent(place) && !avoid.contains(node) && !place.refused
+        });
+        ahead.max_by_key(|(node, place)| (place.position, **node)).map(|(node, _)| *node)
+    }
+
+    /// No place is deeper than this.
+    fn deepest(&self) -> u16 {
+        let by_length = (self.total.unwrap_or(0) / BYTES_A_LEVEL).clamp(FEWEST_LEVELS, MOST_LEVELS);
+        let by_nodes = u64::from(usize::BITS - self.places.len().leading_zeros()) + 1;
+        u16::try_from(by_length.max(by_nodes)).unwrap_or(u16::MAX)
+    }
+
+    fn change(&mut self, node: Node, change: impl FnOnce(&mut Place)) {
+        let Some(place) = self.places.get_mut(&node) else { return };
+        let before = order(node, place);
+        let (was_open, zone) = (place.is_open(), place.zone);
+        change(place);
+        let (after, is_open) = (order(node, place), place.is_open());
+        if (before, was_open) != (after, is_open) {
+            let open = self.open.entry(zone).or_default();
+            if was_open {
+                open.remove(&before);
+            }
+            if is_open {
+                open.insert(after);
+            }
+        }
+    }
+}
+
+fn order(node: Node, place: &Place) -> Order {
+    let class = if place.children < place.slots { 0 } else { place.children - place.slots + 1 };
+    (class, place.level, place.rank, node)
+}
+
+// === impl Place ===
+
+impl Place {
+    /// Whether it can be anybody's parent at all.
+    fn is_open(&self) -> bool {
+        self.standing != Standing::Orphan
+    }
+
+    /// Whether it depends on no other node, so that no circle can go through it.
+    fn is_apart(&self) -> bool {
+        matches!(self.standing, Standing::Root | Standing::Leased { .. } | Standing::Complete)
+    }
+
+    fn is_source(&self, now: Instant) -> bool {
+        let silent = now.saturating_duration_since(self.heard);
+        match self.standing {
+            Standing::Orphan | Standing::Child => false,
+            Standing::Leased { until } => now < until,
+            Standing::Root => {
+                let patience = if self.suspected { SUSPECT } else { LEASE };
+                silent < patience && now.saturating_duration_since(self.grown) < STUCK
+            }
+            Standing::Complete => silent < COMPLETE,
+        }
+    }
+}
+
+impl From<Holding> for Standing {
+    fn from(holding: Holding) -> Self {
+        match holding {
+            Holding::Root => Self::Root,
+            Holding::Child => Self::Child,
+            Holding::All => Self::Complete,
+            Holding::Nothing => Self::Orphan,
+        }
+    }
+}

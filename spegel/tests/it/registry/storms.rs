@@ -1,0 +1,189 @@
+//! What no node has, and all want: one goes upstream, and the others get it from each other.
+
+use std::os::unix::fs::FileExt as _;
+
+use spegel::mirror::StormSettings;
+use spegel::zerocopy::{Growing, Progress};
+use tokio::time::Instant;
+
+use super::*;
+
+const MIB: usize = 1 << 20;
+
+fn storm(max_wait: Duration) -> Setup {
+    let mirror = MirrorSettings { storm: Some(StormSettings { max_wait }), ..MirrorSettings::default() };
+    Setup { mirror: Some(mirror), ..Setup::default() }
+}
+
+/// A containerd: it asks its node's mirror, and goes upstream for what that has not got.
+struct Containerd {
+    node: Arc<Node>,
+    name: String,
+    digest: Digest,
+    file: Arc<std::fs::File>,
+    progress: watch::Sender<Progress>,
+}
+
+/// How a pull went.
+#[derive(Debug)]
+struct Pulled {
+    from_upstream: bool,
+    answered_after: Duration,
+}
+
+impl Containerd {
+    /// It wants the blob: its ingest is there before it asks.
+    fn at(node: &Arc<Node>, name: &str, digest: &Digest, total: usize) -> Self {
+        node.shelf.expected.lock().unwrap().insert(digest.clone());
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let progress = watch::Sender::new(Progress { position: 0, ended: false });
+        let _ = total;
+        Self { node: Arc::clone(node), name: name.to_owned(), digest: digest.clone(), file, progress }
+    }
+
+    fn wrote(&self, bytes: &[u8], total: usize) {
+        self.file.write_all_at(bytes, 0).unwrap();
+        let is_first = self.progress.borrow().position == 0;
+        self.progress.send_replace(Progress { position: bytes.len() as u64, ended: bytes.len() == total });
+        if is_first {
+            let growing = Growing::new(self.file.clone(), self.progress.subscribe());
+            let receiving = Receiving { growing, total: total as u64, ingest: 1 };
+            self.node.shelf.receiving.lock().unwrap().insert(self.digest.clone(), receiving);
+            self.node.shelf.expected.lock().unwrap().remove(&self.digest);
+        }
+        if bytes.len() == total {
+            self.node.shelf.put_as(self.digest.clone(), bytes);
+            self.node.announce(Key::Digest(self.digest.clone()));
+        }
+    }
+
+    /// Pulls it. Upstream sends its first byte after `first`, and a MiB each 20 ms; or nothing but a refusal.
+    async fn pull(self, upstream: Option<&[u8]>, total: usize, first: Duration) -> Pulled {
+        let began = Instant::now();
+        let target = format!("/v2/app/blobs/{}?ns=registry.test", self.digest);
+        let mut stream = TcpStream::connect(self.node.address()).await.unwrap();
+        let head =
+            format!("GET {target} HTTP/1.1\r\nHost: node\r\nConnection: close\r\nX-Spegel-Node: {}\r\n\r\n", self.name);
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut got = Vec::new();
+        let mut buffer = vec![0; 256 << 10];
+        let mut answered_after = None;
+        let mut start = 0;
+        loop {
+            let read = stream.read(&mut buffer).await.unwrap();
+            got.extend_from_slice(&buffer[..read]);
+            if start == 0
+                && let Some(end) = got.windows(4).position(|window| window == b"\r\n\r\n")
+            {
+                (start, answered_after) = (end + 4, Some(began.elapsed()));
+                if got.starts_with(b"HTTP/1.1 404") {
+                    break;
+                }
+            }
+            // It writes whole MiB, as containerd does.
+            let whole = got.len().saturating_sub(start);
+            let whole = if whole == total { total } else { whole / MIB * MIB };
+            if start > 0 && whole as u64 > self.progress.borrow().position {
+                self.wrote(&got[start..start + whole], total);
+            }
+            if read == 0 {
+                assert_eq!(got.len() - start, total, "a body without its end");
+                return Pulled { from_upstream: false, answered_after: answered_after.unwrap() };
+            }
+        }
+        tokio::time::sleep(first).await;
+        match upstream {
+            Some(bytes) => {
+                for end in (1..=total / MIB).map(|n| n * MIB) {
+                    self.wrote(&bytes[..end], total);
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+            None => {
+                self.node.shelf.expected.lock().unwrap().remove(&self.digest);
+            }
+        }
+        Pulled { from_upstream: true, answered_after: answered_after.unwrap() }
+    }
+}
+
+/// So many nodes of a network, each with these settings.
+fn nodes(count: usize, setup: impl Fn() -> Setup) -> Vec<Arc<Node>> {
+    let network = MemoryNetwork::new();
+    (0..count).map(|n| Arc::new(Node::with(&network, &format!("node-{n}"), setup()))).collect()
+}
+
+async fn pull_all(nodes: &[Arc<Node>], bytes: &[u8], refused: &[usize]) -> Vec<Pulled> {
+    let digest = digest_of(bytes);
+    let pulls = nodes.iter().enumerate().map(|(n, node)| {
+        let containerd = Containerd::at(node, &format!("node-{n}"), &digest, bytes.len());
+        let upstream = (!refused.contains(&n)).then_some(bytes);
+        async move {
+            // One after the other, so that it is known who is first.
+            tokio::time::sleep(Duration::from_millis(10 * n as u64)).await;
+            containerd.pull(upstream, bytes.len(), Duration::from_millis(200)).await
+        }
+    });
+    tokio::time::timeout(PATIENCE, futures::future::join_all(pulls)).await.expect("all come to an end")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_goes_upstream_and_the_others_get_it_from_each_other() {
+    let nodes = nodes(6, || storm(Duration::from_secs(10)));
+    let bytes = noise(71, 6 * MIB);
+    let pulled = pull_all(&nodes, &bytes, &[]).await;
+    let from_upstream: Vec<bool> = pulled.iter().map(|pulled| pulled.from_upstream).collect();
+    assert_eq!(from_upstream, [true, false, false, false, false, false], "{pulled:?}");
+    assert!(nodes.iter().all(|node| node.shelf.blobs.lock().unwrap().contains_key(&digest_of(&bytes))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_it_all_go_upstream_at_once() {
+    let nodes = nodes(3, Setup::default);
+    let bytes = noise(72, 2 * MIB);
+    let pulled = pull_all(&nodes, &bytes, &[]).await;
+    assert!(
+        pulled.iter().all(|pulled| pulled.from_upstream && pulled.answered_after < Duration::from_secs(5)),
+        "{pulled:?}"
+    );
+}
+
+/// Whom upstream refuses does not stop the others: the next one pulls.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_next_one_pulls_if_upstream_refuses_the_first() {
+    let nodes = nodes(4, || storm(Duration::from_secs(10)));
+    let bytes = noise(73, 4 * MIB);
+    let pulled = pull_all(&nodes, &bytes, &[0]).await;
+    assert_eq!(pulled.iter().filter(|pulled| pulled.from_upstream).count(), 2, "{pulled:?}");
+    let missing = nodes.iter().filter(|node| !node.shelf.blobs.lock().unwrap().contains_key(&digest_of(&bytes)));
+    assert_eq!(missing.count(), 1, "only the one that was refused");
+}
+
+/// A pull is held for no longer than it may be, though the one that was told to pull gets nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_held_longer_than_is_allowed() {
+    let nodes = nodes(3, || storm(Duration::from_millis(400)));
+    let digest = digest_of(b"never there");
+    let pulls = nodes.iter().enumerate().map(|(n, node)| {
+        Containerd::at(node, &format!("node-{n}"), &digest, MIB).pull(None, MIB, Duration::from_secs(3))
+    });
+    let pulled = tokio::time::timeout(PATIENCE, futures::future::join_all(pulls)).await.unwrap();
+    assert!(pulled.iter().all(|pulled| pulled.from_upstream), "{pulled:?}");
+    let held = pulled.iter().map(|pulled| pulled.answered_after).max().unwrap();
+    assert!(held >= Duration::from_millis(300) && held < Duration::from_secs(2), "{held:?}");
+}
+
+/// Another node's containerd is never held.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_our_own_containerd_is_held() {
+    let nodes = nodes(2, || storm(Duration::from_secs(15)));
+    let digest = digest_of(b"never there either");
+    let _first = Containerd::at(&nodes[0], "node-0", &digest, MIB);
+    let target = format!("/v2/app/blobs/{digest}?ns=registry.test");
+    assert_eq!(nodes[0].ask("GET", &target, &[("X-Spegel-Node", "node-0")]).await.status, 404, "it is to pull");
+    let began = Instant::now();
+    for headers in [&[("X-Spegel-Node", "somebody")][..], &[][..]] {
+        assert_eq!(nodes[1].ask("GET", &target, headers).await.status, 404);
+    }
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+}
