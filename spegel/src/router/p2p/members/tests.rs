@@ -177,7 +177,7 @@ fn neighbours_learn_each_others_cards() {
     let card = pair.a.card(&pair.b.local).unwrap();
     assert_eq!(
         (card.addresses.as_slice(), card.zone.as_deref(), card.version),
-        (&[address(2)][..], Some("b"), VERSION)
+        (&[address(2)][..], Some("b"), VERSION_WITH_STORMS)
     );
     assert!(pair.b.card(&pair.a.local).is_some());
 }
