@@ -49,6 +49,10 @@ const SWEEP: Duration = Duration::from_secs(5);
 /// three thousand nodes in ten rounds, and in six if a hundred hear it at first.
 const ROUND: Duration = Duration::from_millis(2_500);
 
+/// How many neighbours hear of a death from one that noticed it itself in as many ticks, and not in rounds: noticing has taken half of the
+/// time within which all are to know.
+const FIRST_HAND: u8 = 3;
+
 /// How long after there was news lists are compared at the latest.
 const AFTER_NEWS: Duration = Duration::from_secs(45);
 
@@ -139,6 +143,7 @@ pub(super) struct Membership {
     second_tries: Vec<(Instant, PeerId)>,
     budget: Budget,
     next_round: Instant,
+    first_hand: u8,
     comparison: Comparison,
     probed: Instant,
     swept: Instant,
@@ -187,6 +192,7 @@ impl Membership {
             second_tries: Vec::new(),
             budget: Budget::new(NEWS_RATE, NEWS_BURST, now),
             next_round: now,
+            first_hand: 0,
             comparison: Comparison::default(),
             probed: now,
             swept: now,
@@ -275,6 +281,7 @@ impl Membership {
         if known.failures >= MAX_FAILURES {
             let stamp = known.card.card.stamp;
             self.bury(now, tag, stamp);
+            self.first_hand = FIRST_HAND;
         } else if self.second_tries.len() < MAX_ASKED {
             self.second_tries.push((now + SECOND_TRY, *peer));
         }
@@ -393,9 +400,10 @@ impl Membership {
     // --- News ---
 
     fn tell_news(&mut self, now: Instant) {
-        if now < self.next_round || !self.news.is_hot() {
+        if (now < self.next_round && self.first_hand == 0) || !self.news.is_hot() {
             return;
         }
+        self.first_hand = self.first_hand.saturating_sub(1);
         let Some(peer) = self.any_neighbour() else { return };
         self.next_round = now + self.vary(ROUND);
         let news = numbers(&self.news.tell(&BTreeSet::new()));

