@@ -260,7 +260,7 @@ impl RelaySource {
         }
         let (Some(peer), Some(pipe)) = (&self.peer, &mut self.pipe) else { return };
         if self.transfer == Transfer::Zerocopy
-            && let Ok(n @ 1..) = splice_in(peer, pipe, self.unread)
+            && let Ok(n @ 1..) = splice_more(peer, pipe, self.unread)
         {
             self.unread -= n as u64;
             self.read_at = Some(Instant::now());
@@ -436,11 +436,16 @@ impl RelaySource {
     }
 }
 
+/// To an empty pipe: where nothing comes, the socket has nothing.
 fn splice_in(peer: &TcpStream, pipe: &mut Pipe, unread: u64) -> io::Result<usize> {
+    peer.try_io(Interest::READABLE, || splice_more(peer, pipe, unread))
+}
+
+/// To one that may be full. The runtime must not take that for a socket that has nothing, and wait for more of it.
+fn splice_more(peer: &TcpStream, pipe: &mut Pipe, unread: u64) -> io::Result<usize> {
     let len = usize::try_from(unread).unwrap_or(usize::MAX).min(pipe.capacity().saturating_sub(pipe.held()));
     let into = pipe.write_end()?;
-    let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-    let n = peer.try_io(Interest::READABLE, || Ok(rustix::pipe::splice(peer, None, into, None, len, flags)?))?;
+    let n = rustix::pipe::splice(peer, None, into, None, len, SpliceFlags::NONBLOCK | SpliceFlags::MOVE)?;
     pipe.filled(n);
     Ok(n)
 }

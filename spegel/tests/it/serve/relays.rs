@@ -107,6 +107,32 @@ async fn a_relay_of_more_than_4_gib_arrives_whole() {
     }
 }
 
+/// Its peer is read now and then although there is still something to send, which must not lose what the peer has sent meanwhile.
+#[tokio::test]
+async fn a_client_that_is_slow_for_seconds_and_then_fast_gets_everything() {
+    let bytes = noise(12 * MIB);
+    let slow = modes().into_iter().filter(|mode| mode.transfer == Transfer::Zerocopy).map(async |mode| {
+        let fixture = Fixture::new(mode);
+        let mut client = fixture.connect_narrow().await;
+        let (ours, peer) = pair().await;
+        let (body, ended) = relay(ours, b"", bytes.len());
+        fixture.then(Body::relay(body.stall_timeout(Duration::from_secs(1))));
+        let sending = send_in_background(peer, bytes.clone());
+        client.send(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n").await;
+        assert_eq!(client.head().await.length(), bytes.len() as u64);
+        let mut taken = Vec::new();
+        for _ in 0..60 {
+            tokio::time::sleep(Duration::from_millis(75)).await;
+            taken.extend(client.exactly(20_000).await);
+        }
+        taken.extend(client.exactly(bytes.len() - taken.len()).await);
+        same(&taken, &bytes);
+        assert!(matches!(end(ended).await, RelayEnd::Complete(_)));
+        drop(sending.await.unwrap());
+    });
+    futures::future::join_all(slow).await;
+}
+
 fn blocking(stream: TcpStream) -> std::net::TcpStream {
     let stream = stream.into_std().unwrap();
     stream.set_nonblocking(false).unwrap();
