@@ -128,6 +128,7 @@ impl Relay {
             resuming: None,
             resumed_at: None,
             read_at: None,
+            topped_at: None,
             left_waiting: false,
             failed: None,
             on_end,
@@ -192,6 +193,8 @@ pub(super) struct RelaySource {
     resumed_at: Option<u64>,
     /// When bytes of the peer's were last taken, if it has not been waited for since.
     read_at: Option<Instant>,
+    /// When it was read last while there was still something to send.
+    topped_at: Option<Instant>,
     /// It once had to wait for our client for long, and may have given up before what it had sent was read.
     left_waiting: bool,
     failed: Option<io::Error>,
@@ -255,15 +258,16 @@ impl RelaySource {
     /// Takes what there is room for from a peer that was not read for a while, since our client is slow: it must see that somebody is there. Whether
     /// it has ended shows when nothing is held any more.
     fn top_up(&mut self) {
-        if self.read_at.is_none_or(|at| at.elapsed() < TOP_UP) {
+        let is_due = |at: Instant| at.elapsed() >= TOP_UP;
+        if !self.topped_at.max(self.read_at).is_some_and(is_due) {
             return;
         }
+        self.topped_at = Some(Instant::now());
         let (Some(peer), Some(pipe)) = (&self.peer, &mut self.pipe) else { return };
         if self.transfer == Transfer::Zerocopy
             && let Ok(n @ 1..) = splice_more(peer, pipe, self.unread)
         {
             self.unread -= n as u64;
-            self.read_at = Some(Instant::now());
             self.stall.gained(n);
         }
     }
@@ -290,7 +294,7 @@ impl RelaySource {
     /// Makes `peer` the source of what is left, on the runtime that this is called on.
     fn adopt(&mut self, peer: TcpStream, prefetched: Bytes) -> io::Result<()> {
         self.peer = Some(TcpStream::from_std(peer.into_std()?)?);
-        (self.read_at, self.left_waiting) = (None, false);
+        (self.read_at, self.topped_at, self.left_waiting) = (None, None, false);
         if prefetched.len() as u64 > self.unread {
             return Err(io::Error::new(ErrorKind::InvalidData, "the peer sent more than it said"));
         }
