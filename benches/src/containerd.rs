@@ -314,6 +314,17 @@ impl Containerd {
         self.folder.path().join("certs.d")
     }
 
+    /// Has it ask a registry itself, at `url`, for what the registry part `host` of a name stands for: without a mirror.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn use_registry(&self, host: &str, url: &str) -> Result<()> {
+        let folder = self.certs_dir().join(host);
+        fs::create_dir_all(&folder)?;
+        let text = format!("[host.'{url}']\ncapabilities = ['pull', 'resolve']\n");
+        fs::write(folder.join("hosts.toml"), text).context("write hosts.toml")
+    }
+
     /// The node that it runs on.
     pub fn node(&self) -> &Node {
         &self.node
@@ -444,13 +455,7 @@ mod tests {
                 }
             };
             let containerd = Containerd::start(&binaries, &lab.add_node().unwrap(), &Options::default()).unwrap();
-            let hosts = containerd.certs_dir().join(registry.host());
-            fs::create_dir_all(&hosts).unwrap();
-            fs::write(
-                hosts.join("hosts.toml"),
-                format!("[host.'{}']\ncapabilities = ['pull', 'resolve']\n", registry.url()),
-            )
-            .unwrap();
+            containerd.use_registry(&registry.host(), &registry.url()).unwrap();
             let before = registry.requests("GET", "/blobs/");
             containerd.pull(image.reference()).unwrap();
             assert!(registry.requests("GET", "/blobs/") >= before + 3);

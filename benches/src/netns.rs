@@ -190,6 +190,15 @@ impl Node {
         ip(&full)
     }
 
+    /// Changes the node's firewall.
+    ///
+    /// # Errors
+    /// nft is not installed, or what it says.
+    pub fn nft(&self, rules: &str) -> Result<()> {
+        let program = find_program("nft").context("nft is not installed (Debian package nftables)")?;
+        output(self.command(&program.display().to_string()).arg(rules)).map(|_| ())
+    }
+
     /// A command that runs in the node.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("ip");

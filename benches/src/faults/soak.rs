@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use rustix::process::Signal;
 use serde::Serialize;
 
-use super::upsets::{TABLE, heal, nft};
+use super::upsets::{TABLE, heal};
 use super::{Action, Fault, Injector, make_empty_layout, rows};
 use crate::containerd::{Containerd, Options, Version, check_content};
 use crate::image::{Compression, Image, ImageBuilder, host_platform};
@@ -273,7 +273,7 @@ impl Weather<'_> {
     /// The node's network loses what the rule says for a while.
     fn without_packets(&mut self, name: &str, rule: &str, time: Duration) -> Result<()> {
         self.names.push(name.into());
-        nft(self.bad_node, &format!("{TABLE} add rule inet fault {rule}"))?;
+        self.bad_node.nft(&format!("{TABLE} add rule inet fault {rule}"))?;
         std::thread::sleep(time);
         heal(self.bad_node)
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use rustix::process::Signal;
 
 use super::{BOOTSTRAP_PORT, Injector, Scene, Upset};
-use crate::daemon::{find_program, output};
+use crate::daemon::find_program;
 use crate::netns::Node;
 use crate::spegel::{Source, Spegel};
 
@@ -33,15 +33,9 @@ pub(super) fn available() -> Result<(), String> {
     find_program("nft").map(|_| ()).ok_or_else(|| "nft is not installed (Debian package nftables)".to_owned())
 }
 
-/// Runs nft in a node.
-pub(super) fn nft(node: &Node, rule: &str) -> Result<()> {
-    let program = find_program("nft").context("nft is not installed (Debian package nftables)")?;
-    output(node.command(&program.display().to_string()).arg(rule)).map(|_| ())
-}
-
 /// Takes every rule of a node back.
 pub(super) fn heal(node: &Node) -> Result<()> {
-    nft(node, "delete table inet fault")
+    node.nft("delete table inet fault")
 }
 
 /// The node neither hears the others nor is heard by them.
@@ -50,7 +44,7 @@ pub(super) fn part(node: &Node, others: &[&Node]) -> Result<()> {
         let ip = other.address();
         format!("add rule inet fault in ip saddr {ip} drop; add rule inet fault out ip daddr {ip} drop; ")
     });
-    nft(node, &format!("{TABLE}{}", rules.collect::<String>()))
+    node.nft(&format!("{TABLE}{}", rules.collect::<String>()))
 }
 
 // === impl Upset ===
@@ -60,7 +54,7 @@ impl Upset {
         let (client, bad, good) = (&scene.nodes.client, &scene.nodes.bad, &scene.nodes.good);
         match self {
             Self::NoRoute => client.ip(&["route", "add", "unreachable", &format!("{}/32", bad.address())]),
-            Self::SynDropped => nft(bad, &format!("{TABLE} add rule inet fault in tcp dport 5000 drop")),
+            Self::SynDropped => bad.nft(&format!("{TABLE} add rule inet fault in tcp dport 5000 drop")),
             Self::Refused => {
                 scene.injector = None;
                 Ok(())
@@ -71,8 +65,8 @@ impl Upset {
                 scene.wait_found()
             }
             Self::FiftyDead => fifty_die(scene),
-            Self::Loss => nft(bad, &format!("{TABLE} add rule inet fault in numgen random mod 100 < 30 drop")),
-            Self::MtuBlackHole => nft(bad, &format!("{TABLE} add rule inet fault out ip length > 1000 drop")),
+            Self::Loss => bad.nft(&format!("{TABLE} add rule inet fault in numgen random mod 100 < 30 drop")),
+            Self::MtuBlackHole => bad.nft(&format!("{TABLE} add rule inet fault out ip length > 1000 drop")),
             Self::Split => part(client, &[bad, good]),
             Self::ContainerdRestarted => scene.containerd.restart(),
             Self::SocketGone => {
@@ -162,7 +156,7 @@ fn fifty_die(scene: &Scene) -> Result<()> {
 
 /// What the good peer says of others is not heard any more.
 fn drop_bootstrap(scene: &Scene) -> Result<()> {
-    nft(&scene.nodes.good, &format!("{TABLE} add rule inet fault in tcp dport {BOOTSTRAP_PORT} drop"))
+    scene.nodes.good.nft(&format!("{TABLE} add rule inet fault in tcp dport {BOOTSTRAP_PORT} drop"))
 }
 
 // === impl Scene ===

@@ -37,5 +37,5 @@ pub(super) fn refuse(upstream: &Node, nodes: &[&Node]) -> Result<()> {
         "add table ip storm; add chain ip storm in {{ type filter hook input priority 0; }}; \
          add rule ip storm in ip saddr {{ {list} }} tcp dport 5000 reject with tcp reset"
     );
-    output(upstream.command("nft").arg(rules)).map(|_| ())
+    upstream.nft(&rules)
 }

@@ -13,7 +13,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use rustix::process::Signal;
 use serde::Serialize;
 
@@ -160,7 +160,7 @@ impl Storm {
     fn solo(&self, binaries: &Binaries, lab: &mut Lab, upstream: &Registry, image: &Image) -> Result<f64> {
         let node = lab.add_node()?;
         let member = Member { containerd: Containerd::start(binaries, &node, &Options::default())?, spegel: None };
-        plain_hosts(&member.containerd, upstream)?;
+        member.containerd.use_registry(&upstream.host(), &upstream.url())?;
         lab.limit(&node, self.node)?;
         lab.limit(upstream.node(), self.upstream)?;
         let start = Instant::now();
@@ -176,7 +176,7 @@ impl Storm {
         for (number, node) in nodes.iter().enumerate() {
             let containerd = Containerd::start(binaries, node, &Options::default())?;
             let spegel = match &self.program {
-                None => plain_hosts(&containerd, upstream).map(|()| None)?,
+                None => containerd.use_registry(&upstream.host(), &upstream.url()).map(|()| None)?,
                 Some(program) => {
                     let log = folder.join(format!("node{number}.log"));
                     let mut settings = Settings::on_node(program, &containerd, &peers, &log);
@@ -352,12 +352,4 @@ impl Stormed {
 
 fn check(containerd: &Containerd, image: &Image) -> Result<()> {
     check_content(containerd, image.contents_for(host_platform()).map(|content| content.digest.as_str()))
-}
-
-/// Upstream without a mirror.
-fn plain_hosts(containerd: &Containerd, upstream: &Registry) -> Result<()> {
-    let folder = containerd.certs_dir().join(upstream.host());
-    std::fs::create_dir_all(&folder)?;
-    let text = format!("[host.'{}']\ncapabilities = ['pull', 'resolve']\n", upstream.url());
-    std::fs::write(folder.join("hosts.toml"), text).context("write hosts.toml")
 }

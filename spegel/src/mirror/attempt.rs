@@ -154,9 +154,9 @@ async fn manifest(
     if response.head.content_length > MAX_MANIFEST_BYTES as u64 {
         return Err(PeerError::Malformed("its manifest is longer than 4 MiB"));
     }
-    let permit = shared.afford(response.head.content_length).await?;
+    let _permit = shared.afford(response.head.content_length).await?;
     let bound = shared.settings.stall;
-    let bytes = read_whole(shared, &mut response, permit, 1).await?.ok_or(PeerError::Late { what: "body", bound })?;
+    let bytes = read_whole(shared, &mut response, 1).await?.ok_or(PeerError::Late { what: "body", bound })?;
     if !verify::matches(&digest, &bytes) {
         return Err(PeerError::WrongBytes);
     }
@@ -207,8 +207,8 @@ async fn small(
     address: SocketAddr,
 ) -> Result<Option<Verified>, PeerError> {
     let bound = shared.settings.stall;
-    let permit = shared.afford(response.head.content_length).await?;
-    let Some(bytes) = read_whole(shared, response, permit, 2).await? else {
+    let _permit = shared.afford(response.head.content_length).await?;
+    let Some(bytes) = read_whole(shared, response, 2).await? else {
         let late = PeerError::Late { what: "body", bound };
         let Some(before) = response.head.receiving else { return Err(late) };
         // It does not send what it had.
@@ -307,12 +307,7 @@ impl AsRef<[u8]> for Afforded {
 
 /// Reads a small body to its end, which takes so many `times` the stall timeout at the most, in each of which as much has to come as the floor says.
 /// None if less came; what did is in the response again.
-async fn read_whole(
-    shared: &Shared,
-    response: &mut PeerResponse,
-    permit: OwnedSemaphorePermit,
-    times: u32,
-) -> Result<Option<Bytes>, PeerError> {
+async fn read_whole(shared: &Shared, response: &mut PeerResponse, times: u32) -> Result<Option<Bytes>, PeerError> {
     let (bound, floor) = (shared.settings.stall, shared.settings.floor);
     let deadline = tokio::time::Instant::now() + bound * times;
     let length = usize::try_from(response.head.content_length).map_err(|_| PeerError::Malformed("too long"))?;
@@ -324,10 +319,7 @@ async fn read_whole(
         let before = bytes.len();
         let until = deadline.min(tokio::time::Instant::now() + bound);
         match timeout_at(until, fill(&mut response.stream, &mut bytes, length)).await {
-            Ok(Ok(())) => {
-                drop(permit);
-                return Ok(Some(bytes.freeze()));
-            }
+            Ok(Ok(())) => return Ok(Some(bytes.freeze())),
             Ok(Err(error)) if is_growing && error.kind() == ErrorKind::UnexpectedEof => return Err(PeerError::GaveUp),
             Ok(Err(error)) => return Err(PeerError::Lost(error)),
             Err(_) if bytes.len() - before >= least && until < deadline => {}

@@ -105,31 +105,28 @@ fn sort(head: &PeerHead) -> Sent {
 
 /// How many bytes of a blob a peer has now, and whether it still receives it; none if it says nothing sensible.
 pub(super) async fn position(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<(u64, bool)> {
+    look(shared, wanted, address).await?
+}
+
+/// How many bytes of a blob a node has now, none of what it has not got; nothing if it does not answer.
+pub(super) async fn answers(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
+    look(shared, wanted, address).await.map(|has| has.map_or(0, |(position, _)| position))
+}
+
+/// What a peer that answers says of a blob, if it has any of it: how many bytes, and whether it still receives it.
+async fn look(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<Option<(u64, bool)>> {
     let request = request(shared, &Wanted { wait: None, rank: None, ..wanted.clone() }, true);
     let timeouts = shared.settings.timeouts.at_most(ASKED);
-    let asked = client::request(&shared.pool, &[address], &request, timeouts, &mut None).await;
-    let (address, response) = asked.ok().filter(|(_, response)| response.head.status == 200)?;
+    let (address, response) = client::request(&shared.pool, &[address], &request, timeouts, &mut None).await.ok()?;
+    if response.head.status != 200 {
+        return Some(None);
+    }
     let position = match response.head.receiving {
         Some(position) => (position, true),
         None => (response.head.content_length, false),
     };
     shared.keep(address, response);
-    Some(position)
-}
-
-/// How many bytes of a blob a node has now, none of what it has not got; nothing if it does not answer.
-pub(super) async fn answers(shared: &Shared, wanted: &Wanted, address: SocketAddr) -> Option<u64> {
-    let request = request(shared, &Wanted { wait: None, rank: None, ..wanted.clone() }, true);
-    let timeouts = shared.settings.timeouts.at_most(ASKED);
-    let (address, response) = client::request(&shared.pool, &[address], &request, timeouts, &mut None).await.ok()?;
-    let position = match response.head.status {
-        200 => response.head.receiving.unwrap_or(response.head.content_length),
-        _ => 0,
-    };
-    if response.head.status == 200 {
-        shared.keep(address, response);
-    }
-    Some(position)
+    Some(Some(position))
 }
 
 impl Shared {

@@ -104,14 +104,14 @@ impl Watch {
                 (Phase::Head(since), _) => (since + self.limits.header_read, Expired::Head),
                 (Phase::Idle(since), _) => (since + self.limits.idle, Expired::Idle),
                 (Phase::Busy, Some(since)) => {
-                    let tries = self.tried.filter(|(of, _)| *of == since).map_or(0, |(_, tries)| tries);
+                    let tries = self.tries(since);
                     (since + self.limits.write_stall * (tries + 1).min(TRIES) / TRIES, Expired::WriteStall)
                 }
                 (Phase::Busy, None) => return Verdict::Wait,
             };
             if now >= deadline {
                 if let (Expired::WriteStall, Some(since)) = (expired, activity.blocked_since) {
-                    let tries = self.tried.filter(|(of, _)| *of == since).map_or(0, |(_, tries)| tries);
+                    let tries = self.tries(since);
                     if tries < TRIES {
                         self.tried = Some((since, tries + 1));
                         return Verdict::TryWrite;
@@ -137,6 +137,13 @@ impl Watch {
                 Poll::Ready(()) => now = Instant::now(),
             }
         }
+    }
+}
+
+impl Watch {
+    /// How often the client's socket was tried in the wait that began then.
+    fn tries(&self, since: Instant) -> u32 {
+        self.tried.filter(|(of, _)| *of == since).map_or(0, |(_, tries)| tries)
     }
 }
 

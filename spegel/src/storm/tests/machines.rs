@@ -16,6 +16,16 @@ fn child(now: Instant) -> Child {
     Child::new(wish, 1, vec![Node(1), Node(2), Node(3)], 100, now + MAX, now)
 }
 
+/// One that a parent has begun to feed.
+fn fed_child(start: Instant) -> Child {
+    let mut child = child(start);
+    let (_, want) = question(&actions(&mut child, start));
+    child.answered(want.number, fetch(7), start);
+    actions(&mut child, start);
+    child.fed(start);
+    child
+}
+
 fn actions(child: &mut Child, now: Instant) -> Vec<Action> {
     std::iter::from_fn(|| child.poll(now)).collect()
 }
@@ -147,11 +157,7 @@ fn who_stands_still_asks_sooner_than_one_whose_parent_does_too() {
 #[test]
 fn a_body_that_stands_still_ends() {
     let start = Instant::now();
-    let mut child = child(start);
-    let (_, want) = question(&actions(&mut child, start));
-    child.answered(want.number, fetch(7), start);
-    actions(&mut child, start);
-    child.fed(start);
+    let mut child = fed_child(start);
     let mut given_up = None;
     for n in 0..1200_u64 {
         let now = start + Duration::from_millis(10 * n);
@@ -190,11 +196,7 @@ fn refusals_slow_the_questions_down() {
 #[test]
 fn a_slow_parent_is_told_of_once_in_a_while() {
     let start = Instant::now();
-    let mut child = child(start);
-    let (_, want) = question(&actions(&mut child, start));
-    child.answered(want.number, fetch(7), start);
-    actions(&mut child, start);
-    child.fed(start);
+    let mut child = fed_child(start);
     let mut asked = Vec::new();
     for n in 0..100_u64 {
         let now = start + Duration::from_millis(100 * n);

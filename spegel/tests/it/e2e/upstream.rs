@@ -31,9 +31,7 @@ fn nobody_has_it(version: Version) {
     assert!(misses >= 15.0, "the mirror was asked {misses} times before upstream was");
 
     // Without a mirror: the same file, that names the upstream only.
-    let hosts = member.containerd.certs_dir().join(cluster.upstream.host()).join("hosts.toml");
-    let direct = format!("[host.'{}']\ncapabilities = ['pull', 'resolve']\n", cluster.upstream.url());
-    std::fs::write(hosts, direct).unwrap();
+    member.containerd.use_registry(&cluster.upstream.host(), &cluster.upstream.url()).unwrap();
     let without = timed(&images[3..]);
     let cost = with.saturating_sub(without);
     println!(

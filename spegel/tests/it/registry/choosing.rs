@@ -9,11 +9,7 @@ use spegel::registry::UploadLimits;
 use spegel::router::MemoryNetwork;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{Node, Setup, digest_of, noise, scripted};
-
-fn target(digest: &Digest) -> String {
-    format!("/v2/app/blobs/{digest}?ns=registry.test")
-}
+use super::{Node, Setup, digest_of, noise, scripted, target};
 
 /// Which node gave how many of so many small blobs that all of them have.
 async fn sources(asker: &Node, nodes: &[&Node], count: u64) -> BTreeMap<String, usize> {

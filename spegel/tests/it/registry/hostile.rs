@@ -12,11 +12,7 @@ use spegel::store::{Change, Outcome};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
 
-use super::{Node, Setup, digest_of, noise, scripted};
-
-fn target(digest: &Digest) -> String {
-    format!("/v2/app/blobs/{digest}?ns=registry.test")
-}
+use super::{Node, Setup, digest_of, noise, scripted, target};
 
 /// The first byte that a request asks for.
 fn first_byte(request: &str) -> usize {
@@ -403,7 +399,6 @@ async fn a_file_that_gets_shorter_ends_in_order_and_is_withdrawn() {
     let a = Node::join(&network, "a");
     let bytes = noise(28, 8 << 20);
     let digest = a.offer(&bytes);
-    let mirrored = [("X-Spegel-Mirrored", "true")];
     let mut stream = tokio::net::TcpStream::connect(a.address()).await.unwrap();
     let request = format!("GET {} HTTP/1.1\r\nHost: a\r\nX-Spegel-Mirrored: true\r\n\r\n", target(&digest));
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -412,8 +407,14 @@ async fn a_file_that_gets_shorter_ends_in_order_and_is_withdrawn() {
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).await.expect("an orderly end");
     assert!(rest.len() < 8 << 20);
+    withdrawn(&network, &a, digest).await;
+}
+
+/// Waits until the node gives it to no peer any more, and it is offered no more then.
+async fn withdrawn(network: &MemoryNetwork, node: &Node, digest: Digest) {
+    let mirrored = [("X-Spegel-Mirrored", "true")];
     let deadline = Instant::now() + super::PATIENCE;
-    while a.ask("GET", &target(&digest), &mirrored).await.status != 404 {
+    while node.ask("GET", &target(&digest), &mirrored).await.status != 404 {
         assert!(Instant::now() < deadline, "still given");
     }
     let observer = network.join("observer", "127.0.0.1:1".parse().unwrap());
@@ -435,12 +436,7 @@ async fn content_that_the_disk_does_not_give_ends_in_order_and_is_withdrawn() {
     let mirrored = [("X-Spegel-Mirrored", "true")];
     let reply = a.ask("GET", &target(&digest), &mirrored).await;
     assert!(reply.orderly && reply.body.is_empty(), "{reply:?}");
-    let deadline = Instant::now() + super::PATIENCE;
-    while a.ask("GET", &target(&digest), &mirrored).await.status != 404 {
-        assert!(Instant::now() < deadline, "still given");
-    }
-    let observer = network.join("observer", "127.0.0.1:1".parse().unwrap());
-    assert!(observer.lookup(&Key::Digest(digest)).recv().await.is_none());
+    withdrawn(&network, &a, digest).await;
 }
 
 /// Clients leave early all the time: that is not the disk's fault.

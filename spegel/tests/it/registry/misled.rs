@@ -4,14 +4,6 @@ use std::sync::atomic::AtomicU64;
 
 use super::*;
 
-fn target(digest: &Digest) -> String {
-    format!("/v2/app/blobs/{digest}?ns=registry.test")
-}
-
-fn ok(bytes: &[u8]) -> Vec<u8> {
-    [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len()).as_bytes(), bytes].concat()
-}
-
 /// They are many connections of one containerd, or of many pods, and the one who has it has a slow link.
 #[tokio::test]
 async fn who_asks_for_the_same_small_blob_at_once_shares_one_body() {

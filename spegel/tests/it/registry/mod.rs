@@ -273,6 +273,16 @@ impl Node {
     }
 }
 
+/// The path and query of a blob.
+fn target(digest: &Digest) -> String {
+    format!("/v2/app/blobs/{digest}?ns=registry.test")
+}
+
+/// A whole answer.
+fn ok(bytes: &[u8]) -> Vec<u8> {
+    [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len()).as_bytes(), bytes].concat()
+}
+
 /// A peer that answers every connection with the same bytes, then closes in an orderly way.
 async fn rogue(network: &MemoryNetwork, id: &str, key: Key, answer: Vec<u8>) -> Arc<MemoryRouter> {
     scripted(network, id, &[key], move |_| answer.clone()).await.0

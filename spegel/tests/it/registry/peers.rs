@@ -6,11 +6,7 @@ use std::time::{Duration, Instant};
 use spegel::oci::Key;
 use spegel::router::MemoryNetwork;
 
-use super::{MANIFEST, Node, digest_of, noise, rogue, scripted};
-
-fn ok(bytes: &[u8]) -> Vec<u8> {
-    [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len()).as_bytes(), bytes].concat()
-}
+use super::{MANIFEST, Node, digest_of, noise, ok, rogue, scripted};
 
 #[tokio::test]
 async fn content_is_found_at_a_peer_by_tag_and_by_digest() {
