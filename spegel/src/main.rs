@@ -11,7 +11,7 @@ fn main() -> ExitCode {
     };
     let lines = app::trace(&invocation.log);
     let code = match app::run(invocation.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             tracing::error!("{}", app::describe(&error));
             ExitCode::FAILURE
