@@ -10,6 +10,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
 use tracing::warn;
 
 use crate::registry::Registry;
@@ -19,10 +20,27 @@ const PERIOD: Duration = Duration::from_secs(2);
 /// What any answer begins with.
 const ANSWER: &[u8] = b"HTTP/1.1 ";
 
-fn tell(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(false, state) {
-        warn!(%error, "the service manager cannot be told");
-    }
+/// What is told.
+enum News {
+    Ready,
+    Status(String),
+    Alive,
+    Stopping,
+}
+
+/// On a thread that may wait: a service manager that does not read must not hold up the control runtime.
+fn tell(news: News) -> JoinHandle<()> {
+    tokio::task::spawn_blocking(move || {
+        let state = match &news {
+            News::Ready => NotifyState::Ready,
+            News::Status(text) => NotifyState::Status(text),
+            News::Alive => NotifyState::Watchdog,
+            News::Stopping => NotifyState::Stopping,
+        };
+        if let Err(error) = sd_notify::notify(false, &[state]) {
+            warn!(%error, "the service manager cannot be told");
+        }
+    })
 }
 
 /// Tells that the process is up, and from then on what becomes of it. `at` is where the registry listens.
@@ -30,7 +48,8 @@ pub(super) async fn attend(registry: Arc<Registry>, at: SocketAddr) {
     let mut bound = 0;
     let watchdog = sd_notify::watchdog_enabled(false, &mut bound).then(|| Duration::from_micros(bound));
     let period = watchdog.map_or(PERIOD, |bound| PERIOD.min(bound / 3));
-    tell(&[NotifyState::Ready]);
+    // Each is waited for, so that no more than one thread waits.
+    let _ = tell(News::Ready).await;
     let mut told = String::new();
     let mut timer = tokio::time::interval(period);
     timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -38,19 +57,19 @@ pub(super) async fn attend(registry: Arc<Registry>, at: SocketAddr) {
         timer.tick().await;
         let status = registry.ready().map_or_else(|why| format!("waiting: {why}"), |()| "ready".to_owned());
         if status != told {
-            tell(&[NotifyState::Status(&status)]);
-            told = status;
+            told.clone_from(&status);
+            let _ = tell(News::Status(status)).await;
         }
         // A data runtime that hangs takes no connection; a process that is stopped does not come here.
         if watchdog.is_some() && matches!(tokio::time::timeout(period, answers(at)).await, Ok(Ok(true))) {
-            tell(&[NotifyState::Watchdog]);
+            let _ = tell(News::Alive).await;
         }
     }
 }
 
 /// Tells that the process is on its way out.
 pub(super) fn stopping() {
-    tell(&[NotifyState::Stopping]);
+    tell(News::Stopping);
 }
 
 /// Whether the registry answers a request.
