@@ -4,6 +4,7 @@ mod cleanup;
 mod doctor;
 mod handler;
 mod node;
+mod peers;
 mod strain;
 mod supervisor;
 mod trace;
@@ -30,7 +31,7 @@ use crate::router::{Identity, P2pRouter, P2pSettings, Router, RouterMetrics};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
 use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Outcome, Store, StoreError};
 use crate::web::Web;
-use crate::{hosts, metrics};
+use crate::{ebpf, hosts, metrics};
 
 pub use trace::{trace, write_out};
 
@@ -55,18 +56,30 @@ pub fn describe(error: &anyhow::Error) -> String {
     })
 }
 
-/// Does what the command line asks for. The exit code is not 0 where what was looked at is not in order.
+/// Does what has to be done before the process has a second thread: privileges belong to threads, and what eBPF needs is given up here.
+///
+/// # Errors
+/// eBPF was asked for, and cannot be had.
+pub fn prepare(command: &Command) -> anyhow::Result<ebpf::Watch> {
+    match command {
+        Command::Registry(settings) => ebpf::Watch::start(&settings.ebpf).context("--ebpf on"),
+        _ => Ok(ebpf::Watch::without_kernel()),
+    }
+}
+
+/// Does what the command line asks for, after [`prepare`]. The exit code is not 0 where what was looked at is not in order.
 ///
 /// # Errors
 /// What kept it from being done, with the chain of causes.
-pub fn run(command: Command) -> anyhow::Result<ExitCode> {
+pub fn run(command: Command, watch: ebpf::Watch) -> anyhow::Result<ExitCode> {
     match command {
         Command::Doctor(settings) => return block_on(doctor::examine(*settings)),
         Command::Version(format) => version(format),
         Command::Configuration(configuration) => tell(&hosts::write(&configuration)?),
-        Command::Registry(settings) => block_on(registry(*settings))?,
+        Command::Registry(settings) => block_on(registry(*settings, watch))?,
         Command::Cleanup(settings) => block_on(cleanup::clean(settings))?,
         Command::CleanupWait(settings) => block_on(cleanup::wait(*settings))?,
+        Command::Peers(settings) => peers::show(&settings)?,
         Command::Completions(script) => std::io::stdout().write_all(&script)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -116,7 +129,8 @@ fn tell(report: &hosts::Report) {
     }
 }
 
-async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
+async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Result<()> {
+    watch.tell();
     let stop = CancellationToken::new();
     let _stop_all = stop.clone().drop_guard();
     let mut stop_signal = StopSignal::listen()?;
@@ -131,8 +145,14 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     if let Some(endpoint) = &settings.bootstrap_endpoint {
         serve_bootstrap(endpoint, &router, &stop)?;
     }
-    let patience = mirror::Settings { zone: zone.as_deref().map(Into::into), ..settings.mirror.clone() };
+    let patience = mirror::Settings {
+        zone: zone.as_deref().map(Into::into),
+        watch: Some(watch.clone()),
+        ..settings.mirror.clone()
+    };
     let mirror = Mirror::new(router.clone(), patience, MirrorMetrics::register(&mut figures));
+    let registry_metrics = RegistryMetrics::register(&mut figures);
+    watch.register(&mut figures, registry_metrics.pulled());
     let registry = Arc::new(Registry::new(crate::registry::Settings {
         store: store.clone(),
         mirror,
@@ -141,16 +161,17 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         basic_auth: settings.basic_auth.clone(),
         node_name: Some(settings.node_name.clone()),
         uploads: settings.uploads,
-        metrics: RegistryMetrics::register(&mut figures),
+        metrics: registry_metrics,
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
-    let examination = doctor::at_start(doctor::settings_at_start(&settings), DoctorMetrics::register(&mut figures));
+    let examination =
+        doctor::at_start(doctor::settings_at_start(&settings, &watch), DoctorMetrics::register(&mut figures));
     let serve_metrics = ServeMetrics::register(&mut figures);
     serve_metrics.set_open_files(open_files);
-    let mut options = Options { metrics: serve_metrics, ..settings.serve.options.clone() };
+    let mut options = Options { metrics: serve_metrics, watch: Some(watch.clone()), ..settings.serve.options.clone() };
     options.limits.connections = affordable(options.limits.connections, open_files);
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
-    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
+    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures, watch)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(tell_outcomes(store.outcomes(), Arc::clone(&registry)));
     tokio::spawn(announce(store, router.clone()));
@@ -233,6 +254,7 @@ fn start_router(
         Some(dir) => (Identity::load_or_create(dir)?, Some(RememberedPeers::new(dir))),
         None => (Identity::fresh(), None),
     };
+    trace::KAD_ERRORS.count_in(&metrics);
     let p2p = P2pSettings {
         listen: router_addresses(settings.router_addr),
         registry_port: settings.registry_addr.port(),

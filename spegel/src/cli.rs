@@ -3,6 +3,8 @@
 mod args;
 mod cleanup;
 mod doctor;
+mod ebpf;
+mod peers;
 mod serve;
 mod settings;
 
@@ -13,6 +15,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 pub use args::{LogFormat, LogLevel, VersionFormat};
 pub use cleanup::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
 pub use doctor::DoctorSettings;
+pub use peers::{PeersOrder, PeersSettings, PeersShow};
 pub use serve::ServeSettings;
 pub use settings::{Bootstrap, BootstrapEndpoint, Content, Peers, RegistrySettings, Zone};
 
@@ -49,6 +52,8 @@ pub enum Command {
     CleanupWait(Box<CleanupWaitSettings>),
     /// Examine this node.
     Doctor(Box<DoctorSettings>),
+    /// Show a running process's connections.
+    Peers(PeersSettings),
     /// Print this script.
     Completions(Vec<u8>),
 }
@@ -84,6 +89,7 @@ fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result
             args.split_lists(matches);
             Command::Doctor(Box::new(doctor::doctor(*args)?))
         }
+        (args::Command::Peers(args), _) => Command::Peers(peers::peers(&args)?),
         (args::Command::Completions { shell }, _) => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut args::Cli::command(), "spegel", &mut script);
@@ -221,6 +227,9 @@ mod tests {
                 &["--max-pipes", "0"],
                 &["--node-name", "elsewhere"],
                 &["--basic-auth-dir", secrets],
+                &["--ebpf", "off"],
+                &["--containerd-cgroup", "/system.slice/containerd.service"],
+                &["--upstream-ports", "5443"],
             ],
         );
     }
@@ -251,6 +260,15 @@ mod tests {
                 &["--http-bootstrap-addr", ":1"],
                 &["--http-bootstrap-cert-dir", "/elsewhere", "--http-bootstrap-addr", ":1"],
             ],
+        );
+    }
+
+    #[test]
+    fn each_flag_of_peers_changes_something() {
+        check_flags(
+            "peers",
+            &[],
+            &[&["--metrics-addr", ":1"], &["--json"], &["--once"], &["--sort", "rtt"], &["--interval", "5s"]],
         );
     }
 
@@ -335,6 +353,8 @@ mod tests {
             (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a:NoSchedule"], "key alone"),
             (&["registry"], "--bootstrap-kind needs a kind"),
             (&["configuration"], "--mirror-targets"),
+            (&["registry", "--bootstrap-kind", "mdns", "--upstream-ports", "https"], "--upstream-ports https"),
+            (&["peers", "--json", "--once"], "--json or --once"),
             (&["cleanup"], "--addr"),
             (&["cleanup-wait"], "--probe-endpoint"),
             (&["cleanup-wait", "--probe-endpoint", "nowhere"], "host and a port"),

@@ -9,7 +9,7 @@ use clap::Args;
 use spegel_benches::daemon::{find_program, output};
 
 /// The version that is built.
-const VERSION: &str = "0.18.3";
+const VERSION: &str = "0.20.2";
 
 #[derive(Debug, Args)]
 pub(crate) struct Audit {

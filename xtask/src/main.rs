@@ -1,6 +1,5 @@
 //! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`,
-//! `cluster-test`, `hosts-test`,
-//! `docs`, `audit`, `bench-cluster`, `storm`, `tidy`.
+//! `cluster-test`, `hosts-test`, `docs`, `audit`, `bench-cluster`, `storm`, `ebpf`, `tidy`.
 
 mod audit;
 mod bench;
@@ -11,6 +10,7 @@ mod cluster;
 mod demo;
 mod dist;
 mod docs;
+mod ebpf;
 mod faults;
 mod helm;
 mod hosts;
@@ -61,6 +61,8 @@ enum Command {
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
     Image(image::Image),
+    /// Build the kernel programs into the object that is committed beside their source
+    Ebpf(ebpf::Ebpf),
     /// Install, upgrade and remove the chart in a real Kubernetes cluster on this machine
     ClusterTest(cluster::ClusterTest),
     /// Twelve plain hosts, installed from the Debian package, upgraded and removed; needs root
@@ -101,6 +103,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Storm(storm) => storm.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
+        Command::Ebpf(ebpf) => ebpf.run(root()),
         Command::ClusterTest(test) => test.run(root()),
         Command::HostsTest(test) => test.run(),
         Command::Docs(docs) => docs.run(),

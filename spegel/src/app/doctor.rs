@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use crate::cli::{Content, DoctorSettings, RegistrySettings};
 use crate::doctor::{self, Containerd, DoctorMetrics, Ebpf, Outside, Port, State};
+use crate::ebpf::Watch;
 use crate::serve::ListenAddr;
 
 fn port(addr: ListenAddr) -> Port {
@@ -32,7 +33,7 @@ pub(super) async fn examine(settings: DoctorSettings) -> anyhow::Result<ExitCode
         containerd: containerd(&settings.content, settings.containerd_config),
         config_path: settings.config_path,
         node_name: settings.node_name,
-        ebpf: Ebpf::Off,
+        ebpf: Ebpf::Untold,
         outside: Some(outside),
     })
     .await;
@@ -55,12 +56,14 @@ fn containerd(content: &Content, config: Option<std::path::PathBuf>) -> Option<C
 }
 
 /// What the process that starts looks at itself.
-pub(super) fn settings_at_start(settings: &RegistrySettings) -> doctor::Settings {
+pub(super) fn settings_at_start(settings: &RegistrySettings, watch: &Watch) -> doctor::Settings {
+    let counted = watch.report();
+    let ebpf = if counted.source == "ebpf" { Ebpf::Kernel } else { Ebpf::Sockets(counted.reason.unwrap_or_default()) };
     doctor::Settings {
         containerd: containerd(&settings.content, None),
         config_path: settings.config_path.clone(),
         node_name: settings.node_name.clone(),
-        ebpf: Ebpf::Off,
+        ebpf,
         outside: None,
     }
 }

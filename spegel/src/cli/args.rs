@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use super::cleanup::{CleanupArgs, CleanupWaitArgs};
 use super::doctor::DoctorArgs;
+use super::ebpf::EbpfArgs;
+use super::peers::PeersArgs;
 use super::serve::ServeArgs;
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum};
@@ -80,6 +82,8 @@ pub(super) enum Command {
     CleanupWait(CleanupWaitArgs),
     /// Say whether this node's pulls go through the mirror, and what to change if not; the exit code is 1 then
     Doctor(Box<DoctorArgs>),
+    /// Show a running process's connections, by peer
+    Peers(PeersArgs),
     /// Write a shell's completion script to standard output
     Completions {
         /// The shell
@@ -252,6 +256,8 @@ pub(super) struct RegistryArgs {
     #[arg(long, env, value_name = "KEY")]
     pub(super) startup_taint: Option<String>,
     #[command(flatten)]
+    pub(super) ebpf: EbpfArgs,
+    #[command(flatten)]
     pub(super) serve: ServeArgs,
     #[command(flatten)]
     pub(super) node: NodeArgs,
@@ -281,6 +287,7 @@ impl RegistryArgs {
         split(matches, "mirrored_registries", &mut self.mirrored_registries);
         split(matches, "registry_filters", &mut self.registry_filters);
         split_paths(matches, "oci_layout", &mut self.oci_layout);
+        split(matches, "upstream_ports", &mut self.ebpf.upstream_ports);
     }
 }
 
@@ -294,7 +301,7 @@ pub(super) fn split_paths(matches: &ArgMatches, id: &str, paths: &mut Vec<PathBu
 /// A list from the environment is one text, with commas or spaces between its values; on the command line each value is
 /// its own argument, so that a regular expression may hold a comma. Empty values are left out in both. The kinds of
 /// bootstrap hold neither, and are split in both.
-fn split(matches: &ArgMatches, id: &str, values: &mut Vec<String>) {
+pub(super) fn split(matches: &ArgMatches, id: &str, values: &mut Vec<String>) {
     if matches.value_source(id) == Some(ValueSource::EnvVariable) || id == "bootstrap_kind" {
         let separator = |c: char| c == ',' || c.is_whitespace();
         *values = values.iter().flat_map(|text| text.split(separator)).map(str::to_owned).collect();

@@ -198,7 +198,7 @@ mod tests {
         assert_eq!((&value["good"], &value["checks"][2]["state"]), (&false.into(), &"failure".into()));
         let mut registry = Registry::default();
         DoctorMetrics::register(&mut registry).set(&report);
-        let text = crate::metrics::encode(&registry).unwrap_or_default();
+        let text = crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap_or_default();
         assert!(text.contains("spegel_doctor_findings{check=\"one\",state=\"failure\"} 1"), "{text}");
     }
 

@@ -8,15 +8,19 @@ use super::network::Running;
 /// Whether io_uring is allowed: 0 all, 1 some, 2 nobody.
 const SWITCH: &str = "/proc/sys/kernel/io_uring_disabled";
 
-/// What the kernel programs do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Where the figures of connections come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Ebpf {
-    /// They are not loaded.
+    /// It was not told: as the running process says in its metrics.
     #[default]
-    Off,
+    Untold,
+    /// From programs in the kernel.
+    Kernel,
+    /// From our own sockets only, and why.
+    Sockets(String),
 }
 
-pub(super) fn judge(running: Option<&Running>, ebpf: Ebpf) -> Vec<Finding> {
+pub(super) fn judge(running: Option<&Running>, ebpf: &Ebpf) -> Vec<Finding> {
     let engine = running.and_then(Running::engine);
     let ring = match engine {
         Some((engine, reason)) if engine == "io-uring" => {
@@ -30,10 +34,23 @@ pub(super) fn judge(running: Option<&Running>, ebpf: Ebpf) -> Vec<Finding> {
         ),
         None => judge_switch(fs::read_to_string(SWITCH).ok().as_deref()),
     };
-    let ebpf = match ebpf {
-        Ebpf::Off => Finding::note(
+    let told = match ebpf {
+        Ebpf::Untold => running.and_then(Running::ebpf),
+        told => Some(told.clone()),
+    };
+    let ebpf = match told {
+        Some(Ebpf::Kernel) => {
+            Finding::good("ebpf", "programs in the kernel count what containerd gets from registries and from peers")
+        }
+        Some(Ebpf::Sockets(why)) => Finding::note(
             "ebpf",
-            "no kernel program counts what containerd gets from registries; everything else works without",
+            format!(
+                "no program in the kernel counts what containerd gets from registries ({why}): it takes CAP_BPF and CAP_NET_ADMIN; everything else works without"
+            ),
+        ),
+        Some(Ebpf::Untold) | None => Finding::note(
+            "ebpf",
+            "whether programs in the kernel count is not known while spegel does not run; everything else works without",
         ),
     };
     vec![ring, ebpf]

@@ -32,7 +32,7 @@ pub struct Settings {
     pub config_path: PathBuf,
     /// This node's name, as the mirror knows it.
     pub node_name: String,
-    /// What the kernel programs do.
+    /// Where the figures of connections come from.
     pub ebpf: Ebpf,
     /// What is looked at beyond this node's own files and containerd; not while the mirror itself starts.
     pub outside: Option<Outside>,
@@ -87,7 +87,7 @@ pub async fn examine(settings: &Settings) -> Report {
         Some(outside) => Some(network::look(outside).await),
         None => None,
     };
-    findings.extend(kernel::judge(running.as_ref(), settings.ebpf));
+    findings.extend(kernel::judge(running.as_ref(), &settings.ebpf));
     if let (Some(outside), Some(running)) = (&settings.outside, &running) {
         findings.extend(running.judge());
         findings.extend(network::peers(outside).await);

@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use super::finding::Finding;
 use super::http::{self, Answer};
-use super::{Outside, Port};
+use super::{Ebpf, Outside, Port};
 use crate::bootstrap::BootstrapError;
 
 /// The largest text of metrics that is read, in bytes.
@@ -144,9 +144,20 @@ fn owner(port: u16) -> Option<String> {
 impl Running {
     /// The engine that drives connections, and why it is that one.
     pub(super) fn engine(&self) -> Option<(String, String)> {
-        let line = self.metrics.as_ref().ok()?.lines().find(|line| line.starts_with("spegel_serve_engine_info{"))?;
-        let label = |name: &str| Some(line.split_once(&format!("{name}=\""))?.1.split_once('"')?.0.to_owned());
-        Some((label("engine")?, label("reason")?))
+        Some((self.label("spegel_serve_engine_info{", "engine")?, self.label("spegel_serve_engine_info{", "reason")?))
+    }
+
+    /// Where the figures of connections come from.
+    pub(super) fn ebpf(&self) -> Option<Ebpf> {
+        let source = self.label("spegel_ebpf_state{", "source")?;
+        let why = || self.label("spegel_ebpf_state{", "reason").unwrap_or_default();
+        Some(if source == "ebpf" { Ebpf::Kernel } else { Ebpf::Sockets(why()) })
+    }
+
+    /// A label of the first sample whose line begins like this.
+    fn label(&self, start: &str, name: &str) -> Option<String> {
+        let line = self.metrics.as_ref().ok()?.lines().find(|line| line.starts_with(start))?;
+        Some(line.split_once(&format!("{name}=\""))?.1.split_once('"')?.0.to_owned())
     }
 
     pub(super) fn judge(&self) -> Vec<Finding> {
