@@ -399,6 +399,8 @@ impl Asked<'_> {
                     let until = now + LONGEST_FIRST_BYTE;
                     self.tree.stand(from, Standing::Leased { until }, None);
                 }
+                // Its lease ran out, and it still has nothing.
+                Some((Standing::Orphan, ..)) if have.position == 0 && self.is_refused() => {}
                 _ => self.tree.stand(from, Standing::Root, None),
             },
             Holding::All => self.tree.stand(from, Standing::Complete, None),
@@ -417,6 +419,10 @@ impl Asked<'_> {
             _ => LEAST_PAUSE.max(self.turn()),
         };
         Response::Ack { again, furthest: self.tree.furthest }
+    }
+
+    fn is_refused(&self) -> bool {
+        self.tree.get(self.from).is_some_and(|place| place.refused)
     }
 
     /// The time in which each node may say something once, if they are not to say too much together.

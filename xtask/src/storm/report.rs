@@ -55,7 +55,7 @@ pub(super) struct Outcome {
     /// What nodes took, each from its own start.
     p50: Duration,
     slowest: Duration,
-    upstream: f64,
+    pub(super) upstream: f64,
     requests: f64,
     depth: u32,
     messages: f64,
@@ -126,6 +126,16 @@ impl Outcome {
             took: began.elapsed(),
             scenario,
         }
+    }
+
+    /// When the last node had everything, and what the slowest took, as multiples of one pull alone.
+    pub(super) fn last_of_solo(&self) -> f64 {
+        self.last.as_secs_f64() / self.solo.as_secs_f64()
+    }
+
+    /// As [`Outcome::last_of_solo`].
+    pub(super) fn worst_of_solo(&self) -> f64 {
+        self.slowest.as_secs_f64() / self.solo.as_secs_f64()
     }
 
     pub(super) fn print(&self) {

@@ -329,3 +329,19 @@ fn floods_are_not_answered() {
     });
     assert_eq!(answered.count(), 20);
 }
+
+/// A lease that ran out without a byte is not brought back by a report that says no more: nobody else would pull as long as it goes on.
+#[test]
+fn who_got_nothing_in_its_time_is_no_root_for_saying_so() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    assert_eq!(parent(talk.want(2)), 1);
+    talk.pass(Duration::from_secs(2));
+    let again = |want: &mut Want| (want.why, want.avoid) = (Why::Refused, vec![Node(1)]);
+    assert!(matches!(talk.want_as(2, 0, again), Response::Pull { .. }));
+    talk.have(1, 0, Holding::Root);
+    assert_eq!(parent(talk.want(3)), 2, "not 1, which has nothing");
+    talk.have(2, 0, Holding::Nothing);
+    talk.have(1, 0, Holding::Root);
+    assert!(matches!(talk.want(4), Response::Pull { .. }), "neither of them gets anything");
+}
