@@ -51,6 +51,7 @@ impl Talk {
             avoid: Vec::new(),
             skipped: 0,
             busy: false,
+            fed: false,
         };
         change(&mut want);
         self.say(node, zone, &Request::Want(want)).expect("an answer")
@@ -271,6 +272,7 @@ fn repetitions_are_answered_as_before_and_what_was_overtaken_is_not() {
             avoid: Vec::new(),
             skipped: 0,
             busy: false,
+            fed: false,
         })
     };
     let first = talk.say(1, 0, &want(5, Why::New));
