@@ -166,13 +166,26 @@ fn the_bound_of_a_lease_follows_what_upstream_takes() {
 fn who_says_that_upstream_has_not_refused_it_is_given_more_time() {
     let mut talk = Talk::new();
     talk.want_as(1, 0, |want| want.usual = Some(Duration::from_millis(50)));
-    for _ in 0..5 {
+    for _ in 0..16 {
         talk.pass(Duration::from_millis(250));
         talk.have(1, 0, Holding::Root);
     }
-    assert_eq!(parent(talk.want(2)), 1, "after 1.25 s");
-    talk.pass(Duration::from_millis(250));
-    talk.have(1, 0, Holding::Root);
+    assert_eq!(parent(talk.want(2)), 1, "after 4 s");
+    for _ in 0..2 {
+        talk.pass(Duration::from_millis(250));
+        talk.have(1, 0, Holding::Root);
+    }
+    talk.pulls(3);
+}
+
+#[test]
+fn who_gets_other_parts_of_the_image_is_given_as_much() {
+    let mut talk = Talk::new();
+    let answer = talk.want_as(1, 0, |want| want.fed = true);
+    assert_eq!(answer, Response::Pull { within: Duration::from_millis(4500) });
+    talk.pass(Duration::from_secs(4));
+    assert_eq!(parent(talk.want(2)), 1);
+    talk.pass(Duration::from_secs(1));
     talk.pulls(3);
 }
 

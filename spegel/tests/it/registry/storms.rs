@@ -250,7 +250,7 @@ async fn who_loses_its_parent_is_given_another_one() {
         }
     });
     let pulled = tokio::time::timeout(PATIENCE, futures::future::join_all(pulls)).await.expect("all come to an end");
-    let from_upstream: Vec<_> =
-        pulled.iter().map(|pulled| pulled.as_ref().map(|pulled| pulled.from_upstream)).collect();
-    assert_eq!(from_upstream, [Some(true), None, Some(false), Some(false)], "{pulled:?}");
+    // Whoever of them was first; if it was the one that gave up, another one pulled the rest.
+    let others = pulled.iter().flatten();
+    assert_eq!(others.filter(|pulled| pulled.from_upstream).count(), 1, "{pulled:?}");
 }
