@@ -54,13 +54,13 @@ fn handle(context: &SockOpsContext, site: Site) {
     match field!(context, op) {
         // Here already, so that one that is never answered is seen.
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
-            if let Some(key) = key(context, site) {
+            if let Some(key) = key(context, site, Some(true)) {
                 track::begin(context, id(context, site), key, true);
             }
         }
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => track::established(id(context, site)),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if site == Site::Own => {
-            if let Some(key) = key(context, site) {
+            if let Some(key) = key(context, site, Some(false)) {
                 let id = id(context, site);
                 track::begin(context, id, key, false);
                 track::established(id);
@@ -83,11 +83,12 @@ fn id(context: &SockOpsContext, site: Site) -> u64 {
     (cookie << 1) | (site == Site::Containerd) as u64
 }
 
-/// Whom a connection is with, and what for; none if it is none of ours to look at.
+/// Whom a connection is with, and what for; none if it is none of ours to look at. `active` is whether this side opened it, if that is known: whoever
+/// opens one may be given the registry's port by chance.
 #[inline(always)]
-pub fn key(context: &SockOpsContext, site: Site) -> Option<PeerKey> {
+pub fn key(context: &SockOpsContext, site: Site, active: Option<bool>) -> Option<PeerKey> {
     let (local_port, remote_port) = (field!(context, local_port), u32::from_be(field!(context, remote_port)));
-    let ours = local_port == registry_port();
+    let ours = local_port == registry_port() && active != Some(true);
     if site == Site::Own && !ours {
         let router = router_port();
         if remote_port != registry_port() && local_port != router && remote_port != router {

@@ -111,7 +111,9 @@ unsafe fn advance(context: &SockOpsContext, connection: *mut Connection, ends: b
     let state = field!(context, state);
     // The kernel counts the bytes of the sequence numbers, of which SYN and FIN have one each.
     let fin_acknowledged = state == FIN_WAIT2 || state == TIME_WAIT || (ends && (state == LAST_ACK || state == CLOSING));
-    let fin_received = state == CLOSE_WAIT || state == LAST_ACK || state == CLOSING || state == TIME_WAIT;
+    // Whoever has closed and read on gets the other's FIN last; one who has closed and let go gets it when the socket is gone, and is a byte short.
+    let fin_received =
+        state == CLOSE_WAIT || state == LAST_ACK || state == CLOSING || state == TIME_WAIT || (ends && state == FIN_WAIT2);
     let received = field!(context, bytes_received).saturating_sub(fin_received as u64);
     let acknowledged = field!(context, bytes_acked).saturating_sub(fin_acknowledged as u64);
     let (segments, retransmits) = (field!(context, data_segs_out), field!(context, total_retrans));
@@ -204,7 +206,7 @@ unsafe fn add_all(to: *mut Counts, counts: &Counts) {
 /// An event of a connection that is not known: it was pushed out, or the other program knows it.
 #[inline(always)]
 fn missed(context: &SockOpsContext, site: Site) {
-    if let Some(key) = key(context, site)
+    if let Some(key) = key(context, site, None)
         && key.role != spegel_common::Role::Other as u32
     {
         lost(&key);

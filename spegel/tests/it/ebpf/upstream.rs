@@ -26,9 +26,9 @@ impl Group {
 
     /// A script of bash's that runs in it, in a node of a lab.
     fn run(&self, lab_node: &spegel_benches::netns::Node, script: &str) -> String {
-        let script = format!("echo $$ > {}/cgroup.procs; {script}", self.0.display());
-        let command: &mut Command = &mut lab_node.command("bash");
-        output(command.args(["-c", &script])).unwrap()
+        // First the group: within a namespace `ip` shows another /sys.
+        let enter = format!("echo $$ > {}/cgroup.procs && exec ip netns exec \"$0\" bash -c \"$1\"", self.0.display());
+        output(Command::new("bash").args(["-c", &enter, lab_node.namespace(), script])).unwrap()
     }
 }
 
