@@ -66,6 +66,7 @@ fn handle(context: &SockOpsContext, site: Site) {
                 track::established(id);
             }
         }
+        BPF_SOCK_OPS_RTT_CB if track::has_looked_enough() => {}
         BPF_SOCK_OPS_RTT_CB => track::look(context, id(context, site), site, true),
         BPF_SOCK_OPS_RTO_CB => track::look(context, id(context, site), site, false),
         BPF_SOCK_OPS_STATE_CB if field!(context, __bindgen_anon_1.args[1]) == TCP_CLOSE => {

@@ -1,7 +1,7 @@
 //! What becomes of a connection, told to the maps. The kernel holds the socket's lock meanwhile, so a connection's own row has one writer;
 //! all other rows have many, and are added to atomically.
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::programs::SockOpsContext;
 use spegel_common::{Congestion, Connection, Counts, PeerKey, PeerStats, Totals};
 
@@ -12,6 +12,9 @@ use crate::sockets::{Site, field, key};
 const WANTED: i32 = 1 | (1 << 2) | (1 << 3);
 /// A connection is not looked at again within this time, in nanoseconds, for a round trip alone: on a fast link there are thousands a second.
 const PAUSE: u64 = 50_000_000;
+/// So many connections are looked at in a tick of the kernel's clock (1 to 10 ms) for a round trip alone: with small requests each is a round trip,
+/// and what is passed over is counted the next time.
+const LOOKS: u32 = 8;
 /// The kernel's flag: make no row where there is one.
 const NO_EXIST: u64 = 1;
 /// The kernel's word for a round trip that was never measured.
@@ -43,6 +46,32 @@ unsafe fn atomic_add(to: *mut u64, amount: u64) {
     // whose result nobody wants is there since the first.
     // SAFETY: the caller's pointer is into a map's row, which the verifier has checked.
     unsafe { core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(to, amount) };
+}
+
+/// The tick in which connections were last looked at, and at how many. Several processors may change them at once, which makes it one more or less.
+#[unsafe(no_mangle)]
+static mut TICK: u64 = 0;
+#[unsafe(no_mangle)]
+static mut LOOKED: u32 = 0;
+
+/// Whether this tick's looks are used up. This is all that happens in most calls: it must cost next to nothing.
+#[inline(always)]
+pub fn has_looked_enough() -> bool {
+    // SAFETY: statics of this program, and a helper that only reads a clock.
+    unsafe {
+        let tick = bpf_jiffies64();
+        if core::ptr::read_volatile(&raw const TICK) != tick {
+            core::ptr::write_volatile(&raw mut TICK, tick);
+            core::ptr::write_volatile(&raw mut LOOKED, 1);
+            return false;
+        }
+        let looked = core::ptr::read_volatile(&raw const LOOKED);
+        if looked >= LOOKS {
+            return true;
+        }
+        core::ptr::write_volatile(&raw mut LOOKED, looked + 1);
+        false
+    }
 }
 
 /// A connection is being opened, or was.
