@@ -258,6 +258,7 @@ fn start_router(
         Some(dir) => (Identity::load_or_create(dir)?, Some(RememberedPeers::new(dir))),
         None => (Identity::fresh(), None),
     };
+    trace::KAD_ERRORS.count_in(&metrics);
     let p2p = P2pSettings {
         listen: router_addresses(settings.router_addr),
         registry_port: settings.registry_addr.port(),

@@ -9,6 +9,7 @@ mod machines;
 mod chart;
 mod fluid;
 mod lab;
+mod model;
 mod report;
 mod scenario;
 mod world;

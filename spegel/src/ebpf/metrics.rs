@@ -193,7 +193,7 @@ mod tests {
         let (mut registry, pulled) = (Registry::default(), Arc::<Pulled>::default());
         pulled.add_peer(7);
         watch.register(&mut registry, Arc::clone(&pulled));
-        let text = crate::metrics::encode(&registry).unwrap();
+        let text = crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap();
         let series = text.lines().filter(|line| line.starts_with("spegel_peer_sent_bytes_total{")).count();
         assert!(series <= super::super::table::NAMED + 3, "{text}");
         assert!(text.contains("spegel_pull_bytes_total{source=\"peer\"} 7"), "{text}");

@@ -15,12 +15,13 @@ use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeou
 use super::fetch::{Streamed, Taken, Use};
 use super::lineage::Tie;
 use super::{
-    COMPLAINT_HEADER, Chain, Content, Kind, MIRRORED_HEADER, NodeId, Shared, VERIFIED_BODY, Verified, WAIT_HEADER,
-    Wanted, relay, verify,
+    COMPLAINT_HEADER, Chain, Content, Kind, MIRRORED_HEADER, NodeId, RANK_HEADER, Shared, VERIFIED_BODY, Verified,
+    WAIT_HEADER, Wanted, relay, verify,
 };
 use crate::hosts::NODE_HEADER;
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, RangeSpec, parse_range};
 use crate::router::Peer;
+use crate::storm::Rank;
 
 /// How much of a blob a peer may lack of what it is to go on with, if it is still receiving that: its client waits meanwhile.
 const BEHIND: u64 = 8 << 20;
@@ -92,6 +93,9 @@ pub(super) fn request(shared: &Shared, wanted: &Wanted, head_only: bool) -> Peer
     let mut extra = shared.headers();
     if let Some(wait) = wanted.wait {
         extra.push_str(&format!("{WAIT_HEADER}: {}\r\n", wait.as_millis()));
+    }
+    if let Some(Rank(rank)) = wanted.rank {
+        extra.push_str(&format!("{RANK_HEADER}: {rank}\r\n"));
     }
     if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
         extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));

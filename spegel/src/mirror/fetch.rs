@@ -19,7 +19,8 @@ use super::flights::Landed;
 use super::lineage::Tie;
 use super::metrics::Outcome;
 use super::peers::{Leave, jitter};
-use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings, storms};
+use super::storms::{self, Line, Offer};
+use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings};
 use crate::oci::{Key, RangeSpec};
 use crate::router::Peer;
 
@@ -31,6 +32,8 @@ const BESIDE_PROBE: Duration = Duration::from_millis(50);
 const MORE: usize = 3;
 /// How long a search goes on for the sake of later requests.
 const SEARCH_ON: Duration = Duration::from_secs(2);
+/// What comes of asking nobody.
+const NOBODY: PeerError = PeerError::Malformed("nobody gave it");
 
 /// A peer as it is known, what of it was met, and what it gave.
 type Attempt = BoxFuture<'static, (Peer, Peer, Result<Taken, PeerError>)>;
@@ -93,27 +96,46 @@ struct Race<'a> {
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
     // Before anybody is asked, who may be asking us at this moment.
     let _sought = shared.seek(wanted, wanted.first_byte());
-    let (peer, taken) = match race_once(shared, wanted).await {
-        Ok(taken) => taken,
-        Err(miss) if wanted.kind == Kind::Manifest => return Err(miss),
-        Err(miss) => match &shared.storms {
-            Some(storms) if wanted.is_own && !wanted.head_only => {
-                storms::hold(shared, storms, wanted).await.ok_or(miss)?
+    let (peer, taken, line) = match shared.storms.as_ref().filter(|storms| storms.concern(wanted)) {
+        Some(storms) => match storms::hold(shared, storms, wanted).await {
+            Offer::Taken(peer, taken, line) => (peer, taken, Some(line)),
+            Offer::Nobody(line) => {
+                let (peer, taken) = race_once(shared, wanted).await?;
+                let line = line.map(|mut line| {
+                    line.is_given_elsewhere();
+                    line
+                });
+                (peer, taken, line)
             }
-            _ => siblings::wait(shared, wanted).await.ok_or(miss)?,
         },
+        None => {
+            let (peer, taken) = race_or_wait(shared, wanted).await?;
+            (peer, taken, None)
+        }
     };
+    shared.learn(wanted, &taken);
     if let Some(pull) = &wanted.pull {
         shared.siblings.gave(pull, &peer, now());
     }
     let content = match taken {
-        Taken::Content(content) => content,
+        Taken::Content(content) => {
+            line.inspect(Line::ended);
+            content
+        }
         Taken::Streamed(streamed) => {
             let part = streamed.part;
-            Content::Relay { body: relay::body(shared, wanted, streamed), part }
+            Content::Relay { body: relay::body(shared, wanted, streamed, line), part }
         }
     };
     Ok(Found { peer: Some(peer), content })
+}
+
+/// The first good answer; of a blob of an image that a peer gave others of, that one's once it has it.
+async fn race_or_wait(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(Peer, Taken), Miss> {
+    match race_once(shared, wanted).await {
+        Err(miss) if wanted.kind == Kind::Blob => siblings::wait(shared, wanted).await.ok_or(miss),
+        other => other,
+    }
 }
 
 /// The first good answer, which those who ask for the same at this time have in common, if it is small.
@@ -151,18 +173,7 @@ pub(super) async fn race(
     wanted: &Wanted,
     excluded: &HashSet<SocketAddr>,
 ) -> Result<(Peer, Taken), Miss> {
-    let mut race = Race {
-        shared,
-        wanted,
-        excluded,
-        candidates: Vec::new(),
-        asked: HashSet::new(),
-        attempts: FuturesUnordered::new(),
-        found: 0,
-        met: 0,
-        tried: 0,
-        refused: 0,
-    };
+    let mut race = Race::new(shared, wanted, excluded);
     for peer in shared.sources.of(&wanted.key, |_| false, now()) {
         race.consider(peer);
     }
@@ -178,6 +189,22 @@ pub(super) async fn race(
     taken.ok_or(Miss { found: race.found, tried: race.met })
 }
 
+/// A good answer of one of these, whoever gives the first.
+pub(super) async fn race_among(
+    shared: &Arc<Shared>,
+    wanted: &Wanted,
+    peers: Vec<Peer>,
+) -> (Peer, Result<Taken, PeerError>) {
+    let nobody = HashSet::new();
+    let mut race = Race::new(shared, wanted, &nobody);
+    let Some(first) = peers.first().cloned() else { return (Peer::new("".into(), Vec::new()), Err(NOBODY)) };
+    peers.into_iter().for_each(|peer| race.consider(peer));
+    match race.run(None).await {
+        Some((peer, taken)) => (peer, Ok(taken)),
+        None => (first, Err(NOBODY)),
+    }
+}
+
 fn now() -> std::time::Instant {
     std::time::Instant::now()
 }
@@ -189,7 +216,22 @@ async fn next_peer(lookup: &mut Option<mpsc::Receiver<Peer>>) -> Option<Peer> {
     }
 }
 
-impl Race<'_> {
+impl<'a> Race<'a> {
+    fn new(shared: &'a Arc<Shared>, wanted: &'a Wanted, excluded: &'a HashSet<SocketAddr>) -> Self {
+        Self {
+            shared,
+            wanted,
+            excluded,
+            candidates: Vec::new(),
+            asked: HashSet::new(),
+            attempts: FuturesUnordered::new(),
+            found: 0,
+            met: 0,
+            tried: 0,
+            refused: 0,
+        }
+    }
+
     /// Asks the candidates, and those that `lookup` finds, until one gives a good answer or there is nobody left to ask.
     async fn run(&mut self, mut lookup: Option<mpsc::Receiver<Peer>>) -> Option<(Peer, Taken)> {
         let start = Instant::now();
@@ -215,7 +257,6 @@ impl Race<'_> {
                 Some((peer, met, result)) = self.attempts.next() => match result {
                     Ok(taken) => {
                         self.shared.sources.found(&self.wanted.key, &peer, now());
-                        self.learn(&taken);
                         return Some((met, taken));
                     }
                     Err(error) => {
@@ -358,17 +399,6 @@ impl Race<'_> {
         }
     }
 
-    /// What is beneath a manifest can be had where the manifest is, and no search for it can come too late.
-    fn learn(&self, taken: &Taken) {
-        if let (Kind::Manifest, Taken::Content(Content::Verified(verified))) = (self.wanted.kind, taken) {
-            let children = family::children(&verified.bytes);
-            self.shared.sizes.learn(&children);
-            let keys = children.into_iter().map(|(digest, _)| Key::Digest(digest));
-            let keys = keys.chain([Key::Digest(verified.digest.clone())]);
-            self.shared.sources.inherit(&self.wanted.key, keys, now());
-        }
-    }
-
     /// A search that comes too late for this request serves the next one.
     fn search_on(&self, lookup: Option<mpsc::Receiver<Peer>>) {
         let (Some(mut lookup), Ok(permit)) = (lookup, Arc::clone(&self.shared.searches).try_acquire_owned()) else {
@@ -389,6 +419,17 @@ impl Race<'_> {
 }
 
 impl Shared {
+    /// What is beneath a manifest can be had where the manifest is, and no search for it can come too late.
+    fn learn(&self, wanted: &Wanted, taken: &Taken) {
+        if let (Kind::Manifest, Taken::Content(Content::Verified(verified))) = (wanted.kind, taken) {
+            let children = family::children(&verified.bytes);
+            self.sizes.learn(&children);
+            let keys = children.into_iter().map(|(digest, _)| Key::Digest(digest));
+            let keys = keys.chain([Key::Digest(verified.digest.clone())]);
+            self.sources.inherit(&wanted.key, keys, now());
+        }
+    }
+
     /// Remembers who failed. A peer that refuses works: it has not got what it was said to have. `took` is the time until its head and until
     /// all that was read of its answer.
     fn judge(&self, key: &Key, peer: &Peer, took: [Duration; 2], result: &Result<Taken, PeerError>) {

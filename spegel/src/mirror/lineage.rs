@@ -61,6 +61,18 @@ impl Chain {
         self.0.contains(&node)
     }
 
+    /// How many nodes there are in it.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The chain of those who get it from `node`; none if it would be too long.
     #[must_use]
     pub fn below(&self, node: NodeId) -> Option<Self> {

@@ -6,6 +6,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::storms::StormFigures;
+
 const RESOLVE_SECONDS: [f64; 12] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
 const HOLD_SECONDS: [f64; 10] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0];
 
@@ -19,6 +21,8 @@ pub struct MirrorMetrics {
     wrong: Counter,
     outcasts: Counter,
     holds: Family<AttemptLabel, Histogram>,
+    /// What an operator can see of storms.
+    pub(super) storm: StormFigures,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -93,6 +97,7 @@ impl MirrorMetrics {
             wrong: Counter::default(),
             outcasts: Counter::default(),
             holds: Family::new_with_constructor(|| Histogram::new(HOLD_SECONDS)),
+            storm: StormFigures::register(registry),
         };
         registry.register_with_unit(
             "spegel_resolve_duration",
@@ -110,7 +115,7 @@ impl MirrorMetrics {
         registry.register("spegel_peers_set_aside", help, metrics.outcasts.clone());
         registry.register_with_unit(
             "spegel_storm_hold",
-            "How long requests were held for what nobody had, by whether a peer gave it then",
+            "How long requests waited for who a coordinator names, by whether that one gave it or they went on to look for others, and upstream",
             Unit::Seconds,
             metrics.holds.clone(),
         );

@@ -28,10 +28,10 @@ use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use crate::ebpf::Watch;
-use crate::oci::{Digest, Key};
+use crate::oci::{Digest, Key, Repository};
 use crate::router::{Peer, Router};
 use crate::store::{Change, Outcome, Store};
-use crate::storm::Rank;
+use crate::storm::{Rank, Refusal};
 use crate::zerocopy::Body;
 
 pub(crate) use check::{check_hints, check_peer_head};
@@ -39,6 +39,7 @@ pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
 pub use lineage::{Asker, Chain, MAX_CHAIN, NodeId, ParseChainError, Tie};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
+pub use storms::{Feed, Served};
 
 /// Marks a request between nodes: it is answered from local content only, so that no request goes in circles.
 pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
@@ -153,6 +154,8 @@ pub struct Wanted {
     pub is_own: bool,
     /// What the request is a part of: the upstream's name and the repository.
     pub pull: Option<Arc<str>>,
+    /// The repository in whose name it is asked for.
+    pub repository: Option<Repository>,
     /// How long a peer is asked to wait for its own first bytes.
     pub wait: Option<Duration>,
     /// Where a coordinator counted this node, if that sent it to the peer.
@@ -280,7 +283,7 @@ impl Shared {
 impl Mirror {
     /// A mirror that finds its peers by `router`.
     pub fn new(router: Arc<dyn Router>, settings: Settings, metrics: MirrorMetrics) -> Self {
-        let storms = storms::Storms::new(&*router, settings.storm);
+        let storms = storms::Storms::new(&*router, settings.storm, metrics.storm.clone());
         let (pool, peers) = (pool::Pool::new(settings.watch.clone()), peers::Peers::new(settings.watch.as_ref()));
         let shared = Shared {
             router,
@@ -321,6 +324,15 @@ impl Mirror {
             Some(storms) => storms.sent_away(digest).await,
             None => std::future::pending().await,
         }
+    }
+
+    /// Takes a node as one who is given a blob from now on, as long as what is returned lasts; nothing where storms are off. The slots of this node
+    /// follow from how fast each gets it.
+    ///
+    /// # Errors
+    /// It was sent here by a coordinator, and should go elsewhere.
+    pub fn serve(&self, served: &Served<'_>) -> Result<Option<Feed>, Refusal> {
+        self.shared.storms.as_ref().map(|storms| storms.serve(served, Instant::now())).transpose()
     }
 
     /// The nodes through which this node's containerd is being given a blob that they still receive.

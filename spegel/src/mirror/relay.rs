@@ -18,8 +18,10 @@ use super::fetch::{Streamed, Taken, Use, race};
 use super::lineage::Tie;
 use super::metrics::End;
 use super::peers::jitter;
+use super::storms::{self, Line};
 use super::{Shared, Wanted};
 use crate::ebpf::Probe;
+use crate::storm::Failure;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
 /// How long a peer that stands still may take to say how much it has: its client waits meanwhile.
@@ -62,11 +64,14 @@ struct State {
     broken: HashSet<SocketAddr>,
     /// The present peer has done nothing wrong, and is left for one that says that it has all of it.
     is_left: bool,
+    /// The storm that it is a part of: another peer is first looked for there.
+    line: Option<Line>,
 }
 
 /// The body of a response that began to arrive. When its peer breaks off, another goes on at the same byte.
-pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) -> Body {
+pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed, line: Option<Line>) -> Body {
     let Streamed { address, response, part, use_of, fed } = streamed;
+    line.as_ref().inspect(|line| line.comes_by(&response.stream));
     let length = response.head.content_length;
     let (start, total) = part.unwrap_or((0, length));
     let state = State {
@@ -81,6 +86,7 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed) ->
         fed,
         broken: HashSet::new(),
         is_left: false,
+        line,
     };
     let chain = Arc::new(Chain {
         shared: Arc::clone(shared),
@@ -165,6 +171,8 @@ impl Chain {
         if sent > 0 {
             state.senders.iter().for_each(|(peer, sort)| self.shared.blame.sent(&self.wanted.key, *peer, *sort, now));
         }
+        // Before the connection is anybody else's.
+        state.line.as_ref().inspect(|line| line.ended());
         let (from, since) = state.since;
         if matches!(end, RelayEnd::Complete(_)) || sent.saturating_sub(from) >= STEP {
             self.shared.peers.delivered(state.address, now);
@@ -239,6 +247,23 @@ impl Chain {
         let (wanted, broken, left) = chain.rest(offset, cause);
         Box::pin(async move {
             let _sought = chain.shared.seek(&wanted, chain.start + offset);
+            let line = chain.state.lock().unwrap_or_else(PoisonError::into_inner).line.clone();
+            if let Some(mut line) = line {
+                let led = storms::resume(&chain.shared, &mut line, &wanted, Failure::Broke).await;
+                let is_upstreams = led.is_none() && line.is_sent_upstream();
+                chain.state.lock().unwrap_or_else(PoisonError::into_inner).line = Some(line);
+                match led {
+                    Some((_, streamed)) if chain.fits(&streamed) => return Some(chain.go_on(streamed, offset)),
+                    // It pulls the rest for all others.
+                    None if is_upstreams => {
+                        if let Some(gate) = &wanted.gate {
+                            gate.wait().await;
+                        }
+                        return None;
+                    }
+                    _ => {}
+                }
+            }
             let mut excluded = broken.clone();
             excluded.extend(left);
             let mut found = race(&chain.shared, &wanted, &excluded).await;
@@ -247,9 +272,7 @@ impl Chain {
                 found = race(&chain.shared, &wanted, &broken).await;
             }
             let streamed = match found {
-                Ok((_, Taken::Streamed(streamed))) if streamed.part.is_some_and(|(_, total)| total == chain.total) => {
-                    streamed
-                }
+                Ok((_, Taken::Streamed(streamed))) if chain.fits(&streamed) => streamed,
                 _ => {
                     if let Some(gate) = &wanted.gate {
                         gate.wait().await;
@@ -257,31 +280,48 @@ impl Chain {
                     return None;
                 }
             };
-            let Streamed { address, response, use_of, fed, .. } = streamed;
-            debug!(key = %wanted.key, peer = %address, offset, "another peer goes on");
-            chain.shared.metrics.resumed();
-            let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
-            (state.address, state.keep_alive) = (address, response.head.keep_alive);
-            state.probe = response.probe;
-            state.position = response.head.receiving;
-            state.step = (response.head.receiving.unwrap_or_default(), Instant::now());
-            (state.since, state._use_of) = ((offset, Instant::now()), use_of);
-            let sender = (address, sort(&response.head));
-            if !state.senders.contains(&sender) {
-                state.senders.push(sender);
+            {
+                let mut state = chain.state.lock().unwrap_or_else(PoisonError::into_inner);
+                state.line.iter_mut().for_each(Line::is_given_elsewhere);
             }
-            state.fed = fed;
-            Some((response.stream, response.leftover))
+            Some(chain.go_on(streamed, offset))
         })
+    }
+
+    fn fits(&self, streamed: &Streamed) -> bool {
+        streamed.part.is_some_and(|(_, total)| total == self.total)
+    }
+
+    /// Another peer goes on from `offset` of the body on.
+    fn go_on(&self, streamed: Streamed, offset: u64) -> (TcpStream, Bytes) {
+        let Streamed { address, response, use_of, fed, .. } = streamed;
+        debug!(key = %self.wanted.key, peer = %address, offset, "another peer goes on");
+        self.shared.metrics.resumed();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.line.as_ref().inspect(|line| line.comes_by(&response.stream));
+        (state.address, state.keep_alive) = (address, response.head.keep_alive);
+        state.probe = response.probe;
+        state.position = response.head.receiving;
+        state.step = (response.head.receiving.unwrap_or_default(), Instant::now());
+        (state.since, state._use_of) = ((offset, Instant::now()), use_of);
+        let sender = (address, sort(&response.head));
+        if !state.senders.contains(&sender) {
+            state.senders.push(sender);
+        }
+        state.fed = fed;
+        (response.stream, response.leftover)
     }
 
     /// What is still wanted, who is not to be asked for it, and who only if nobody else gives it.
     fn rest(&self, offset: u64, cause: &io::Error) -> (Wanted, HashSet<SocketAddr>, Option<SocketAddr>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
-        // One that our client left waiting is as good as any.
+        // One that our client left waiting is as good as any, and one that a coordinator knows a better one than has done nothing wrong.
         let is_left = std::mem::take(&mut state.is_left);
-        if !is_left && cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {
+        let is_moved = state.line.as_ref().is_some_and(Line::is_moved);
+        if is_moved {
+            state.broken.insert(address);
+        } else if !is_left && cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {
             self.shared.broke(&self.wanted, address, state.gave_up(cause));
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);

@@ -11,21 +11,21 @@ use http::{Response, StatusCode};
 use tracing::warn;
 
 use super::metrics::ClientKind;
-use super::promises::{Client, Refusal};
+use super::promises::{Client, Refusal as Refused};
 use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Asker, Chain, Content, Found, Gate, Kind, NodeId, Tie, Verified, Wanted};
+use crate::mirror::{Asker, Chain, Content, Feed, Found, Gate, Kind, NodeId, Served, Tie, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
 use crate::store::{Blob, Found as Local, Receiving, StoreError};
-use crate::storm::Rank;
-use crate::zerocopy::{Body, BodyEnd};
+use crate::storm::{Rank, Refusal};
+use crate::zerocopy::{Body, BodyEnd, Growing};
 
 /// The longest that a peer is made to wait for what is about to be received.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// How often it is looked whether a blob has come that the store does not see coming.
-const LOOK: Duration = Duration::from_millis(50);
+const LOOK: Duration = Duration::from_millis(10);
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -149,10 +149,14 @@ impl Registry {
             Key::Tag(_) if ask.excluded => None,
             Key::Tag(tag) => self.settings.store.resolve(tag),
         };
-        if let Some(digest) = local
-            && let Some(answer) = self.local_manifest(ask, &digest).await?
-        {
-            return Ok(answer);
+        if let Some(digest) = local {
+            let mut answer = self.local_manifest(ask, &digest).await?;
+            if answer.is_none() && self.comes(ask, &digest).await {
+                answer = self.local_manifest(ask, &digest).await?;
+            }
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
         }
         self.note_pull(ask, reference);
         let unknown = || OciError::new(StatusCode::NOT_FOUND, ErrorCode::ManifestUnknown, "no node has this manifest");
@@ -171,6 +175,7 @@ impl Registry {
             node: self.fed_node(ask),
             feeds_us: false,
             pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
+            repository: ask.repository.clone(),
             wait: None,
             rank: None,
             is_own: self.client_kind(&ask.client) == ClientKind::Own,
@@ -182,6 +187,40 @@ impl Registry {
         let own_type = MediaType::detect(&bytes).ok().map(|own| own.as_str().to_owned());
         let media_type = own_type.or(media_type).ok_or_else(unknown)?;
         Ok(Answer::from(respond::manifest(&digest, &media_type, Body::bytes(bytes)), source))
+    }
+
+    /// Waits for a manifest that this node's containerd is about to receive, if a coordinator sent a peer here for it; true if it is here then.
+    async fn comes(&self, ask: &Ask, digest: &Digest) -> bool {
+        let Some(wait) = ask.wait.filter(|_| ask.mirrored && ask.rank.is_some() && !ask.excluded) else { return false };
+        let Ok(feed) = self.serve(ask, digest, None, 0) else { return false };
+        let end = Instant::now() + wait.min(LONGEST_WAIT);
+        while !self.declines(ask, digest) && Instant::now() < end {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.wait_in_line(ask, digest, left).await {
+                // It counts once all of it is there.
+                Ok(Some(Local::Receiving(_))) => tokio::time::sleep(LOOK.min(left)).await,
+                Ok(Some(Local::Complete(_))) => return true,
+                Ok(None) | Err(_) => break,
+            }
+        }
+        drop(feed);
+        // It may have come as the wait ended.
+        self.open(ask, digest).await.is_some()
+    }
+
+    /// Takes the asker as one who is given a blob, of which this node has these bytes as yet, or all of `total`.
+    fn serve(
+        &self,
+        ask: &Ask,
+        digest: &Digest,
+        growing: Option<&Growing>,
+        total: u64,
+    ) -> Result<Option<Feed>, Refusal> {
+        let first = match ask.range.map(|range| range.resolve(total.max(1))) {
+            Some(RangeOutcome::Part { start, .. }) => start,
+            _ => ask.first_byte().unwrap_or(0),
+        };
+        self.settings.mirror.serve(&Served { digest, growing, total, first, rank: ask.rank })
     }
 
     async fn local_manifest(&self, ask: &Ask, digest: &Digest) -> Result<Option<Answer>, OciError> {
@@ -248,6 +287,7 @@ impl Registry {
             node: self.fed_node(ask),
             feeds_us: self.may_be_ours(ask),
             pull: ask.pull().filter(|_| !ask.head_only && self.may_be_ours(ask)),
+            repository: ask.repository.clone(),
             wait: None,
             rank: None,
             is_own: self.client_kind(&ask.client) == ClientKind::Own,
@@ -260,10 +300,11 @@ impl Registry {
 
     /// What this node has, or receives. Only where the asker cannot be who receives it here is the latter looked for.
     async fn local_blob(&self, ask: &Ask, digest: &Digest) -> Option<Answer> {
+        let mut feed = None;
         let found = if self.may_be_ours(ask) || self.is_above(ask, digest) {
             self.open(ask, digest).await.map(Local::Complete)
         } else {
-            self.find(ask, digest).await
+            self.find(ask, digest, &mut feed).await
         };
         let found = found?;
         let (size, admitted) = match &found {
@@ -275,6 +316,18 @@ impl Registry {
         }
         let mut upload = None;
         if ask.mirrored && !ask.head_only {
+            let growing = match &found {
+                Local::Receiving(receiving) => Some(&receiving.growing),
+                Local::Complete(_) => None,
+            };
+            match &feed {
+                Some(feed) => feed.comes(growing, size),
+                None => match self.serve(ask, digest, growing, size) {
+                    Ok(taken) => feed = taken,
+                    Err(Refusal::Busy) => return Some(self.busy(ask, digest)),
+                    Err(Refusal::NotAhead) => return None,
+                },
+            }
             upload = self.uploads.begin(ask.length_of(size), Instant::now());
             if upload.is_none() {
                 return Some(self.busy(ask, digest));
@@ -284,13 +337,21 @@ impl Registry {
         let Answer { response, source, held } = match &found {
             Local::Complete(blob) => self.complete_blob(ask, digest, blob),
             Local::Receiving(receiving) => {
-                let body = |start, end: u64| Body::growing(receiving.growing.clone(), start, end - start);
+                let growing = match &feed {
+                    Some(feed) => receiving.growing.clone().until(feed.away()),
+                    None => receiving.growing.clone(),
+                };
+                let body = |start, end: u64| Body::growing(growing.clone(), start, end - start);
                 let mut answer = self.give(ask, digest, size, Source::Receiving, body);
                 respond::mark_receiving(&mut answer.response, receiving, &chain?);
                 answer
             }
         };
-        Some(Answer { response: response.map(|body| body.with_end(move |_| drop((upload, tie)))), source, held })
+        let response = response.map(|body| match &feed {
+            Some(feed) => body.counted_in(feed.counter()),
+            None => body,
+        });
+        Some(Answer { response: response.map(|body| body.with_end(move |_| drop((upload, tie, feed)))), source, held })
     }
 
     fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
@@ -320,14 +381,20 @@ impl Registry {
     }
 
     /// What this node has, receives, or is about to receive if the asker would wait for that.
-    async fn find(&self, ask: &Ask, digest: &Digest) -> Option<Local> {
+    async fn find(&self, ask: &Ask, digest: &Digest, feed: &mut Option<Feed>) -> Option<Local> {
         if self.audits.is_spoiled(digest) {
             return None;
         }
         let store = &self.settings.store;
         let found = match store.find(digest, ask.repository.as_ref()).await {
             Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
-                Some(wait) if ask.rank.is_some() => self.wait_in_line(ask, digest, wait.min(LONGEST_WAIT)).await,
+                Some(wait) if ask.rank.is_some() => match self.serve(ask, digest, None, 0) {
+                    Ok(taken) => {
+                        *feed = taken;
+                        self.wait_in_line(ask, digest, wait.min(LONGEST_WAIT)).await
+                    }
+                    Err(_) => Ok(None),
+                },
                 Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
                 None => Ok(None),
             },
@@ -349,8 +416,12 @@ impl Registry {
                 found = self.settings.store.expect(digest, ask.repository.as_ref(), left) => found?,
                 () = self.settings.mirror.sent_away(digest) => return Ok(None),
             };
-            if found.is_some() || Instant::now() >= end || self.declines(ask, digest) {
+            if found.is_some() || Instant::now() >= end {
                 return Ok(found);
+            }
+            if self.declines(ask, digest) {
+                // Its own pull may have ended because all of it has come.
+                return self.settings.store.find(digest, ask.repository.as_ref()).await;
             }
             tokio::time::sleep(LOOK.min(left)).await;
         }
@@ -486,7 +557,7 @@ impl Registry {
             return None;
         }
         let first = ask.first_byte()?;
-        let Refusal::Cut { total } = self.promises.refuse(&ask.client, digest, first, Instant::now()) else {
+        let Refused::Cut { total } = self.promises.refuse(&ask.client, digest, first, Instant::now()) else {
             return None;
         };
         self.settings.metrics.cut();

@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use bytes::{Buf, Bytes};
@@ -21,6 +22,7 @@ use super::relay::Relay;
 pub struct Body {
     kind: Kind,
     hooks: Vec<Hook>,
+    counter: Option<Arc<AtomicU64>>,
 }
 
 #[derive(Debug)]
@@ -76,13 +78,20 @@ impl Body {
     }
 
     fn new(kind: Kind) -> Self {
-        Self { kind, hooks: Vec::new() }
+        Self { kind, hooks: Vec::new(), counter: None }
     }
 
     /// Calls `hook` once when the body has ended, however it ended. It runs on the connection's runtime and must not block.
     #[must_use]
     pub fn with_end(mut self, hook: impl FnOnce(BodyEnd) + Send + 'static) -> Self {
         self.hooks.push(Hook(Box::new(hook)));
+        self
+    }
+
+    /// Counts in `counter` the bytes that were handed to the client's socket, as they are. There is one counter: the last one told.
+    #[must_use]
+    pub fn counted_in(mut self, counter: Arc<AtomicU64>) -> Self {
+        self.counter = Some(counter);
         self
     }
 
@@ -109,7 +118,7 @@ impl Body {
         let shared = ops.shared().clone();
         let transfer = shared.settings.transfer;
         let len = self.len();
-        let end = EndHooks { hooks: self.hooks, sent: 0, len };
+        let end = EndHooks { hooks: self.hooks, counter: self.counter, sent: 0, len };
         let (bytes, source) = match self.kind {
             Kind::Bytes(bytes) => (Some(bytes).filter(|bytes| !bytes.is_empty()), None),
             Kind::File { file, offset, .. } => {
@@ -163,6 +172,7 @@ impl fmt::Debug for Hook {
 /// Counts a body's bytes, and tells its owner when it is dropped.
 pub(super) struct EndHooks {
     hooks: Vec<Hook>,
+    counter: Option<Arc<AtomicU64>>,
     sent: u64,
     len: u64,
 }
@@ -170,6 +180,9 @@ pub(super) struct EndHooks {
 impl EndHooks {
     pub(super) fn sent(&mut self, bytes: usize) {
         self.sent += bytes as u64;
+        if let Some(counter) = &self.counter {
+            counter.store(self.sent, Ordering::Relaxed);
+        }
     }
 }
 

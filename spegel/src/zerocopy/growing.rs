@@ -27,6 +27,8 @@ pub struct Progress {
 pub struct Growing {
     file: Arc<File>,
     progress: watch::Receiver<Progress>,
+    /// True once no more of it is to be given.
+    away: Option<watch::Receiver<bool>>,
 }
 
 // === impl Growing ===
@@ -35,7 +37,13 @@ impl Growing {
     /// A file with the news of its writer. The end of the news is the end of the file.
     #[must_use]
     pub fn new(file: Arc<File>, progress: watch::Receiver<Progress>) -> Self {
-        Self { file, progress }
+        Self { file, progress, away: None }
+    }
+
+    /// The same, of which no more is given once `away` is true: a body of it then ends as if the writer gave up.
+    #[must_use]
+    pub fn until(self, away: watch::Receiver<bool>) -> Self {
+        Self { away: Some(away), ..self }
     }
 
     /// How far it is now.
@@ -45,8 +53,8 @@ impl Growing {
     }
 
     pub(super) fn into_source(self, offset: u64, len: u64, settings: &Settings) -> GrowingSource {
-        let Self { file, progress } = self;
-        let news = News { waiting: ReusableBoxFuture::new(changed(progress.clone())), progress };
+        let Self { file, progress, away } = self;
+        let news = News { waiting: ReusableBoxFuture::new(changed(progress.clone(), away.clone())), progress, away };
         GrowingSource { file: FileSource::new(file, offset, len, settings), end: offset + len, news }
     }
 }
@@ -83,6 +91,9 @@ impl GrowingSource {
         let next = self.end - self.file.left();
         loop {
             let Progress { position, ended } = *self.news.progress.borrow();
+            if self.news.is_sent_away() {
+                return Poll::Ready(Err(BodyError::Abandoned { missing: self.file.left() }));
+            }
             if position > next {
                 return Poll::Ready(Ok(position - next));
             }
@@ -93,23 +104,41 @@ impl GrowingSource {
     }
 }
 
-/// What is told of the file. The future has a receiver of its own, which has seen no more than the other.
+/// What is told of the file. The future has receivers of its own, which have seen no more than the others.
 struct News {
     progress: watch::Receiver<Progress>,
+    away: Option<watch::Receiver<bool>>,
     waiting: ReusableBoxFuture<'static, Told>,
 }
 
-type Told = (watch::Receiver<Progress>, Result<(), watch::error::RecvError>);
+type Told = (watch::Receiver<Progress>, Option<watch::Receiver<bool>>, Result<(), watch::error::RecvError>);
 
-async fn changed(mut progress: watch::Receiver<Progress>) -> Told {
-    let told = progress.changed().await;
-    (progress, told)
+async fn changed(mut progress: watch::Receiver<Progress>, mut away: Option<watch::Receiver<bool>>) -> Told {
+    let sent_away = async {
+        let is_sent = match &mut away {
+            Some(away) => away.wait_for(|is_away| *is_away).await.is_ok(),
+            None => false,
+        };
+        // Who could send it away may have ended: nobody does any more.
+        if !is_sent {
+            std::future::pending().await
+        }
+    };
+    let told = tokio::select! {
+        told = progress.changed() => told,
+        () = sent_away => Ok(()),
+    };
+    (progress, away, told)
 }
 
 impl News {
+    fn is_sent_away(&self) -> bool {
+        self.away.as_ref().is_some_and(|away| *away.borrow())
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), watch::error::RecvError>> {
-        let (progress, told) = ready!(Pin::new(&mut self.waiting).poll(cx));
-        self.waiting.set(changed(progress));
+        let (progress, away, told) = ready!(Pin::new(&mut self.waiting).poll(cx));
+        self.waiting.set(changed(progress, away));
         Poll::Ready(told)
     }
 }

@@ -8,6 +8,7 @@ use spegel_benches::storm::{Sample, Storm as Lab, Stormed, Victim};
 
 use super::Storm;
 use super::chart;
+use super::model;
 use super::scenario::Kill;
 
 /// Makes a storm, shows it, and tells what came of it; false if a pull failed or the cores were the limit.
@@ -17,6 +18,10 @@ pub(super) fn run(storm: &Storm) -> Result<bool> {
     let stormed = lab.run(&mut |sample| bars.show(sample))?;
     bars.clear();
     println!("{}", table(&stormed));
+    // It knows no other program, and none at all.
+    if storm.binary.is_none() && !storm.no_mirror {
+        print!("{}", model::beside(storm.scenario(storm.nodes, 1), &stormed));
+    }
     if let Some(file) = &storm.svg {
         std::fs::write(file, chart::draw(&stormed))?;
     }

@@ -1,0 +1,271 @@
+//! What an operator can see of a storm: for each image who pulled it from upstream, how deep the tree was, where the bytes came from, and what a
+//! node waited for.
+
+use std::collections::VecDeque;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::storm::Why;
+
+/// How many images are told apart: the latest. Their repositories are named by our own containerd.
+const IMAGES: usize = 32;
+/// The longest name of one.
+const LONGEST: usize = 255;
+/// After how long without a request the next one is of another pull.
+const GAP: Duration = Duration::from_secs(10);
+
+/// The figures of storms.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct StormFigures {
+    blobs: Family<SourceLabel, Counter>,
+    bytes: Family<SourceLabel, Counter>,
+    depth: Family<ImageLabel, Gauge>,
+    waits: Family<WaitLabel, Counter<f64, AtomicU64>>,
+    moves: Family<MoveLabel, Counter>,
+    duration: Family<ImageLabel, Gauge<f64, AtomicU64>>,
+    shed: Counter,
+    images: Arc<Mutex<VecDeque<Image>>>,
+}
+
+/// A pull as it is remembered.
+#[derive(Debug)]
+struct Image {
+    name: Arc<str>,
+    began: Instant,
+    used: Instant,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ImageLabel {
+    image: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SourceLabel {
+    image: String,
+    source: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WaitLabel {
+    image: String,
+    what: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MoveLabel {
+    image: String,
+    why: &'static str,
+}
+
+/// Where bytes come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum From {
+    Upstream,
+    Peers,
+}
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// A first byte, while the request is held.
+    FirstByte,
+    /// Upstream's first byte.
+    Upstream,
+    /// More of what has begun to come from a peer.
+    Parent,
+}
+
+impl From {
+    const ALL: [Self; 2] = [Self::Upstream, Self::Peers];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Upstream => "upstream",
+            Self::Peers => "peers",
+        }
+    }
+}
+
+impl Wait {
+    const ALL: [Self; 3] = [Self::FirstByte, Self::Upstream, Self::Parent];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::FirstByte => "first_byte",
+            Self::Upstream => "upstream",
+            Self::Parent => "parent",
+        }
+    }
+}
+
+const WHYS: [(Why, &str); 5] =
+    [(Why::New, "new"), (Why::Refused, "refused"), (Why::Broke, "broke"), (Why::Slow, "slow"), (Why::Still, "still")];
+
+// === impl StormFigures ===
+
+impl StormFigures {
+    /// Adds the figures to `registry`.
+    pub(crate) fn register(registry: &mut Registry) -> Self {
+        let figures = Self::default();
+        let help = "Manifests, configs and layers that this node's containerd got while storms were coordinated, by image and by whether \
+             it went upstream for them (who pulled an image is where upstream is not 0)";
+        registry.register("spegel_storm_blobs", help, figures.blobs.clone());
+        let help = "Bytes of what this node's containerd got while storms were coordinated, by image and source";
+        registry.register_with_unit("spegel_storm_received", help, Unit::Bytes, figures.bytes.clone());
+        let help = "The most nodes that bytes of the image came through to this one, the first of which had them from upstream: the \
+             largest of all nodes' is the depth of the tree";
+        registry.register("spegel_storm_depth", help, figures.depth.clone());
+        let help = "Time that this node's containerd waited for parts of the image, side by side ones added: for a first_byte while the \
+             request was held, for upstream once told to pull, for a parent that stood still: why a node was slow";
+        registry.register_with_unit("spegel_storm_waited", help, Unit::Seconds, figures.waits.clone());
+        let help = "Changes of the node that gives a part of the image, by why the one before was left";
+        registry.register("spegel_storm_moves", help, figures.moves.clone());
+        let help = "From the first request of this node's latest pull of the image to the last part that came: the slowest node is the \
+             one with the most";
+        registry.register_with_unit("spegel_storm_pull_duration", help, Unit::Seconds, figures.duration.clone());
+        let help = "Nodes that were let go because this node's link was full";
+        registry.register("spegel_storm_shed", help, figures.shed.clone());
+        figures
+    }
+
+    /// A part of the image is asked for.
+    pub(super) fn asked(&self, image: &Arc<str>, now: Instant) {
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = images.iter().position(|known| known.name == *image) {
+            let Some(mut known) = images.remove(place) else { return };
+            if now.duration_since(known.used) >= GAP {
+                known.began = now;
+            }
+            known.used = now;
+            images.push_back(known);
+            return;
+        }
+        if image.len() > LONGEST {
+            return;
+        }
+        if images.len() >= IMAGES
+            && let Some(oldest) = images.pop_front()
+        {
+            self.forget(&oldest.name);
+        }
+        images.push_back(Image { name: Arc::clone(image), began: now, used: now });
+    }
+
+    /// Bytes of it came.
+    pub(super) fn came(&self, image: &Arc<str>, from: From, bytes: u64) {
+        if let Some(image) = self.known(image) {
+            self.bytes.get_or_create(&SourceLabel { image, source: from.name() }).inc_by(bytes);
+        }
+    }
+
+    /// A part of it is here, and came by way of so many nodes.
+    pub(super) fn got(&self, image: &Arc<str>, from: From, depth: usize, now: Instant) {
+        let began = {
+            let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(known) = images.iter_mut().find(|known| known.name == *image) else { return };
+            known.used = now;
+            known.began
+        };
+        let name = image.to_string();
+        self.blobs.get_or_create(&SourceLabel { image: name.clone(), source: from.name() }).inc();
+        let label = ImageLabel { image: name };
+        let deepest = self.depth.get_or_create(&label).get();
+        self.depth.get_or_create(&label).set(deepest.max(i64::try_from(depth).unwrap_or(i64::MAX)));
+        self.duration.get_or_create(&label).set(now.duration_since(began).as_secs_f64());
+    }
+
+    /// It was waited for it.
+    pub(super) fn waited(&self, image: &Arc<str>, what: Wait, took: Duration) {
+        if let Some(image) = self.known(image) {
+            self.waits.get_or_create(&WaitLabel { image, what: what.name() }).inc_by(took.as_secs_f64());
+        }
+    }
+
+    /// Another node gives it.
+    pub(super) fn moved(&self, image: &Arc<str>, why: Why) {
+        let name = WHYS.iter().find(|(known, _)| *known == why).map_or("new", |(_, name)| *name);
+        if let Some(image) = self.known(image) {
+            self.moves.get_or_create(&MoveLabel { image, why: name }).inc();
+        }
+    }
+
+    /// Somebody was let go.
+    pub(super) fn shed(&self) {
+        self.shed.inc();
+    }
+
+    fn known(&self, image: &Arc<str>) -> Option<String> {
+        let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        images.iter().any(|known| known.name == *image).then(|| image.to_string())
+    }
+
+    fn forget(&self, image: &Arc<str>) {
+        let image = image.to_string();
+        for source in From::ALL.map(From::name) {
+            let label = SourceLabel { image: image.clone(), source };
+            self.blobs.remove(&label);
+            self.bytes.remove(&label);
+        }
+        for what in Wait::ALL.map(Wait::name) {
+            self.waits.remove(&WaitLabel { image: image.clone(), what });
+        }
+        for (_, why) in WHYS {
+            self.moves.remove(&MoveLabel { image: image.clone(), why });
+        }
+        self.depth.remove(&ImageLabel { image: image.clone() });
+        self.duration.remove(&ImageLabel { image });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn the_latest_images_are_told_apart_and_no_more() {
+        let mut registry = Registry::default();
+        let figures = StormFigures::register(&mut registry);
+        let start = Instant::now();
+        for n in 0..3 * IMAGES {
+            let image: Arc<str> = format!("registry.test/app{n}").into();
+            figures.asked(&image, start);
+            figures.came(&image, From::Upstream, 5);
+            figures.waited(&image, Wait::Parent, GAP);
+            figures.moved(&image, Why::Slow);
+            figures.got(&image, From::Upstream, 2, start + GAP / 2);
+        }
+        let text = crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap();
+        let images = |name: &str| text.lines().filter(|line| line.starts_with(&format!("{name}{{"))).count();
+        for name in ["spegel_storm_blobs_total", "spegel_storm_depth", "spegel_storm_pull_duration_seconds"] {
+            assert_eq!(images(name), IMAGES, "{name}");
+        }
+        assert!(!text.contains("app0\"") && text.contains(&format!("app{}\"", 3 * IMAGES - 1)));
+        let long: Arc<str> = "x".repeat(LONGEST + 1).into();
+        figures.asked(&long, start);
+        figures.came(&long, From::Peers, 1);
+        assert!(!crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap().contains(&*long));
+    }
+
+    #[test]
+    fn a_pull_after_a_gap_is_another_one() {
+        let (figures, start, image) = (StormFigures::default(), Instant::now(), Arc::<str>::from("registry.test/app"));
+        let label = ImageLabel { image: image.to_string() };
+        figures.asked(&image, start);
+        figures.got(&image, From::Peers, 1, start + GAP);
+        assert_eq!(figures.duration.get_or_create(&label).get(), 10.0);
+        figures.asked(&image, start + 3 * GAP);
+        figures.got(&image, From::Peers, 3, start + 3 * GAP + Duration::from_secs(1));
+        assert_eq!(figures.duration.get_or_create(&label).get(), 1.0);
+        assert_eq!(figures.depth.get_or_create(&label).get(), 3);
+    }
+}
