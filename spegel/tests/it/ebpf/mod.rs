@@ -7,6 +7,7 @@
 mod bytes;
 mod daemon;
 mod peers;
+mod quality;
 mod upstream;
 
 use std::net::IpAddr;
