@@ -105,7 +105,8 @@ pub fn key(context: &SockOpsContext, site: Site, active: Option<bool>) -> Option
         Site::Own if remote_port == registry_port() && remote == local => return None,
         Site::Own if remote_port == registry_port() => Role::Fetched,
         Site::Own => Role::Router,
-        Site::Containerd if is_loopback(&remote) => return None,
+        // This node itself, the mirror's port at its own address included, is never upstream.
+        Site::Containerd if is_loopback(&remote) || remote == local => return None,
         // SAFETY: the value is a number, whichever it is.
         Site::Containerd => match unsafe { PORTS.get(remote_port) }.copied() {
             Some(PORT_UPSTREAM) => Role::Upstream,

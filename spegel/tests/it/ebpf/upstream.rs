@@ -6,17 +6,18 @@ use std::net::{IpAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
-use spegel_benches::daemon::output;
+use spegel_benches::daemon::{output, wait_until};
 use spegel_benches::netns::Lab;
 
 use super::{report_when, row, settings, watch};
 
 /// A control group that is removed when dropped.
-struct Group(PathBuf);
+pub(crate) struct Group(pub(crate) PathBuf);
 
 impl Group {
-    fn new(name: &str) -> Option<Self> {
+    pub(crate) fn new(name: &str) -> Option<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "))?.split(' ').nth(4)?;
         let folder = PathBuf::from(mount).join(format!("{name}-{}", std::process::id()));
@@ -34,7 +35,8 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.0);
+        // A process that has just ended may still be in it.
+        let _ = wait_until(Duration::from_secs(5), "an empty group", || fs::remove_dir(&self.0).is_ok());
     }
 }
 
