@@ -11,6 +11,7 @@ mod changes;
 mod cluster;
 mod cri;
 mod faults;
+mod kernel;
 mod layers;
 mod many;
 mod mdns;
