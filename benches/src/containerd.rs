@@ -228,6 +228,16 @@ impl Containerd {
         output(command.arg(reference)).map(|_| ())
     }
 
+    /// Puts the daemon's process into a control group, whose folder is given: connections that it opens from now on belong there.
+    ///
+    /// # Errors
+    /// It does not run, or what the kernel says.
+    pub fn enter_group(&self, group: &Path) -> Result<()> {
+        let daemon = self.daemon.as_ref().context("containerd does not run")?;
+        fs::write(group.join("cgroup.procs"), daemon.pid().to_string())
+            .with_context(|| format!("move containerd to {}", group.display()))
+    }
+
     /// Signals the daemon.
     ///
     /// # Errors

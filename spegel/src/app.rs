@@ -259,7 +259,7 @@ fn start_router(
         listen: router_addresses(settings.router_addr),
         registry_port: settings.registry_addr.port(),
         identity,
-        bootstrap: sources(&settings.bootstrap)?,
+        bootstrap: sources(&settings.bootstrap),
         remembered,
         mdns: settings.bootstrap.iter().any(|kind| matches!(kind, cli::Bootstrap::Mdns)),
         advertise: settings.peers.advertise.clone(),
@@ -276,19 +276,16 @@ fn start_router(
 }
 
 /// Who is asked for first peers.
-fn sources(kinds: &[cli::Bootstrap]) -> anyhow::Result<Vec<Arc<dyn Bootstrap>>> {
-    let mut sources: Vec<Arc<dyn Bootstrap>> = Vec::new();
-    for kind in kinds {
+fn sources(kinds: &[cli::Bootstrap]) -> Vec<Arc<dyn Bootstrap>> {
+    let source = |kind: &cli::Bootstrap| -> Option<Arc<dyn Bootstrap>> {
         match kind {
-            cli::Bootstrap::Dns(name) => {
-                sources.push(Arc::new(DnsBootstrap::new(name).context("the name servers of this host")?));
-            }
-            cli::Bootstrap::Static(list) => sources.push(Arc::new(list.clone())),
-            cli::Bootstrap::Http(url) => sources.push(Arc::new(url.clone())),
-            cli::Bootstrap::HttpEndpoint | cli::Bootstrap::Mdns => {}
+            cli::Bootstrap::Dns(name) => Some(Arc::new(DnsBootstrap::new(name))),
+            cli::Bootstrap::Static(list) => Some(Arc::new(list.clone())),
+            cli::Bootstrap::Http(url) => Some(Arc::new(url.clone())),
+            cli::Bootstrap::HttpEndpoint | cli::Bootstrap::Mdns => None,
         }
-    }
-    Ok(sources)
+    };
+    kinds.iter().filter_map(source).collect()
 }
 
 /// Serves this node's addresses, and some of its peers', to those who bootstrap by HTTP.

@@ -26,7 +26,7 @@ pub(super) async fn examine(settings: DoctorSettings) -> anyhow::Result<ExitCode
         router: port(settings.router_addr),
         metrics: port(settings.metrics_addr),
         bootstrap: settings.bootstrap_endpoint.map(|endpoint| port(endpoint.addr)),
-        sources: super::sources(&settings.bootstrap)?,
+        sources: super::sources(&settings.bootstrap),
         pull: settings.pull,
     };
     let report = doctor::examine(&doctor::Settings {

@@ -12,6 +12,7 @@ mod cluster;
 mod cri;
 mod doctor;
 mod faults;
+mod kernel;
 mod layers;
 mod many;
 mod mdns;
