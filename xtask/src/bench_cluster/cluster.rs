@@ -21,6 +21,8 @@ pub(super) struct Cluster {
     namespace: String,
     nodes: Vec<String>,
     patience: Duration,
+    /// The namespace is this run's: one that was there before is not touched.
+    is_made: bool,
 }
 
 // === impl Cluster ===
@@ -28,8 +30,13 @@ pub(super) struct Cluster {
 impl Cluster {
     /// Chooses the nodes and makes the namespace.
     pub(super) fn prepare(kubectl: &Path, namespace: &str, count: Option<usize>, patience: Duration) -> Result<Self> {
-        let mut this =
-            Self { kubectl: kubectl.to_owned(), namespace: namespace.to_owned(), nodes: Vec::new(), patience };
+        let mut this = Self {
+            kubectl: kubectl.to_owned(),
+            namespace: namespace.to_owned(),
+            nodes: Vec::new(),
+            patience,
+            is_made: false,
+        };
         let nodes = this.get(&["get", "nodes"])?;
         let takes_pods = |node: &&Value| {
             let taints = node["spec"]["taints"].as_array();
@@ -42,8 +49,12 @@ impl Cluster {
             ensure!(this.nodes.len() >= count, "{} nodes take pods, and {count} are asked for", this.nodes.len());
             this.nodes.truncate(count);
         }
-        ensure!(!this.nodes.is_empty(), "no node takes pods");
+        ensure!(
+            !this.nodes.is_empty(),
+            "no node takes pods: all are cordoned or tainted, as those are that are not ready"
+        );
         this.kubectl(&["create", "namespace", namespace])?;
+        this.is_made = true;
         Ok(this)
     }
 
@@ -155,6 +166,9 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        if !self.is_made {
+            return;
+        }
         if let Err(error) = self.kubectl(&["delete", "namespace", &self.namespace, "--wait=false"]) {
             println!("the namespace {} is left: {error:#}", self.namespace);
         }
