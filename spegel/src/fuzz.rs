@@ -5,6 +5,7 @@ use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use http::Method;
@@ -20,12 +21,13 @@ use crate::oci::{
 use crate::registry::{Registry, RegistryMetrics, Settings, UploadLimits};
 use crate::router::{self, MemoryNetwork, Router as _};
 use crate::store::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
+use crate::storm;
 
 /// A fuzz target's name, which is also its corpus's folder, and its check.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     ("request_head", request_head),
     ("peer_head", peer_head),
     ("path", path),
@@ -37,6 +39,7 @@ pub const TARGETS: [Target; 12] = [
     ("peer_list", peer_list),
     ("kad_message", kad_message),
     ("member_messages", member_messages),
+    ("storm_messages", storm_messages),
     ("key_file", key_file),
 ];
 
@@ -147,6 +150,43 @@ pub fn kad_message(bytes: &[u8]) {
 /// Messages of the member protocol, each with its length before it.
 pub fn member_messages(bytes: &[u8]) {
     router::checks::member_messages(bytes);
+}
+
+/// Messages about storms to one coordinator: a byte for the sender, one for the tenths of a second that pass before, one for the length.
+/// The last message is read as an answer as well.
+pub fn storm_messages(mut bytes: &[u8]) {
+    const LIMITS: storm::Limits =
+        storm::Limits { blobs: 3, places: 12, messages: (50, 50), messages_of_node: (10, 20) };
+    let mut now = Instant::now();
+    let mut coordinator = storm::Coordinator::new(LIMITS, now);
+    while let [from, tenths, length, rest @ ..] = bytes {
+        let (message, rest) = rest.split_at(usize::from(*length).min(rest.len()));
+        bytes = rest;
+        now += Duration::from_millis(100 * u64::from(*tenths));
+        if let Ok(answer) = storm::Response::decode(message) {
+            assert_eq!(storm::Response::decode(&answer.encode()), Ok(answer));
+        }
+        let Ok(request) = storm::Request::decode(message) else { continue };
+        assert!(request.encode().len() <= storm::MAX_MESSAGE);
+        assert_eq!(storm::Request::decode(&request.encode()).as_ref(), Ok(&request));
+        let from = storm::Node(u64::from(*from));
+        if coordinator.is_new(request.key()) {
+            coordinator.holders(request.key(), &[storm::Node(u64::from(*tenths))], now);
+        }
+        let answer = coordinator.receive(from, storm::Zone(u32::from(*tenths) % 3), &request, now);
+        if let Some(answer) = answer {
+            assert_eq!(storm::Response::decode(&answer.encode()), Ok(answer));
+            let to_itself = matches!(answer, storm::Response::Fetch { parent, .. } if parent == from);
+            assert!(!to_itself, "{from:?} is sent to itself by {request:?}");
+        }
+        let (blobs, places) = coordinator.size();
+        assert!(blobs <= LIMITS.blobs && places <= LIMITS.places, "{blobs} blobs, {places} places");
+        if tenths % 7 == 6 {
+            coordinator.lost(from);
+        }
+    }
+    coordinator.forget(now + Duration::from_secs(3600));
+    assert_eq!(coordinator.size(), (0, 0), "something is kept for ever");
 }
 
 /// The file of a network's key, or of an identity.

@@ -6,6 +6,7 @@
 #[path = "../../spegel/src/storm/mod.rs"]
 mod machines;
 
+mod all;
 mod chart;
 mod fluid;
 mod lab;
@@ -23,8 +24,11 @@ use clap::Args;
 use report::Outcome;
 use scenario::{Kill, Scenario};
 
+/// Over which nodes start one after the other in the scenario of that.
+const TEN_SECONDS: Duration = Duration::from_secs(10);
+
 /// A storm of many nodes.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Storm {
     /// Simulate so many nodes, in a model of their links: the daemon's own state machines, no process, no socket
     #[arg(long, value_name = "N", value_delimiter = ',')]
@@ -98,6 +102,15 @@ pub(crate) struct Storm {
     /// All scenarios of the table of aims, beside the same with the protocol off
     #[arg(long, requires = "simulate")]
     table: bool,
+    /// All scenarios of the table of aims with real nodes, each with the protocol, without it, and without a mirror
+    #[arg(long, conflicts_with_all = ["simulate", "svg"])]
+    all: bool,
+    /// Of these only the ones of these numbers, from 1 on
+    #[arg(long, value_delimiter = ',', value_name = "N", requires = "all")]
+    rows: Vec<usize>,
+    /// Put what --json wrote before into the table as well
+    #[arg(long, value_delimiter = ',', value_name = "FILE", requires = "all")]
+    from: Vec<PathBuf>,
     /// Without the protocol
     #[arg(long)]
     off: bool,
@@ -120,6 +133,9 @@ impl Storm {
             "an image has at least a layer, and that a byte"
         );
         ensure!(self.zones > 0 && self.simulate.iter().all(|nodes| *nodes > 0), "there is at least one node and zone");
+        if self.all {
+            return all::run(&self);
+        }
         if self.simulate.is_empty() {
             return lab::run(&self);
         }

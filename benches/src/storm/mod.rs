@@ -17,10 +17,11 @@ use anyhow::{Result, anyhow, ensure};
 use rustix::process::Signal;
 use serde::Serialize;
 
-pub use sample::{NodeSample, Sample};
+pub use sample::{NodeSample, Sample, Told};
 
 use self::sample::Cores;
 use crate::containerd::{Binaries, Containerd, Options, Version, check_content};
+use crate::daemon::output;
 use crate::image::{Compression, Image, ImageBuilder, host_platform};
 use crate::netns::{Lab, Node};
 use crate::registry::Registry;
@@ -90,6 +91,8 @@ pub struct Pulled {
     pub from_upstream: u64,
     /// Bytes of layers that it was sent by each other node, by that node's number.
     pub from_peers: Vec<(usize, u64)>,
+    /// What its mirror's metrics say.
+    pub told: Told,
 }
 
 /// What a storm came to.
@@ -129,9 +132,9 @@ impl Storm {
         let binaries = Version::V2_2.find().map_err(|reason| anyhow!(reason))?;
         let folder = tempfile::Builder::new().prefix("spegel-storm-").tempdir()?;
         let mut lab = Lab::new()?;
-        let upstream = Registry::start(&lab.add_node()?)?;
+        let upstream = Registry::start(&add_node(&mut lab)?)?;
         let image = self.image(&upstream, &folder.path().join("image"))?;
-        let nodes: Vec<Node> = (0..self.nodes).map(|_| lab.add_node()).collect::<Result<_>>()?;
+        let nodes: Vec<Node> = (0..self.nodes).map(|_| add_node(&mut lab)).collect::<Result<_>>()?;
         let solo = self.solo(&binaries, &mut lab, &upstream, &image)?;
         let members = self.members(&binaries, &nodes, &upstream, folder.path())?;
         if self.seeded {
@@ -158,7 +161,7 @@ impl Storm {
 
     /// One pull with the storm's links, without a mirror.
     fn solo(&self, binaries: &Binaries, lab: &mut Lab, upstream: &Registry, image: &Image) -> Result<f64> {
-        let node = lab.add_node()?;
+        let node = add_node(lab)?;
         let member = Member { containerd: Containerd::start(binaries, &node, &Options::default())?, spegel: None };
         member.containerd.use_registry(&upstream.host(), &upstream.url())?;
         lab.limit(&node, self.node)?;
@@ -270,7 +273,8 @@ impl Storm {
             };
             let from_upstream = upstream.sent(&nodes[number], "/blobs/") - bytes_before[number];
             let from_peers = member.spegel.as_ref().map(|spegel| sample::peers(spegel, nodes)).unwrap_or_default();
-            pulls.push(Pulled { node: number, began, seconds, failed, killed, from_upstream, from_peers });
+            let told = member.spegel.as_ref().filter(|_| !killed).map(Told::of).unwrap_or_default();
+            pulls.push(Pulled { node: number, began, seconds, failed, killed, from_upstream, from_peers, told });
         }
         Ok(Stormed {
             solo,
@@ -285,6 +289,13 @@ impl Storm {
             busy,
         })
     }
+}
+
+/// A node whose connections share a link fairly: under BBR those that are there first starve others for seconds.
+fn add_node(lab: &mut Lab) -> Result<Node> {
+    let node = lab.add_node()?;
+    output(node.command("sysctl").args(["-q", "-w", "net.ipv4.tcp_congestion_control=reno"]))?;
+    Ok(node)
 }
 
 impl Member {
@@ -324,9 +335,13 @@ impl Stormed {
         self.survivors().map(|pull| pull.seconds).fold(0.0, f64::max)
     }
 
-    /// How many nodes the bytes came through at the most, from upstream or who had them before on.
+    /// How many nodes the bytes came through at the most, from upstream or who had them before on: as the mirrors' metrics say, or else as far as
+    /// it can be told from who gave most to whom.
     #[must_use]
     pub fn depth(&self) -> usize {
+        if self.pulls.iter().any(|pull| pull.told.is_there()) {
+            return self.pulls.iter().map(|pull| pull.told.depth as usize).max().unwrap_or_default();
+        }
         // The parent that gave most counts.
         let parent = |number: usize| {
             let pull = self.pulls.iter().find(|pull| pull.node == number)?;

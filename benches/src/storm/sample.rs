@@ -27,6 +27,58 @@ pub struct NodeSample {
     pub bytes: u64,
 }
 
+/// What a node's own metrics say of the storm: what an operator sees. All are 0 of a mirror that has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Told {
+    /// Manifests, configs and layers that it went upstream for.
+    pub from_upstream: f64,
+    /// Bytes from upstream, and from peers.
+    pub bytes: [f64; 2],
+    /// The most nodes that bytes came through.
+    pub depth: f64,
+    /// Seconds waited for first bytes while held, for upstream, and for parents that stood still.
+    pub waited: [f64; 3],
+    /// How many times another node went on.
+    pub moves: f64,
+    /// Seconds from the pull's first request to its last part.
+    pub seconds: f64,
+}
+
+// === impl Told ===
+
+impl Told {
+    pub(super) fn of(spegel: &Spegel) -> Self {
+        // An empty sum is -0.
+        let metric = |name: &str, labels: &[&str]| spegel.metric(name, labels).unwrap_or(0.0) + 0.0;
+        let of = |name: &str, label: &str, values: &[&str]| -> Vec<f64> {
+            values.iter().map(|value| metric(name, &[&format!("{label}=\"{value}\"")])).collect()
+        };
+        let bytes = of("spegel_storm_received_bytes_total", "source", &["upstream", "peers"]);
+        let waited = of("spegel_storm_waited_seconds_total", "what", &["first_byte", "upstream", "parent"]);
+        Self {
+            from_upstream: metric("spegel_storm_blobs_total", &["source=\"upstream\""]),
+            bytes: [bytes[0], bytes[1]],
+            depth: metric("spegel_storm_depth", &[]),
+            waited: [waited[0], waited[1], waited[2]],
+            moves: metric("spegel_storm_moves_total", &[]),
+            seconds: metric("spegel_storm_pull_duration_seconds", &[]),
+        }
+    }
+
+    /// Whether it says anything.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.bytes != [0.0, 0.0]
+    }
+
+    /// What the node waited for longest, if for anything.
+    #[must_use]
+    pub fn why_slow(&self) -> Option<(&'static str, f64)> {
+        let named = ["for first bytes", "for upstream", "for a parent"].into_iter().zip(self.waited);
+        named.filter(|(_, seconds)| *seconds >= 0.05).max_by(|a, b| a.1.total_cmp(&b.1))
+    }
+}
+
 /// The time that the machine's cores had spent, and how much of it doing something.
 pub(super) struct Cores {
     all: u64,

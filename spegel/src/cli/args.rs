@@ -213,7 +213,8 @@ pub(super) struct RegistryArgs {
     /// Whether what no node has is pulled from upstream by one, and by the others from each other while it arrives
     #[arg(long, env, default_value = "off")]
     pub(super) storm: Switch,
-    /// For how long the requests of one image pull may be held in all while another node begins to get what none has
+    /// For how long the requests of one image pull may be held in all while another node begins to get what none has. Time in which
+    /// other parts of the image arrive is not counted, up to four times as much
     #[arg(long, env, default_value = "2s", value_parser = duration, value_name = "DURATION")]
     pub(super) storm_max_wait: Duration,
     /// How many blobs peers may fetch from this node at once; 0: no bound

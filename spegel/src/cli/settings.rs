@@ -18,7 +18,7 @@ use crate::bootstrap::{Certificates, HttpBootstrap, StaticBootstrap};
 use crate::kube::{ApiSettings, StartupTaint};
 use crate::oci::Filters;
 use crate::registry::{BasicAuth, UploadLimits};
-use crate::router::NetworkKey;
+use crate::router::{NetworkKey, P2pSettings};
 use crate::serve::ListenAddr;
 use crate::{ebpf, hosts, mirror};
 
@@ -268,8 +268,13 @@ fn peers(args: &RegistryArgs) -> Result<Peers, clap::Error> {
         single.or_else(|_| text.parse()).map_err(|_| usage(format!("--peer-cidrs {text}: write it like 10.0.0.0/8")))
     });
     let network_key = args.network_key_file.as_deref().map(NetworkKey::load).transpose();
+    let advertise: Vec<SocketAddr> = advertise.collect::<Result<_, _>>()?;
+    let most = P2pSettings::MAX_ADVERTISED;
+    if advertise.len() > most {
+        return Err(usage(format!("--advertise-addr: {} addresses, of which peers take {most}", advertise.len())));
+    }
     Ok(Peers {
-        advertise: advertise.collect::<Result<_, _>>()?,
+        advertise,
         networks: networks.collect::<Result<_, _>>()?,
         network_key: network_key.map_err(|error| usage(format!("--network-key-file: {error}")))?,
         max_records: args.router_max_records,

@@ -10,6 +10,10 @@ const GAP: Duration = Duration::from_secs(10);
 const PULLS: usize = 1024;
 /// How many past holds of one busy time are told apart.
 const INTERVALS: usize = 64;
+/// How many times as long a pull may be held in all as long as other parts of it arrive.
+const WHILE_IT_ARRIVES: u32 = 5;
+/// News of such a part speaks for so much time before it.
+const NEWS: Duration = Duration::from_secs(1);
 /// With less than this left nothing is held: it would end before it can be of use.
 const LEAST: Duration = Duration::from_millis(50);
 
@@ -17,7 +21,8 @@ const LEAST: Duration = Duration::from_millis(50);
 ///
 /// Time in which several are held counts once. A hold that ended with bytes costs only what it took beyond upstream's usual first byte,
 /// which upstream would have taken as well; one that was in vain costs all of it. While requests are held their deadline is such that
-/// all may turn out to have been in vain.
+/// all may turn out to have been in vain. While other parts of the pull arrive, it is not the pull that is held, and the time is not counted, up to
+/// a bound: upstream, where they come from, would have had to bring all of them at once.
 #[derive(Clone, Debug)]
 pub struct Budget {
     max: Duration,
@@ -29,6 +34,9 @@ pub struct Budget {
     held: Vec<(Hold, Instant)>,
     next: u64,
     used: Instant,
+    /// The time in which other parts arrived, and until when it is counted.
+    forgiven: Duration,
+    arrived: Instant,
 }
 
 /// A request that is held.
@@ -59,7 +67,16 @@ pub struct Budgets<K> {
 impl Budget {
     /// A pull may be held for `max` in all.
     pub fn new(max: Duration, now: Instant) -> Self {
-        Self { max, spent: Duration::ZERO, charged: Vec::new(), held: Vec::new(), next: 0, used: now }
+        Self {
+            max,
+            spent: Duration::ZERO,
+            charged: Vec::new(),
+            held: Vec::new(),
+            next: 0,
+            used: now,
+            forgiven: Duration::ZERO,
+            arrived: now,
+        }
     }
 
     /// Holds a request, and says until when at most; nothing if too little is left.
@@ -83,7 +100,17 @@ impl Budget {
     pub fn deadline(&self) -> Option<Instant> {
         let first = self.held.iter().map(|(_, since)| *since).min()?;
         let before: Duration = union(&self.charged, Some(first));
-        Some(first + self.max.saturating_sub(self.spent).saturating_sub(before))
+        Some(first + (self.max + self.forgiven).saturating_sub(self.spent).saturating_sub(before))
+    }
+
+    /// Another part of the pull has just got bytes.
+    pub fn arrives(&mut self, now: Instant) {
+        if let Some(first) = self.held.iter().map(|(_, since)| *since).min() {
+            let from = self.arrived.max(first).max(now.checked_sub(NEWS).unwrap_or(now));
+            let bound = self.max * (WHILE_IT_ARRIVES - 1);
+            self.forgiven = (self.forgiven + now.saturating_duration_since(from)).min(bound);
+        }
+        self.arrived = now;
     }
 
     /// A hold is over.
@@ -201,6 +228,24 @@ mod tests {
         assert_eq!(budget.deadline(), Some(start + ms(2500)), "and was not");
         budget.end(two, HoldEnd::InVain, start + ms(1000));
         assert_eq!(budget.spent(), ms(500));
+    }
+
+    #[test]
+    fn time_in_which_other_parts_arrive_counts_up_to_a_bound_only() {
+        let start = Instant::now();
+        let mut budget = Budget::new(MAX, start);
+        let (hold, deadline) = budget.begin(start).unwrap();
+        for n in 1..=10 {
+            budget.arrives(start + ms(100 * n));
+            budget.arrives(start + ms(100 * n));
+        }
+        assert_eq!(budget.deadline(), Some(deadline + ms(1000)));
+        budget.arrives(start + ms(3000));
+        assert_eq!(budget.deadline(), Some(deadline + ms(2000)), "nothing came for a second before");
+        (31..1000).for_each(|n| budget.arrives(start + ms(100 * n)));
+        assert_eq!(budget.deadline(), Some(deadline + 4 * MAX));
+        budget.end(hold, HoldEnd::InVain, deadline + 4 * MAX);
+        assert_eq!(budget.begin(deadline + 4 * MAX), None);
     }
 
     #[test]

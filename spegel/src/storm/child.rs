@@ -37,6 +37,8 @@ pub struct Wish {
     pub usual: Option<Duration>,
     /// Whether this node pulls something else from upstream already.
     pub busy: bool,
+    /// Whether it is getting other parts of the same image.
+    pub fed: bool,
 }
 
 /// Where the blob comes from.
@@ -304,6 +306,12 @@ impl Child {
         }
     }
 
+    /// The request may be held until then: other parts of the image arrive meanwhile.
+    pub fn held_until(&mut self, deadline: Instant) {
+        self.wish.fed = true;
+        self.deadline = self.deadline.max(deadline);
+    }
+
     /// Others are the nearest to the key now.
     pub fn coordinators_are(&mut self, coordinators: Vec<Node>) {
         let asked = self.coordinators.get(self.at);
@@ -427,6 +435,7 @@ impl Child {
             avoid: self.avoid.iter().copied().collect(),
             skipped: u8::try_from(self.at).unwrap_or(u8::MAX),
             busy: self.wish.busy,
+            fed: self.wish.fed,
         };
         self.actions.push_back(Action::Send { to, request: Request::Want(want) });
     }

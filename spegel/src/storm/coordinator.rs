@@ -9,14 +9,15 @@ use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT,
 
 /// How long a blob is remembered of which nothing is heard.
 const FORGOTTEN: Duration = Duration::from_secs(60);
-/// How long a holder of a lease is given for its first byte where nothing is known of upstream, and the bounds where it is. It is given the
-/// longest as long as it says that upstream has not refused it: containerd shows nothing before it has a whole MiB.
+/// How long a holder of a lease is given for its first byte where nothing is known of upstream, and the bounds where it is.
 const FIRST_BYTE: Duration = Duration::from_secs(1);
 const SHORTEST_FIRST_BYTE: Duration = Duration::from_millis(500);
 const LONGEST_FIRST_BYTE: Duration = Duration::from_millis(1500);
 const BEYOND_USUAL: Duration = Duration::from_millis(250);
-/// How long to wait at a parent that waits itself, and at one that has bytes or is waited for by others no longer than that.
-const PATIENCE_BELOW: Duration = Duration::from_secs(2);
+/// How long as long as it says that upstream has not refused it, or is getting other parts of the image: containerd shows nothing before it has a
+/// whole MiB, and links that others have filled let a new connection come up in seconds only. How long each waits is bounded by its budget.
+const FED_FIRST_BYTE: Duration = Duration::from_millis(4500);
+/// How long to wait at a parent that has bytes.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// What a child may lack of what a root has, if that is so for all.
 const SLACK: u64 = 4 << 20;
@@ -324,14 +325,9 @@ impl Asked<'_> {
     }
 
     fn fetch(&mut self, parent: Node) -> Response {
-        let patience = match self.tree.get(parent) {
-            Some(place) => match place.standing {
-                Standing::Leased { .. } => LONGEST_FIRST_BYTE + BEYOND_USUAL,
-                _ if place.position == 0 => PATIENCE_BELOW,
-                _ => PATIENCE,
-            },
-            None => PATIENCE,
-        };
+        // One that waits itself is asked now and then whether it is there at all, and sends its children away once there is no hope.
+        let waits = self.tree.get(parent).is_some_and(|place| place.position == 0 && !place.is_complete());
+        let patience = if waits { FED_FIRST_BYTE + BEYOND_USUAL } else { PATIENCE };
         self.tree.stand(self.from, Standing::Child, Some(parent));
         Response::Fetch { parent, rank: self.tree.rank(self.from), patience }
     }
@@ -357,7 +353,7 @@ impl Asked<'_> {
             // It has its own right to try, and does not count as who pulls for the others.
             return Response::Refuse;
         }
-        let within = first_byte(want.usual.max(*self.usual));
+        let within = if want.fed { FED_FIRST_BYTE } else { first_byte(want.usual.max(*self.usual)) };
         self.tree.stand(from, Standing::Leased { until: now + within }, None);
         if let Some(place) = self.tree.get_mut(from) {
             place.grown = now;
@@ -391,7 +387,7 @@ impl Asked<'_> {
                     self.tree.stand(from, Standing::Root, None);
                 }
                 Some((Standing::Leased { until }, granted, position)) if have.position <= position => {
-                    let until = until.max((now + SUSPECT).min(granted + LONGEST_FIRST_BYTE));
+                    let until = until.max((now + SUSPECT).min(granted + FED_FIRST_BYTE));
                     self.tree.stand(from, Standing::Leased { until }, None);
                 }
                 // Another coordinator told it to pull, or nobody did: it has time to get something all the same.
@@ -399,6 +395,8 @@ impl Asked<'_> {
                     let until = now + LONGEST_FIRST_BYTE;
                     self.tree.stand(from, Standing::Leased { until }, None);
                 }
+                // Its lease ran out, and it still has nothing.
+                Some((Standing::Orphan, ..)) if have.position == 0 && self.is_refused() => {}
                 _ => self.tree.stand(from, Standing::Root, None),
             },
             Holding::All => self.tree.stand(from, Standing::Complete, None),
@@ -417,6 +415,10 @@ impl Asked<'_> {
             _ => LEAST_PAUSE.max(self.turn()),
         };
         Response::Ack { again, furthest: self.tree.furthest }
+    }
+
+    fn is_refused(&self) -> bool {
+        self.tree.get(self.from).is_some_and(|place| place.refused)
     }
 
     /// The time in which each node may say something once, if they are not to say too much together.

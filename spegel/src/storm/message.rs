@@ -56,6 +56,8 @@ pub struct Want {
     pub skipped: u8,
     /// It pulls something else from upstream already: others had better pull this.
     pub busy: bool,
+    /// It is getting other parts of the same image: it can wait longer, and upstream's first byte takes longer.
+    pub fed: bool,
 }
 
 /// Why a node looks for a source.
@@ -180,6 +182,8 @@ struct WireRequest {
     holding: u32,
     #[prost(bool, tag = "12")]
     busy: bool,
+    #[prost(bool, tag = "13")]
+    fed: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -237,6 +241,7 @@ impl Request {
                 avoid: want.avoid.iter().take(MAX_AVOIDED).map(|node| node.0).collect(),
                 skipped: want.skipped.into(),
                 busy: want.busy,
+                fed: want.fed,
                 holding: 0,
             },
             Self::Have(have) => WireRequest {
@@ -277,6 +282,7 @@ impl Request {
                 avoid: wire.avoid.into_iter().map(Node).collect(),
                 skipped: u8::try_from(wire.skipped).unwrap_or(u8::MAX),
                 busy: wire.busy,
+                fed: wire.fed,
             })),
             (Some(_), None) => Err(MessageError::Invalid("list of nodes to avoid")),
             (None, Some(holding)) => {

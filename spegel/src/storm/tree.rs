@@ -406,6 +406,10 @@ impl Place {
         matches!(self.standing, Standing::Root | Standing::Leased { .. } | Standing::Complete)
     }
 
+    pub(super) fn is_complete(&self) -> bool {
+        self.standing == Standing::Complete
+    }
+
     fn is_source(&self, now: Instant) -> bool {
         let silent = now.saturating_duration_since(self.heard);
         match self.standing {

@@ -85,7 +85,7 @@ fn sources(svg: &mut String, stormed: &Stormed, top: f64) {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use spegel_benches::storm::{NodeSample, Pulled, Sample};
+    use spegel_benches::storm::{NodeSample, Pulled, Sample, Told};
 
     use super::*;
 
@@ -99,6 +99,7 @@ mod tests {
             killed: false,
             from_upstream,
             from_peers,
+            told: Told::default(),
         };
         let sample = |at, bytes: [u64; 2]| Sample { at, nodes: bytes.map(|bytes| NodeSample { bytes }).to_vec() };
         let stormed = Stormed {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use spegel_benches::storm::{Sample, Storm as Lab, Stormed, Victim};
+use spegel_benches::storm::{Pulled, Sample, Storm as Lab, Stormed, Victim};
 
 use super::Storm;
 use super::chart;
@@ -13,11 +13,7 @@ use super::scenario::Kill;
 
 /// Makes a storm, shows it, and tells what came of it; false if a pull failed or the cores were the limit.
 pub(super) fn run(storm: &Storm) -> Result<bool> {
-    let lab = lab(storm)?;
-    let bars = Bars::new(&lab);
-    let stormed = lab.run(&mut |sample| bars.show(sample))?;
-    bars.clear();
-    println!("{}", table(&stormed));
+    let stormed = show(&lab(storm)?)?;
     // It knows no other program, and none at all.
     if storm.binary.is_none() && !storm.no_mirror {
         print!("{}", model::beside(storm.scenario(storm.nodes, 1), &stormed));
@@ -29,8 +25,17 @@ pub(super) fn run(storm: &Storm) -> Result<bool> {
     Ok(!stormed.is_void() && stormed.failures().next().is_none())
 }
 
+/// Makes a storm, shows it, and prints what came of it.
+pub(super) fn show(lab: &Lab) -> Result<Stormed> {
+    let bars = Bars::new(lab);
+    let stormed = lab.run(&mut |sample| bars.show(sample))?;
+    bars.clear();
+    println!("{}", table(&stormed));
+    Ok(stormed)
+}
+
 /// What the flags ask for.
-fn lab(storm: &Storm) -> Result<Lab> {
+pub(super) fn lab(storm: &Storm) -> Result<Lab> {
     ensure!(storm.nodes >= 2, "a storm takes two nodes at least");
     ensure!(storm.slow <= 1 && storm.seeds <= 1, "of real nodes one can be slow, and one have the image already");
     let program = match (&storm.binary, storm.no_mirror) {
@@ -102,7 +107,8 @@ impl Bars {
 /// A line a node, and the storm's figures.
 fn table(stormed: &Stormed) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let mut text = String::from("node   began s  took s  upstream MiB  from peers (node: MiB)\n");
+    let mut text =
+        String::from("node   began s  took s  upstream MiB  depth  moves  waited most      from peers (node: MiB)\n");
     for pull in &stormed.pulls {
         let peers = pull.from_peers.iter().filter(|(_, bytes)| *bytes >= 1 << 20);
         let peers: Vec<String> = peers.map(|(number, bytes)| format!("{number}: {:.0}", mib(*bytes))).collect();
@@ -112,11 +118,14 @@ fn table(stormed: &Stormed) -> String {
             (None, _) => String::new(),
         };
         text += &format!(
-            "{:<6} {:>7.1} {:>7.1} {:>13.1}  {}{end}\n",
+            "{:<6} {:>7.1} {:>7.1} {:>13.1} {:>6} {:>6}  {:<16} {}{end}\n",
             pull.node,
             pull.began,
             pull.seconds,
             mib(pull.from_upstream),
+            pull.told.depth,
+            pull.told.moves,
+            pull.told.why_slow().map_or("-".into(), |(what, seconds)| format!("{seconds:.1} {what}")),
             peers.join(", ")
         );
     }
@@ -132,6 +141,17 @@ fn table(stormed: &Stormed) -> String {
         stormed.upstream_share(),
         stormed.depth(),
     );
+    let told = |bytes: fn(&Pulled) -> f64| stormed.pulls.iter().map(bytes).sum::<f64>() / f64::from(1 << 20);
+    if stormed.pulls.iter().any(|pull| pull.told.is_there()) {
+        let roots = stormed.pulls.iter().filter(|pull| pull.told.from_upstream > 0.0);
+        let roots: Vec<String> = roots.map(|pull| pull.node.to_string()).collect();
+        text += &format!(
+            "the nodes' own metrics: {:.1} MiB from upstream by nodes {}, {:.1} MiB from each other\n",
+            told(|pull| pull.told.bytes[0]),
+            roots.join(", "),
+            told(|pull| pull.told.bytes[1]),
+        );
+    }
     text += &format!("the cores were busy for {:.0} % of the time", 100.0 * stormed.busy);
     if stormed.is_void() {
         text += ": THIS RUN IS VOID, they were the limit";

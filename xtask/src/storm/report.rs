@@ -128,6 +128,16 @@ impl Outcome {
         }
     }
 
+    /// When the last node had everything, and what the slowest took, as multiples of one pull alone.
+    pub(super) fn last_of_solo(&self) -> f64 {
+        self.last.as_secs_f64() / self.solo.as_secs_f64()
+    }
+
+    /// As [`Outcome::last_of_solo`].
+    pub(super) fn worst_of_solo(&self) -> f64 {
+        self.slowest.as_secs_f64() / self.solo.as_secs_f64()
+    }
+
     pub(super) fn print(&self) {
         let ratio = |time: Duration| time.as_secs_f64() / self.solo.as_secs_f64();
         println!(

@@ -61,6 +61,8 @@ pub(super) struct Driver {
     left: Option<Why>,
     depth: usize,
     from_upstream: bool,
+    /// Other parts of the image were arriving when it was sent upstream.
+    is_fed_others: bool,
     /// When it was sent upstream, until something came.
     told: Option<Instant>,
     members: Instant,
@@ -99,6 +101,7 @@ impl Driver {
             left: None,
             depth: 0,
             from_upstream: false,
+            is_fed_others: false,
             told: None,
             members: now,
         }
@@ -164,6 +167,7 @@ impl Driver {
                     let mut state = self.pull.state();
                     (state.is_root, state.was_leased, state.told) = (true, was_leased, Some(now));
                     drop(state);
+                    self.is_fed_others = self.storms.is_arriving(&self.pull.image, &self.pull.digest, now);
                     (self.from_upstream, self.told, self.seen) = (true, Some(now), now);
                     self.order(Order::Upstream);
                     self.is_awaited = false;
@@ -267,6 +271,17 @@ impl Driver {
         if now.duration_since(self.members) >= MEMBERS {
             self.meet(now);
         }
+        let arrives = self.storms.is_arriving(&self.pull.image, &self.pull.digest, now);
+        self.is_fed_others |= arrives && self.told.is_some();
+        if matches!(self.child.source(), Source::Nobody | Source::Asked(_))
+            && arrives
+            && let Some(deadline) = self.storms.with_budget(&self.pull.image, now, |budget| {
+                budget.arrives(now);
+                budget.deadline()
+            })
+        {
+            self.child.held_until(deadline);
+        }
         let asked = self.wanted.repository.as_ref();
         match self.store.find(&self.pull.digest, asked).await.ok().flatten() {
             Some(Found::Complete(blob)) => {
@@ -280,10 +295,15 @@ impl Driver {
                 self.seen = now;
                 self.reached(receiving.growing.progress().position, now);
             }
-            None if !self.is_awaited && now.duration_since(self.seen) >= GONE => self.child.gone(now),
+            None if !self.is_awaited && now.duration_since(self.seen) >= self.gone_after() => self.child.gone(now),
             // Awaited as yet, or being renamed.
             None => {}
         }
+    }
+
+    /// Upstream's first byte takes longer while other parts of the image fill the links.
+    fn gone_after(&self) -> Duration {
+        if self.is_fed_others { 3 * GONE } else { GONE }
     }
 
     /// So much of it is here.
@@ -308,6 +328,7 @@ impl Driver {
         self.storms.figures.came(&self.pull.image, from, more);
         self.depth = self.depth.max(self.shared.lineage.of(&self.pull.digest).len());
         (self.position, self.grown) = (position, now);
+        self.pull.state().grown = Some(now);
         self.child.grew(position, now);
     }
 }

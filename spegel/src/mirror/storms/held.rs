@@ -160,7 +160,14 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     let Some((pull, events)) = storms.begin(digest, image, now) else { return Offer::Nobody(None) };
     let mut ended = Ended(Some(&pull));
     let total = shared.sizes.of(digest);
-    let wish = Wish { key, position, total, usual: storms.usual(), busy: storms.is_root() };
+    let wish = Wish {
+        key,
+        position,
+        total,
+        usual: storms.usual(),
+        busy: storms.is_root(),
+        fed: storms.is_arriving(image, digest, now),
+    };
     let child = Child::new(wish, storms.feeds.slots(total), coordinators, number(), held.deadline, now);
     let orders = pull.orders.subscribe();
     let driver = Driver::new(Arc::clone(shared), Arc::clone(storms), Arc::clone(store), wanted, child, &pull, events);
@@ -289,7 +296,10 @@ async fn obey(
                 let (shared, wanted, among) = (Arc::clone(shared), wanted.clone(), std::mem::take(&mut found));
                 beside = Some(Box::pin(async move { race_among(&shared, &wanted, among).await }));
             }
-            () = sleep_until(bound.into()) => return None,
+            // It may have become later.
+            () = sleep_until(bound.into()) => if Instant::now() >= held.deadline(Instant::now()) + BEYOND {
+                return None;
+            },
         }
     }
 }

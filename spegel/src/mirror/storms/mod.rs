@@ -32,6 +32,8 @@ pub(super) use held::{Line, Offer, hold, resume};
 
 /// How many blobs are followed at a time. More are not held.
 const PULLS: usize = 1024;
+/// A part of an image of which bytes came within this time is arriving: containerd writes whole MiB.
+const ARRIVING: Duration = Duration::from_secs(1);
 /// How many events of a blob wait for who follows it.
 const EVENTS: usize = 64;
 /// For how long after it was sent upstream a request is not held: containerd comes to us with it once more when a body ends early.
@@ -74,6 +76,8 @@ struct PullState {
     was_leased: bool,
     /// When it was sent upstream.
     told: Option<Instant>,
+    /// When bytes of it came last.
+    grown: Option<Instant>,
 }
 
 /// What is to be done for our containerd.
@@ -192,6 +196,14 @@ impl Storms {
     /// Whether our containerd pulls anything from upstream.
     fn is_root(&self) -> bool {
         self.pulls().values().any(|pull| pull.state().is_root)
+    }
+
+    /// Whether bytes of other parts of the image have come a moment ago.
+    fn is_arriving(&self, image: &Arc<str>, besides: &Digest, now: Instant) -> bool {
+        let is_recent = |grown: Instant| now.saturating_duration_since(grown) < ARRIVING;
+        let pulls = self.pulls();
+        let mut others = pulls.values().filter(|pull| pull.image == *image && pull.digest != *besides);
+        others.any(|pull| pull.state().grown.is_some_and(is_recent))
     }
 
     fn is_current(&self, pull: &Arc<Pull>) -> bool {

@@ -51,6 +51,7 @@ impl Talk {
             avoid: Vec::new(),
             skipped: 0,
             busy: false,
+            fed: false,
         };
         change(&mut want);
         self.say(node, zone, &Request::Want(want)).expect("an answer")
@@ -165,13 +166,26 @@ fn the_bound_of_a_lease_follows_what_upstream_takes() {
 fn who_says_that_upstream_has_not_refused_it_is_given_more_time() {
     let mut talk = Talk::new();
     talk.want_as(1, 0, |want| want.usual = Some(Duration::from_millis(50)));
-    for _ in 0..5 {
+    for _ in 0..16 {
         talk.pass(Duration::from_millis(250));
         talk.have(1, 0, Holding::Root);
     }
-    assert_eq!(parent(talk.want(2)), 1, "after 1.25 s");
-    talk.pass(Duration::from_millis(250));
-    talk.have(1, 0, Holding::Root);
+    assert_eq!(parent(talk.want(2)), 1, "after 4 s");
+    for _ in 0..2 {
+        talk.pass(Duration::from_millis(250));
+        talk.have(1, 0, Holding::Root);
+    }
+    talk.pulls(3);
+}
+
+#[test]
+fn who_gets_other_parts_of_the_image_is_given_as_much() {
+    let mut talk = Talk::new();
+    let answer = talk.want_as(1, 0, |want| want.fed = true);
+    assert_eq!(answer, Response::Pull { within: Duration::from_millis(4500) });
+    talk.pass(Duration::from_secs(4));
+    assert_eq!(parent(talk.want(2)), 1);
+    talk.pass(Duration::from_secs(1));
     talk.pulls(3);
 }
 
@@ -271,6 +285,7 @@ fn repetitions_are_answered_as_before_and_what_was_overtaken_is_not() {
             avoid: Vec::new(),
             skipped: 0,
             busy: false,
+            fed: false,
         })
     };
     let first = talk.say(1, 0, &want(5, Why::New));
@@ -328,4 +343,20 @@ fn floods_are_not_answered() {
         talk.say(1, 0, &Request::Have(have)).is_some()
     });
     assert_eq!(answered.count(), 20);
+}
+
+/// A lease that ran out without a byte is not brought back by a report that says no more: nobody else would pull as long as it goes on.
+#[test]
+fn who_got_nothing_in_its_time_is_no_root_for_saying_so() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    assert_eq!(parent(talk.want(2)), 1);
+    talk.pass(Duration::from_secs(2));
+    let again = |want: &mut Want| (want.why, want.avoid) = (Why::Refused, vec![Node(1)]);
+    assert!(matches!(talk.want_as(2, 0, again), Response::Pull { .. }));
+    talk.have(1, 0, Holding::Root);
+    assert_eq!(parent(talk.want(3)), 2, "not 1, which has nothing");
+    talk.have(2, 0, Holding::Nothing);
+    talk.have(1, 0, Holding::Root);
+    assert!(matches!(talk.want(4), Response::Pull { .. }), "neither of them gets anything");
 }

@@ -12,7 +12,7 @@ const MAX: Duration = Duration::from_secs(2);
 const RANK: Rank = Rank(8);
 
 fn child(now: Instant) -> Child {
-    let wish = Wish { key: KEY, position: 0, total: Some(64 << 20), usual: None, busy: false };
+    let wish = Wish { key: KEY, position: 0, total: Some(64 << 20), usual: None, busy: false, fed: false };
     Child::new(wish, 1, vec![Node(1), Node(2), Node(3)], 100, now + MAX, now)
 }
 

@@ -30,6 +30,7 @@ fn request() -> impl Strategy<Value = Request> {
                     avoid: avoid.into_iter().map(Node).collect(),
                     skipped,
                     busy: skipped % 2 == 1,
+                    fed: skipped % 3 == 1,
                 }),
                 None => {
                     Request::Have(Have { key, number, position, total, slots, holding: holdings[kind - whys.len()] })

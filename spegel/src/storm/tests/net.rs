@@ -248,6 +248,7 @@ impl Net {
             total: Some(TOTAL),
             usual: None,
             busy: self.rng.random_bool(0.2),
+            fed: self.rng.random_bool(0.2),
         };
         peer.hold = Some((hold, now, deadline));
         peer.child = Some(Child::new(wish, 1, coordinators, peer.numbers, deadline, now));

@@ -187,3 +187,70 @@ async fn only_our_own_containerd_is_held() {
     }
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
+
+/// Manifests too: one goes upstream, and the others wait for what it gets.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manifest_comes_from_upstream_once() {
+    let nodes = nodes(5, || storm(Duration::from_secs(10)));
+    let digest = digest_of(MANIFEST);
+    let pulls = nodes.iter().enumerate().map(|(n, node)| {
+        let (node, digest) = (Arc::clone(node), digest.clone());
+        async move {
+            tokio::time::sleep(Duration::from_millis(10 * n as u64)).await;
+            let target = format!("/v2/app/manifests/{digest}?ns=registry.test");
+            let reply = node.ask("GET", &target, &[("X-Spegel-Node", &format!("node-{n}"))]).await;
+            if reply.status == 404 {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                node.shelf.put(MANIFEST);
+            } else {
+                assert_eq!(reply.body, MANIFEST);
+                node.shelf.put(&reply.body);
+            }
+            reply.status
+        }
+    });
+    let statuses = tokio::time::timeout(PATIENCE, futures::future::join_all(pulls)).await.unwrap();
+    assert_eq!(statuses, [404, 200, 200, 200, 200]);
+}
+
+/// A node in the middle that gives its pull up: its child goes on at the same byte at another node that a coordinator names. No lookup finds
+/// any here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_loses_its_parent_is_given_another_one() {
+    let nodes = nodes(4, || storm(Duration::from_secs(10)));
+    // So long that each has one child as long as nothing was measured.
+    let bytes = noise(75, 48 * MIB);
+    let digest = digest_of(&bytes);
+    let pulls = nodes.iter().enumerate().map(|(n, node)| {
+        let containerd = Containerd::at(node, &format!("node-{n}"), &digest, bytes.len());
+        let (node, digest, bytes) = (Arc::clone(node), digest.clone(), &bytes);
+        async move {
+            tokio::time::sleep(Duration::from_millis(20 * n as u64)).await;
+            let pull = containerd.pull(Some(bytes), bytes.len(), Duration::from_millis(200));
+            if n != 1 {
+                return Some(pull.await);
+            }
+            // It is cancelled half way, and its ingest goes.
+            let half = async {
+                loop {
+                    let has =
+                        node.shelf.receiving.lock().unwrap().get(&digest).map(|it| it.growing.progress().position);
+                    if has.is_some_and(|has| has >= 16 * MIB as u64) {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::select! {
+                _ = pull => panic!("it was cancelled"),
+                () = half => {}
+            }
+            node.shelf.receiving.lock().unwrap().remove(&digest);
+            None
+        }
+    });
+    let pulled = tokio::time::timeout(PATIENCE, futures::future::join_all(pulls)).await.expect("all come to an end");
+    // Whoever of them was first; if it was the one that gave up, another one pulled the rest.
+    let others = pulled.iter().flatten();
+    assert_eq!(others.filter(|pulled| pulled.from_upstream).count(), 1, "{pulled:?}");
+}

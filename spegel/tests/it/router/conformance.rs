@@ -261,6 +261,7 @@ pub(super) async fn all_ask_the_same_coordinator_about_a_storm(network: &mut imp
             avoid: Vec::new(),
             skipped: 0,
             busy: false,
+            fed: false,
         };
         answers.push(storms.ask(coordinators[0], Request::Want(want)).await.expect("an answer"));
     }

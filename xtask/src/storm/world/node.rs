@@ -70,9 +70,11 @@ impl World {
             return self.go_upstream(node, blob);
         };
         let busy = member.blobs.iter().any(|blob| blob.from == Some(From::Upstream));
+        // What a daemon sees of it: whole MiB, and what is smaller when it is there.
+        let fed = member.blobs.iter().any(|blob| blob.from.is_some() && !blob.done && blob.position >= 1048576.0);
         let at = &mut member.blobs[blob];
         let (key, total) = (self.keys[blob], self.lengths[blob]);
-        let wish = Wish { key, position: at.position as u64, total: Some(total), usual: None, busy };
+        let wish = Wish { key, position: at.position as u64, total: Some(total), usual: None, busy, fed };
         let slots = member.parent.slots(Some(total), false);
         let at = &mut member.blobs[blob];
         at.child = Some(Child::new(wish, slots, coordinators, number, deadline, now));
