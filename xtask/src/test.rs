@@ -64,6 +64,12 @@ fn suites(quick: bool) -> Vec<Suite> {
     if !quick {
         suites.push(cargo("end to end", minutes(10), "test -p spegel --test it -- e2e:: --test-threads=1 --nocapture"));
     }
+    if !quick {
+        // The debug binary that the tests before have built.
+        suites.push(cargo("hosts", minutes(4), "run --quiet -p xtask -- hosts-test --binary target/debug/spegel"));
+        suites.push(cargo("pages", minutes(3), "run --quiet -p xtask -- docs --binary target/debug/spegel"));
+    }
+    suites.push(cargo("audit", minutes(3), "run --quiet -p xtask -- audit"));
     let mut documentation = cargo("docs", minutes(4), "doc --workspace --no-deps");
     documentation.environment.push(("RUSTDOCFLAGS", "-D warnings"));
     suites.push(documentation);

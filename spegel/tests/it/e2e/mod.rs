@@ -10,6 +10,7 @@ mod bad_input;
 mod changes;
 mod cluster;
 mod cri;
+mod doctor;
 mod faults;
 mod kernel;
 mod layers;
