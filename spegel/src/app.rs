@@ -277,15 +277,16 @@ fn start_router(
 
 /// Who is asked for first peers.
 fn sources(kinds: &[cli::Bootstrap]) -> Vec<Arc<dyn Bootstrap>> {
-    let source = |kind: &cli::Bootstrap| -> Option<Arc<dyn Bootstrap>> {
+    let mut sources: Vec<Arc<dyn Bootstrap>> = Vec::new();
+    for kind in kinds {
         match kind {
-            cli::Bootstrap::Dns(name) => Some(Arc::new(DnsBootstrap::new(name))),
-            cli::Bootstrap::Static(list) => Some(Arc::new(list.clone())),
-            cli::Bootstrap::Http(url) => Some(Arc::new(url.clone())),
-            cli::Bootstrap::HttpEndpoint | cli::Bootstrap::Mdns => None,
+            cli::Bootstrap::Dns(name) => sources.push(Arc::new(DnsBootstrap::new(name))),
+            cli::Bootstrap::Static(list) => sources.push(Arc::new(list.clone())),
+            cli::Bootstrap::Http(url) => sources.push(Arc::new(url.clone())),
+            cli::Bootstrap::HttpEndpoint | cli::Bootstrap::Mdns => {}
         }
-    };
-    kinds.iter().filter_map(source).collect()
+    }
+    sources
 }
 
 /// Serves this node's addresses, and some of its peers', to those who bootstrap by HTTP.
