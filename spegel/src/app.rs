@@ -3,6 +3,7 @@
 mod cleanup;
 mod handler;
 mod node;
+mod peers;
 mod strain;
 mod trace;
 
@@ -26,7 +27,7 @@ use crate::router::{Identity, P2pRouter, P2pSettings, Router, RouterMetrics};
 use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
 use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Outcome, Store, StoreError};
 use crate::web::Web;
-use crate::{hosts, metrics};
+use crate::{ebpf, hosts, metrics};
 
 pub use trace::{trace, write_out};
 
@@ -51,11 +52,22 @@ pub fn describe(error: &anyhow::Error) -> String {
     })
 }
 
-/// Does what the command line asks for.
+/// Does what has to be done before the process has a second thread: privileges belong to threads, and what eBPF needs is given up here.
+///
+/// # Errors
+/// eBPF was asked for, and cannot be had.
+pub fn prepare(command: &Command) -> anyhow::Result<ebpf::Watch> {
+    match command {
+        Command::Registry(settings) => ebpf::Watch::start(&settings.ebpf).context("--ebpf on"),
+        _ => Ok(ebpf::Watch::without_kernel()),
+    }
+}
+
+/// Does what the command line asks for, after [`prepare`].
 ///
 /// # Errors
 /// What kept it from being done, with the chain of causes.
-pub fn run(command: Command) -> anyhow::Result<()> {
+pub fn run(command: Command, watch: ebpf::Watch) -> anyhow::Result<()> {
     match command {
         Command::Version(format) => {
             version(format);
@@ -65,9 +77,10 @@ pub fn run(command: Command) -> anyhow::Result<()> {
             tell(&hosts::write(&configuration)?);
             Ok(())
         }
-        Command::Registry(settings) => block_on(registry(*settings)),
+        Command::Registry(settings) => block_on(registry(*settings, watch)),
         Command::Cleanup(settings) => block_on(cleanup::clean(settings)),
         Command::CleanupWait(settings) => block_on(cleanup::wait(*settings)),
+        Command::Peers(settings) => peers::show(&settings),
         Command::Completions(script) => Ok(std::io::stdout().write_all(&script)?),
     }
 }
@@ -116,7 +129,8 @@ fn tell(report: &hosts::Report) {
     }
 }
 
-async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
+async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Result<()> {
+    watch.tell();
     let stop = CancellationToken::new();
     let _stop_all = stop.clone().drop_guard();
     let mut stop_signal = StopSignal::listen()?;
@@ -131,8 +145,14 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
     if let Some(endpoint) = &settings.bootstrap_endpoint {
         serve_bootstrap(endpoint, &router, &stop)?;
     }
-    let patience = mirror::Settings { zone: zone.as_deref().map(Into::into), ..settings.mirror.clone() };
+    let patience = mirror::Settings {
+        zone: zone.as_deref().map(Into::into),
+        watch: Some(watch.clone()),
+        ..settings.mirror.clone()
+    };
     let mirror = Mirror::new(router.clone(), patience, MirrorMetrics::register(&mut figures));
+    let registry_metrics = RegistryMetrics::register(&mut figures);
+    watch.register(&mut figures, registry_metrics.pulled());
     let registry = Arc::new(Registry::new(crate::registry::Settings {
         store: store.clone(),
         mirror,
@@ -141,15 +161,15 @@ async fn registry(settings: RegistrySettings) -> anyhow::Result<()> {
         basic_auth: settings.basic_auth.clone(),
         node_name: Some(settings.node_name.clone()),
         uploads: settings.uploads,
-        metrics: RegistryMetrics::register(&mut figures),
+        metrics: registry_metrics,
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
     let serve_metrics = ServeMetrics::register(&mut figures);
     serve_metrics.set_open_files(open_files);
-    let mut options = Options { metrics: serve_metrics, ..settings.serve.options.clone() };
+    let mut options = Options { metrics: serve_metrics, watch: Some(watch.clone()), ..settings.serve.options.clone() };
     options.limits.connections = affordable(options.limits.connections, open_files);
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
-    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures)?;
+    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures, watch)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(tell_outcomes(store.outcomes(), Arc::clone(&registry)));
     tokio::spawn(announce(store, router.clone()));
@@ -238,6 +258,7 @@ fn start_router(
         Some(dir) => (Identity::load_or_create(dir)?, Some(RememberedPeers::new(dir))),
         None => (Identity::fresh(), None),
     };
+    trace::KAD_ERRORS.count_in(&metrics);
     let p2p = P2pSettings {
         listen: router_addresses(settings.router_addr),
         registry_port: settings.registry_addr.port(),

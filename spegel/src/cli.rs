@@ -2,6 +2,8 @@
 
 mod args;
 mod cleanup;
+mod ebpf;
+mod peers;
 mod serve;
 mod settings;
 
@@ -11,6 +13,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 
 pub use args::{LogFormat, LogLevel, VersionFormat};
 pub use cleanup::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
+pub use peers::{PeersOrder, PeersSettings, PeersShow};
 pub use serve::ServeSettings;
 pub use settings::{Bootstrap, BootstrapEndpoint, Content, Peers, RegistrySettings, Zone};
 
@@ -45,6 +48,8 @@ pub enum Command {
     Cleanup(CleanupSettings),
     /// Wait until all nodes are clean.
     CleanupWait(Box<CleanupWaitSettings>),
+    /// Show a running process's connections.
+    Peers(PeersSettings),
     /// Print this script.
     Completions(Vec<u8>),
 }
@@ -76,6 +81,7 @@ fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result
         }
         (args::Command::Cleanup(args), _) => Command::Cleanup(cleanup::cleanup(args)?),
         (args::Command::CleanupWait(args), _) => Command::CleanupWait(Box::new(cleanup::cleanup_wait(args)?)),
+        (args::Command::Peers(args), _) => Command::Peers(peers::peers(&args)?),
         (args::Command::Completions { shell }, _) => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut args::Cli::command(), "spegel", &mut script);
@@ -212,7 +218,19 @@ mod tests {
                 &["--max-pipes", "0"],
                 &["--node-name", "elsewhere"],
                 &["--basic-auth-dir", secrets],
+                &["--ebpf", "off"],
+                &["--containerd-cgroup", "/system.slice/containerd.service"],
+                &["--upstream-ports", "5443"],
             ],
+        );
+    }
+
+    #[test]
+    fn each_flag_of_peers_changes_something() {
+        check_flags(
+            "peers",
+            &[],
+            &[&["--metrics-addr", ":1"], &["--json"], &["--once"], &["--sort", "rtt"], &["--interval", "5s"]],
         );
     }
 
@@ -296,6 +314,8 @@ mod tests {
             (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a"], "--kubernetes-service-host"),
             (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a:NoSchedule"], "key alone"),
             (&["configuration"], "--mirror-targets"),
+            (&["registry", "--bootstrap-kind", "mdns", "--upstream-ports", "https"], "--upstream-ports https"),
+            (&["peers", "--json", "--once"], "--json or --once"),
             (&["cleanup"], "--addr"),
             (&["cleanup-wait"], "--probe-endpoint"),
             (&["cleanup-wait", "--probe-endpoint", "nowhere"], "host and a port"),

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 0 | [`oci`], [`metrics`], [`storm`] | nothing of ours |
 //! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`], [`kube`] | level 0 |
-//! | 2 | [`store`], [`router`] | below; `router` takes `store`'s [`store::Change`] only |
+//! | 2 | [`store`], [`router`], [`ebpf`] | below; `router` takes `store`'s [`store::Change`] only |
 //! | 3 | [`mirror`] | below |
 //! | 4 | [`registry`] | below |
 //! | 5 | [`serve`], [`web`], [`cleanup`] | below |
@@ -16,6 +16,7 @@ pub mod app;
 pub mod bootstrap;
 pub mod cleanup;
 pub mod cli;
+pub mod ebpf;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod hosts;

@@ -1,4 +1,4 @@
-//! The `spegel` program: parse, trace, run, exit code.
+//! The `spegel` program: parse, prepare, trace, run, exit code.
 
 use std::process::ExitCode;
 
@@ -9,8 +9,9 @@ fn main() -> ExitCode {
         Ok(invocation) => invocation,
         Err(code) => return code,
     };
+    let prepared = app::prepare(&invocation.command);
     let lines = app::trace(&invocation.log);
-    let code = match app::run(invocation.command) {
+    let code = match prepared.and_then(|prepared| app::run(invocation.command, prepared)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{}", app::describe(&error));

@@ -1,5 +1,7 @@
 //! The metrics registry that every room adds its own figures to, the process's own figures, and the text form.
 
+mod classic;
+
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 
@@ -10,8 +12,31 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-/// The content type of [`encode`]'s text, from the [OpenMetrics specification](https://prometheus.io/docs/specs/om/open_metrics_spec/).
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// How the figures are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The [OpenMetrics specification](https://prometheus.io/docs/specs/om/open_metrics_spec/), for those that ask for it.
+    OpenMetrics,
+    /// What Prometheus and all others read that do not.
+    Classic,
+}
+
+// === impl Format ===
+
+impl Format {
+    /// What a scraper understands that sends this `Accept`.
+    pub fn of_accept(accept: &str) -> Self {
+        if accept.contains("application/openmetrics-text") { Self::OpenMetrics } else { Self::Classic }
+    }
+
+    /// Its content type.
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Classic => classic::CONTENT_TYPE,
+        }
+    }
+}
 
 /// A registry that already holds the figures of this process.
 pub fn registry() -> Registry {
@@ -30,10 +55,13 @@ pub fn register_node(registry: &mut Registry, node: &str, zone: Option<&str>) {
 ///
 /// # Errors
 /// Only when a metric's own encoding fails.
-pub fn encode(registry: &Registry) -> Result<String, std::fmt::Error> {
+pub fn encode(registry: &Registry, format: Format) -> Result<String, std::fmt::Error> {
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, registry)?;
-    Ok(text)
+    Ok(match format {
+        Format::OpenMetrics => text,
+        Format::Classic => classic::from_openmetrics(&text),
+    })
 }
 
 /// The figures that Prometheus client libraries export of a process, read from `/proc/self` at each scrape.
@@ -174,7 +202,7 @@ mod tests {
 
     #[test]
     fn process_figures_have_the_names_that_dashboards_use() {
-        let text = encode(&registry()).unwrap();
+        let text = encode(&registry(), Format::OpenMetrics).unwrap();
         for name in [
             "process_cpu_seconds_total ",
             "process_resident_memory_bytes ",

@@ -1,5 +1,5 @@
 //! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`,
-//! `cluster-test`, `storm`, `tidy`.
+//! `cluster-test`, `storm`, `ebpf`, `tidy`.
 
 mod bench;
 mod build;
@@ -7,6 +7,7 @@ mod chart;
 mod cluster;
 mod demo;
 mod dist;
+mod ebpf;
 mod faults;
 mod helm;
 mod image;
@@ -56,6 +57,8 @@ enum Command {
     Chart(chart::Chart),
     /// Make the container image from the static binary, without a container engine
     Image(image::Image),
+    /// Build the kernel programs into the object that is committed beside their source
+    Ebpf(ebpf::Ebpf),
     /// Install, upgrade and remove the chart in a real Kubernetes cluster on this machine
     ClusterTest(cluster::ClusterTest),
     /// Make everything that a release consists of
@@ -88,6 +91,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Storm(storm) => storm.run(),
         Command::Chart(chart) => chart.run(root()),
         Command::Image(image) => image.run(root()),
+        Command::Ebpf(ebpf) => ebpf.run(root()),
         Command::ClusterTest(test) => test.run(root()),
         Command::Dist(dist) => dist.run(root()),
     }

@@ -10,6 +10,7 @@ mod all;
 mod chart;
 mod fluid;
 mod lab;
+mod model;
 mod report;
 mod scenario;
 mod world;

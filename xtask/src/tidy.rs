@@ -13,8 +13,16 @@ use levels::Levels;
 /// A file that has more lines has become two things.
 const MAX_LINES: usize = 600;
 
-/// The only files that may hold `unsafe`; each block says why it is sound. The program itself needs none.
-const UNSAFE_FILES: [&str; 1] = ["spegel/benches/micro.rs"];
+/// The only files that may hold `unsafe`; each block says why it is sound. Of the program itself it is one, with one call to the kernel.
+const UNSAFE_FILES: [&str; 7] = [
+    "spegel-common/src/lib.rs",
+    "spegel-ebpf/src/main.rs",
+    "spegel-ebpf/src/maps.rs",
+    "spegel-ebpf/src/sockets.rs",
+    "spegel-ebpf/src/track.rs",
+    "spegel/benches/micro.rs",
+    "spegel/src/zerocopy/tcp_info.rs",
+];
 
 /// What is not finished must not be committed.
 const UNFINISHED: [&str; 3] = ["todo!", "unimplemented!", "dbg!"];

@@ -12,10 +12,13 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::counter::ConstCounter;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::cli::{Log, LogFormat, LogLevel};
+use crate::router::KadErrors;
 
 /// Lines that wait to be written; some MiB at the most.
 const WAITING: usize = 8192;
@@ -24,6 +27,9 @@ const WAITING: usize = 8192;
 const LAST_LINES: Duration = Duration::from_millis(500);
 
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// What kad tells its log only.
+pub(super) static KAD_ERRORS: KadErrors = KadErrors::new();
 
 /// Sends log lines to standard error from now on. Those that wait are written when what is returned is dropped.
 pub fn trace(log: &Log) -> WorkerGuard {
@@ -42,13 +48,13 @@ pub fn trace(log: &Log) -> WorkerGuard {
     let (writer, guard) = writer.finish(std::io::stderr());
     // Only the first call's lines go anywhere.
     let _ = DROPPED.set(writer.error_counter());
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_target(false);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_target(false);
     let terminal = std::io::stderr().is_terminal();
-    let format = log.format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json });
-    match format {
-        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).init(),
-        LogFormat::Text => lines.with_ansi(terminal).init(),
-    }
+    let lines = match log.format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json }) {
+        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
+        LogFormat::Text => lines.with_ansi(terminal).boxed(),
+    };
+    tracing_subscriber::registry().with(lines.with_filter(filter)).with(KAD_ERRORS.layer()).init();
     guard
 }
 

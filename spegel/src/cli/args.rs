@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::cleanup::{CleanupArgs, CleanupWaitArgs};
+use super::ebpf::EbpfArgs;
+use super::peers::PeersArgs;
 use super::serve::ServeArgs;
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum};
@@ -77,6 +79,8 @@ pub(super) enum Command {
     Cleanup(CleanupArgs),
     /// Wait until the cleanup of all nodes is done
     CleanupWait(CleanupWaitArgs),
+    /// Show a running process's connections, by peer
+    Peers(PeersArgs),
     /// Write a shell's completion script to standard output
     Completions {
         /// The shell
@@ -233,6 +237,8 @@ pub(super) struct RegistryArgs {
     #[arg(long, env, value_name = "KEY")]
     pub(super) startup_taint: Option<String>,
     #[command(flatten)]
+    pub(super) ebpf: EbpfArgs,
+    #[command(flatten)]
     pub(super) serve: ServeArgs,
     #[command(flatten)]
     pub(super) node: NodeArgs,
@@ -255,6 +261,7 @@ impl RegistryArgs {
         split(matches, "peer_cidrs", &mut self.peer_cidrs);
         split(matches, "mirrored_registries", &mut self.mirrored_registries);
         split(matches, "registry_filters", &mut self.registry_filters);
+        split(matches, "upstream_ports", &mut self.ebpf.upstream_ports);
         let mut layouts = self.oci_layout.iter().map(|path| path.to_string_lossy().into_owned()).collect();
         split(matches, "oci_layout", &mut layouts);
         self.oci_layout = layouts.into_iter().map(PathBuf::from).collect();
@@ -264,7 +271,7 @@ impl RegistryArgs {
 /// A list from the environment is one text, with commas or spaces between its values; on the command line each value is
 /// its own argument, so that a regular expression may hold a comma. Empty values are left out in both. The kinds of
 /// bootstrap hold neither, and are split in both.
-fn split(matches: &ArgMatches, id: &str, values: &mut Vec<String>) {
+pub(super) fn split(matches: &ArgMatches, id: &str, values: &mut Vec<String>) {
     if matches.value_source(id) == Some(ValueSource::EnvVariable) || id == "bootstrap_kind" {
         let separator = |c: char| c == ',' || c.is_whitespace();
         *values = values.iter().flat_map(|text| text.split(separator)).map(str::to_owned).collect();

@@ -20,7 +20,7 @@ use crate::oci::Filters;
 use crate::registry::{BasicAuth, UploadLimits};
 use crate::router::NetworkKey;
 use crate::serve::ListenAddr;
-use crate::{hosts, mirror};
+use crate::{ebpf, hosts, mirror};
 
 /// What `registry` needs.
 #[derive(Debug)]
@@ -59,6 +59,8 @@ pub struct RegistrySettings {
     pub drain: Duration,
     /// How bytes are served, and what a client may cost.
     pub serve: ServeSettings,
+    /// What is asked of the kernel.
+    pub ebpf: ebpf::Settings,
 }
 
 /// Where this node is.
@@ -153,13 +155,17 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         authorization: basic_auth.as_ref().map(|auth| auth.header().to_owned()),
         ..mirror::Settings::default()
     };
+    let router_addr = listen("--router-addr", &args.router_addr)?;
+    let registry_addr = listen("--registry-addr", &args.registry_addr)?;
+    let ebpf = args.ebpf.settings(&args.mirrored_registries, registry_addr, router_addr.port())?;
     Ok(RegistrySettings {
         bootstrap: bootstrap(&args)?,
         bootstrap_endpoint: bootstrap_endpoint(&args)?,
         peers: peers(&args)?,
         metrics_addr: listen("--metrics-addr", &args.metrics_addr)?,
-        router_addr: listen("--router-addr", &args.router_addr)?,
-        registry_addr: listen("--registry-addr", &args.registry_addr)?,
+        router_addr,
+        registry_addr,
+        ebpf,
         filters,
         mirror,
         uploads: UploadLimits { count: args.max_uploads, rate: args.upload_rate },

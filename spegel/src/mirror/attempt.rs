@@ -138,7 +138,7 @@ impl Shared {
     /// Keeps a connection whose response has been read to its end.
     pub(super) fn keep(&self, address: SocketAddr, response: PeerResponse) {
         if response.head.keep_alive {
-            self.pool.put(address, response.stream);
+            self.pool.put(address, response.stream, response.probe);
         }
     }
 }

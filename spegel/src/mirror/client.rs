@@ -12,6 +12,8 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::pool::Pool;
+use crate::ebpf::Probe;
+
 use super::{CHAIN_HEADER, INGEST_HEADER, LOAD_HEADER, RECEIVING_HEADER};
 
 /// The longest response head that is accepted of a peer, in bytes.
@@ -117,6 +119,8 @@ pub(super) struct PeerResponse {
     pub(super) stream: TcpStream,
     /// Bytes of the body that came along with the head.
     pub(super) leftover: Bytes,
+    /// Asks the socket what it has moved, where that is wanted.
+    pub(super) probe: Option<Probe>,
 }
 
 /// How long to wait for a peer.
@@ -146,9 +150,9 @@ pub(super) async fn request(
 ) -> Result<(SocketAddr, PeerResponse), PeerError> {
     let deadline = Instant::now() + timeouts.connect + timeouts.head;
     let tried = &addresses[..addresses.len().min(MAX_TRIED)];
-    if let Some((address, stream)) = tried.iter().find_map(|address| Some((*address, pool.take(*address)?))) {
+    if let Some((address, (stream, probe))) = tried.iter().find_map(|address| Some((*address, pool.take(*address)?))) {
         *met = Some(address);
-        match exchange(stream, address, request, timeouts.head).await {
+        match exchange(stream, probe, address, request, timeouts.head).await {
             Ok(response) => return Ok((address, response)),
             // The peer may have closed an idle connection just now, and then all of them: that says nothing about it.
             Err(PeerError::Lost(_)) => pool.forget(address),
@@ -156,15 +160,19 @@ pub(super) async fn request(
         }
     }
     let left = deadline.saturating_duration_since(Instant::now());
-    let (address, stream) = connect_any(tried, timeouts.connect.min(left)).await?;
+    let (address, stream) = connect_any(pool, tried, timeouts.connect.min(left)).await?;
     *met = Some(address);
     let left = deadline.saturating_duration_since(Instant::now());
-    let response = exchange(stream, address, request, timeouts.head.min(left)).await?;
+    let response = exchange(stream, pool.probe(address), address, request, timeouts.head.min(left)).await?;
     Ok((address, response))
 }
 
 /// Connects to whichever address answers first, each tried a moment after the one before, or at once when that has failed.
-async fn connect_any(addresses: &[SocketAddr], bound: Duration) -> Result<(SocketAddr, TcpStream), PeerError> {
+async fn connect_any(
+    pool: &Pool,
+    addresses: &[SocketAddr],
+    bound: Duration,
+) -> Result<(SocketAddr, TcpStream), PeerError> {
     let deadline = Instant::now() + bound;
     let (mut rest, mut next_at) = (addresses.iter(), Instant::now());
     let mut connecting = FuturesUnordered::new();
@@ -174,7 +182,11 @@ async fn connect_any(addresses: &[SocketAddr], bound: Duration) -> Result<(Socke
             match rest.next() {
                 Some(&address) => {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    connecting.push(async move { (address, connect(address, left).await) });
+                    connecting.push(async move {
+                        let connected = connect(address, left).await;
+                        connected.as_ref().inspect_err(|_| pool.failed(address)).ok();
+                        (address, connected)
+                    });
                 }
                 None if connecting.is_empty() => return Err(last),
                 None => {}
@@ -202,6 +214,7 @@ async fn connect(address: SocketAddr, bound: Duration) -> Result<TcpStream, Peer
 
 async fn exchange(
     mut stream: TcpStream,
+    probe: Option<Probe>,
     address: SocketAddr,
     request: &PeerRequest,
     bound: Duration,
@@ -212,7 +225,7 @@ async fn exchange(
     };
     let (head, leftover) =
         tokio::time::timeout(bound, exchange).await.map_err(|_| PeerError::Late { what: "response head", bound })??;
-    Ok(PeerResponse { head, stream, leftover })
+    Ok(PeerResponse { head, stream, leftover, probe })
 }
 
 fn encode(address: SocketAddr, request: &PeerRequest) -> Vec<u8> {

@@ -27,6 +27,7 @@ use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
+use crate::ebpf::Watch;
 use crate::oci::{Digest, Key, Repository};
 use crate::router::{Peer, Router};
 use crate::store::{Change, Outcome, Store};
@@ -97,6 +98,8 @@ pub struct Settings {
     pub authorization: Option<String>,
     /// Whether what nobody has is coordinated, if the router takes part in that.
     pub storm: Option<StormSettings>,
+    /// What is known of connections with peers: how much has to be sent again counts against them.
+    pub watch: Option<Watch>,
 }
 
 /// How cold storms are met.
@@ -119,6 +122,7 @@ impl Default for Settings {
             zone: None,
             authorization: None,
             storm: None,
+            watch: None,
         }
     }
 }
@@ -280,11 +284,12 @@ impl Mirror {
     /// A mirror that finds its peers by `router`.
     pub fn new(router: Arc<dyn Router>, settings: Settings, metrics: MirrorMetrics) -> Self {
         let storms = storms::Storms::new(&*router, settings.storm, metrics.storm.clone());
+        let (pool, peers) = (pool::Pool::new(settings.watch.clone()), peers::Peers::new(settings.watch.as_ref()));
         let shared = Shared {
             router,
             settings,
-            pool: pool::Pool::default(),
-            peers: peers::Peers::default(),
+            pool,
+            peers,
             blame: blame::Blame::default(),
             sizes: family::Sizes::default(),
             searches: Arc::new(Semaphore::new(SEARCHES)),

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use rand::Rng as _;
 
+use crate::ebpf::{Quality, Watch};
+
 /// How long a peer is set aside after its first failure. Each further one doubles it.
 const FIRST: Duration = Duration::from_millis(250);
 /// The longest that it is set aside: a node that comes back is used again within this time.
@@ -35,6 +37,9 @@ const UNKNOWN_RATE: f64 = 50e6;
 const TYPICAL: f64 = 4e6;
 /// Bodies below this say nothing about throughput.
 const TELLING: u64 = 256 << 10;
+/// A body is taken to last twice as long where this share of what was sent to the peer had to be sent again: throughput falls with the root of
+/// the loss ([Mathis et al.](https://doi.org/10.1145/263932.264023)), and requests that are lost wait for a timeout beside.
+const DOUBLED_AT_LOSS: f64 = 0.02;
 
 /// How a peer may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +56,7 @@ pub(super) enum Leave {
 #[derive(Debug, Default)]
 pub(super) struct Peers {
     known: Mutex<HashMap<SocketAddr, Known>>,
+    quality: Option<Quality>,
 }
 
 #[derive(Clone, Debug)]
@@ -74,6 +80,11 @@ struct Known {
 // === impl Peers ===
 
 impl Peers {
+    /// Nothing is known but what the kernel tells.
+    pub(super) fn new(watch: Option<&Watch>) -> Self {
+        Self { known: Mutex::default(), quality: watch.map(Watch::quality) }
+    }
+
     /// Whether the peer may be asked now; a probe is then the caller's to make.
     pub(super) fn may_ask(&self, peer: SocketAddr, now: Instant) -> Leave {
         let mut known = self.lock();
@@ -169,9 +180,11 @@ impl Peers {
     }
 
     /// Whether it said that it is busy, and the seconds that a typical body is expected to take: the more, the busier the peer said it is in
-    /// its last answer, or where that is long ago, is said to be in the network.
+    /// its last answer, or where that is long ago, is said to be in the network, and the more, the more was lost on the way to it of late.
     pub(super) fn cost(&self, peer: SocketAddr, said: Option<u8>, now: Instant) -> (bool, f64) {
-        let more = |load: Option<u8>| 1.0 + f64::from(load.unwrap_or_default()) / DOUBLED_AT;
+        let loss = self.quality.as_ref().map_or(0.0, |quality| quality.loss(peer.ip(), now));
+        let lossy = 1.0 + loss / DOUBLED_AT_LOSS;
+        let more = |load: Option<u8>| (1.0 + f64::from(load.unwrap_or_default()) / DOUBLED_AT) * lossy;
         let known = self.lock();
         let Some(known) = known.get(&peer) else { return (false, TYPICAL / UNKNOWN_RATE * more(said)) };
         let told = known.load.filter(|(_, at)| now.duration_since(*at) < LOAD_LIFETIME).map(|(load, _)| load);
@@ -239,6 +252,8 @@ pub(super) fn jitter() -> f64 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::ebpf::Role;
+    use crate::zerocopy::TcpInfo;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -351,6 +366,21 @@ mod tests {
         (0..20).for_each(|_| peers.ends(peer(1)));
         peers.busy(peer(1), now);
         assert!(cost(1).0 && !peers.cost(peer(1), None, now + BUSY).0);
+    }
+
+    /// Both are as fast as far as is known, but one loses segments.
+    #[test]
+    fn a_peer_on_whose_path_much_is_lost_loses_rank() {
+        let watch = Watch::without_kernel();
+        let (peers, now) = (Peers::new(Some(&watch)), Instant::now());
+        let cost = |n| peers.cost(peer(n), None, now).1;
+        assert!((cost(1) - cost(2)).abs() < 1e-9);
+        let mut probe = watch.probe(peer(1).ip(), Role::Router).unwrap();
+        let info = TcpInfo { data_segs_out: 1000, total_retrans: 50, ..TcpInfo::default() };
+        probe.take(&info, false);
+        assert!(cost(1) > 2.0 * cost(2), "5 % of loss: {} and {}", cost(1), cost(2));
+        probe.take(&TcpInfo { data_segs_out: 100_000, ..info }, false);
+        assert!(cost(1) < 1.1 * cost(2), "it is well again: {} and {}", cost(1), cost(2));
     }
 
     #[test]

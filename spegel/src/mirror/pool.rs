@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 
+use crate::ebpf::{Probe, Role, Watch};
+use crate::zerocopy::TcpInfo;
+
 /// Kept per peer address.
 const PER_PEER: usize = 8;
 /// Kept in all.
@@ -18,20 +21,41 @@ const IDLE: Duration = Duration::from_secs(20);
 #[derive(Debug, Default)]
 pub(super) struct Pool {
     idle: Mutex<Idle>,
+    watch: Option<Watch>,
 }
+
+/// An idle connection, since when, and what asks its socket, if that is wanted.
+type Kept = (StdStream, Instant, Option<Probe>);
 
 #[derive(Debug, Default)]
 struct Idle {
-    by_address: HashMap<SocketAddr, VecDeque<(StdStream, Instant)>>,
+    by_address: HashMap<SocketAddr, VecDeque<Kept>>,
     total: usize,
     looked_through_at: Option<Instant>,
 }
 
 impl Pool {
+    /// Without connections.
+    pub(super) fn new(watch: Option<Watch>) -> Self {
+        Self { idle: Mutex::default(), watch }
+    }
+
+    /// A new connection to `address` stands.
+    pub(super) fn probe(&self, address: SocketAddr) -> Option<Probe> {
+        self.watch.as_ref()?.probe(address.ip(), Role::Fetched)
+    }
+
+    /// None could be had.
+    pub(super) fn failed(&self, address: SocketAddr) {
+        if let Some(watch) = &self.watch {
+            watch.failed(address.ip(), Role::Fetched);
+        }
+    }
+
     /// The most recently used idle connection to `address` that is still open, on the current runtime.
-    pub(super) fn take(&self, address: SocketAddr) -> Option<TcpStream> {
+    pub(super) fn take(&self, address: SocketAddr) -> Option<(TcpStream, Option<Probe>)> {
         loop {
-            let (stream, since) = {
+            let (stream, since, probe) = {
                 let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
                 let queue = idle.by_address.get_mut(&address)?;
                 let newest = queue.pop_back();
@@ -42,7 +66,7 @@ impl Pool {
                 newest?
             };
             if since.elapsed() < IDLE && is_silent(&stream) {
-                return TcpStream::from_std(stream).ok();
+                return Some((TcpStream::from_std(stream).ok()?, probe));
             }
         }
     }
@@ -55,7 +79,12 @@ impl Pool {
     }
 
     /// Keeps a connection whose last response was read to its end.
-    pub(super) fn put(&self, address: SocketAddr, stream: TcpStream) {
+    pub(super) fn put(&self, address: SocketAddr, stream: TcpStream, mut probe: Option<Probe>) {
+        if let Some(probe) = &mut probe
+            && let Ok(info) = TcpInfo::of(&stream)
+        {
+            probe.take(&info, false);
+        }
         let Ok(stream) = stream.into_std() else { return };
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.total >= TOTAL || idle.looked_through_at.is_none_or(|at| at.elapsed() >= IDLE) {
@@ -68,7 +97,7 @@ impl Pool {
         if queue.len() >= PER_PEER {
             return;
         }
-        queue.push_back((stream, Instant::now()));
+        queue.push_back((stream, Instant::now(), probe));
         idle.total += 1;
     }
 }
@@ -77,7 +106,7 @@ impl Idle {
     fn drop_stale(&mut self) {
         self.looked_through_at = Some(Instant::now());
         self.by_address.retain(|_, queue| {
-            queue.retain(|(stream, since)| since.elapsed() < IDLE && is_silent(stream));
+            queue.retain(|(stream, since, _)| since.elapsed() < IDLE && is_silent(stream));
             !queue.is_empty()
         });
         self.total = self.by_address.values().map(VecDeque::len).sum();
@@ -106,19 +135,19 @@ mod tests {
         let first = TcpStream::connect(address).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
         let port = first.local_addr().unwrap();
-        pool.put(address, first);
-        let again = pool.take(address).unwrap();
+        pool.put(address, first, None);
+        let again = pool.take(address).unwrap().0;
         assert_eq!(again.local_addr().unwrap(), port);
         assert!(pool.take(address).is_none());
 
-        pool.put(address, again);
+        pool.put(address, again, None);
         drop(server);
         wait_for_input(&pool, address).await;
         assert!(pool.take(address).is_none(), "closed by the peer");
 
         let second = TcpStream::connect(address).await.unwrap();
         let (mut server, _) = listener.accept().await.unwrap();
-        pool.put(address, second);
+        pool.put(address, second, None);
         server.write_all(b"x").await.unwrap();
         wait_for_input(&pool, address).await;
         assert!(pool.take(address).is_none(), "stray bytes");
@@ -136,7 +165,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let pool = Pool::default();
         for _ in 0..PER_PEER + 3 {
-            pool.put(address, TcpStream::connect(address).await.unwrap());
+            pool.put(address, TcpStream::connect(address).await.unwrap(), None);
         }
         assert_eq!(pool.idle.lock().unwrap().total, PER_PEER);
     }

@@ -20,6 +20,7 @@ use super::metrics::End;
 use super::peers::jitter;
 use super::storms::{self, Line};
 use super::{Shared, Wanted};
+use crate::ebpf::Probe;
 use crate::storm::Failure;
 use crate::zerocopy::{Body, Relay, RelayEnd};
 
@@ -46,6 +47,8 @@ struct Chain {
 struct State {
     address: SocketAddr,
     keep_alive: bool,
+    /// Asks the present peer's socket what it has moved, where that is wanted.
+    probe: Option<Probe>,
     /// How many bytes of the blob the peer had when it was last asked, if it is still receiving it.
     position: Option<u64>,
     /// How many it had at its last step, and when that was.
@@ -74,6 +77,7 @@ pub(super) fn body(shared: &Arc<Shared>, wanted: &Wanted, streamed: Streamed, li
     let state = State {
         address,
         keep_alive: response.head.keep_alive,
+        probe: response.probe,
         position: response.head.receiving,
         step: (response.head.receiving.unwrap_or_default(), Instant::now()),
         since: (0, Instant::now()),
@@ -157,7 +161,8 @@ impl State {
 
 impl Chain {
     fn ended(&self, end: RelayEnd) {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let probe = state.probe.take();
         let now = Instant::now();
         let sent = match &end {
             RelayEnd::Complete(_) => self.end - self.start,
@@ -176,7 +181,7 @@ impl Chain {
         let end = match end {
             RelayEnd::Complete(stream) => {
                 if state.keep_alive {
-                    self.shared.pool.put(state.address, stream);
+                    self.shared.pool.put(state.address, stream, probe);
                 }
                 End::Complete
             }
@@ -295,6 +300,7 @@ impl Chain {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.line.as_ref().inspect(|line| line.comes_by(&response.stream));
         (state.address, state.keep_alive) = (address, response.head.keep_alive);
+        state.probe = response.probe;
         state.position = response.head.receiving;
         state.step = (response.head.receiving.unwrap_or_default(), Instant::now());
         (state.since, state._use_of) = ((offset, Instant::now()), use_of);

@@ -12,6 +12,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry as Metrics, Unit};
 
 use super::ready;
+use crate::ebpf::Pulled;
 use crate::metrics::BoundedLabel;
 
 /// The label of requests for manifests.
@@ -39,6 +40,7 @@ pub struct RegistryMetrics {
     refused: Family<ReasonLabel, Counter>,
     registries: Arc<BoundedLabel>,
     resolved: Arc<Resolved>,
+    pulled: Arc<Pulled>,
 }
 
 /// Who asks, as the figures tell clients apart.
@@ -58,6 +60,7 @@ pub(super) struct Resolved {
     answers: [OnceLock<(Histogram, Histogram)>; 2],
     clients: [OnceLock<Counter>; 3],
     last_success: Gauge<f64, AtomicU64>,
+    pulled: Arc<Pulled>,
     duration: Family<HttpLabel, Histogram>,
     size: Family<HttpLabel, Histogram>,
     by_client: Family<ClientLabel, Counter>,
@@ -99,7 +102,9 @@ impl RegistryMetrics {
         let size: Family<HttpLabel, Histogram> = Family::new_with_constructor(|| Histogram::new(BYTES));
         let inflight = Family::<HandlerLabel, Gauge>::default();
         let clients = Family::<ClientLabel, Counter>::default();
+        let pulled = Arc::<Pulled>::default();
         let resolved = Resolved {
+            pulled: Arc::clone(&pulled),
             inflight: inflight.get_or_create_owned(&HandlerLabel { handler: MANIFEST }),
             answers: Default::default(),
             clients: Default::default(),
@@ -110,6 +115,7 @@ impl RegistryMetrics {
         };
         let this = Self {
             resolved: Arc::new(resolved),
+            pulled,
             mirror_requests: Family::default(),
             last_success,
             duration,
@@ -141,6 +147,11 @@ impl RegistryMetrics {
             "Requests that were refused because this node was stopping, or about to run out of what the reason names";
         metrics.register("spegel_refused_requests", help, this.refused.clone());
         this
+    }
+
+    /// Bytes that this node's containerd got through us.
+    pub fn pulled(&self) -> Arc<Pulled> {
+        Arc::clone(&self.pulled)
     }
 
     /// Counts a request from now until what is returned is finished or dropped.
@@ -206,6 +217,13 @@ impl Resolved {
         self.clients[client as usize].get_or_init(|| self.by_client.get_or_create_owned(&label)).inc();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.last_success.set(now.as_secs_f64());
+    }
+
+    /// Counts bytes that a client got of what is here.
+    pub(super) fn pulled(&self, bytes: u64, client: ClientKind) {
+        if client != ClientKind::OtherNode {
+            self.pulled.add_local(bytes);
+        }
     }
 
     /// Counts an answer.

@@ -317,7 +317,14 @@ impl Registry {
         if let Some(digest) = held {
             self.keep_ready(&request.uri, parsed, &ask, digest, &response);
         }
+        let is_pull = ask.is_content && !ask.mirrored && self.client_kind(&ask.client) != ClientKind::OtherNode;
+        let pulled = is_pull.then(|| self.settings.metrics.pulled());
         finish(response, observed, move |ended| {
+            match (pulled, &source) {
+                (Some(pulled), Source::Local | Source::Receiving) => pulled.add_local(ended.end.sent),
+                (Some(pulled), Source::Ready | Source::Peer(_)) => pulled.add_peer(ended.end.sent),
+                _ => {}
+            }
             let Ask { head_only, path, registry, client, .. } = &ask;
             let is_news = ask.is_content && !ask.mirrored;
             let told = Told { head_only: *head_only, path, registry: registry.as_deref(), client, is_news };

@@ -176,7 +176,11 @@ impl Registry {
         let is_told = if mirrored { tracing::enabled!(Level::DEBUG) } else { tracing::enabled!(Level::INFO) };
         let client = is_told.then(|| node.map_or(Client::Address(remote), |name| Client::Node(name.into())));
         let head = if mirrored { self.with_load(&answer.head) } else { answer.head.clone() };
+        let kind = (!mirrored).then(|| self.kind_of(node));
         let end = move |end: BodyEnd| {
+            if let Some(kind) = kind {
+                observed.metrics.pulled(end.sent, kind);
+            }
             let elapsed = observed.end(end.sent);
             if let Some(client) = &client {
                 let (path, registry) = (&*answer.path, answer.registry.as_deref());

@@ -17,7 +17,7 @@ pub(crate) use p2p::checks;
 
 pub use memory::{MemoryNetwork, MemoryRouter};
 pub use p2p::{
-    Identity, IdentityError, NetworkKey, NetworkKeyError, P2pRouter, P2pSettings, RouterError, RouterMetrics,
+    Identity, IdentityError, KadErrors, NetworkKey, NetworkKeyError, P2pRouter, P2pSettings, RouterError, RouterMetrics,
 };
 
 /// A node that offers content, and where its registry listens.

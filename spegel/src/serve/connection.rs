@@ -24,7 +24,8 @@ use super::quick::{self, Parsed, Quick};
 use super::session::{Client, Polled, Session};
 use super::watch::{Expired, Verdict, Watch};
 use super::{RemoteAddr, Shared, Step, linger};
-use crate::zerocopy::{self, Activity, BodyEnd, BodyError, Settings};
+use crate::ebpf::Probe;
+use crate::zerocopy::{self, Activity, BodyEnd, BodyError, Settings, TcpInfo};
 
 /// Bytes that are read of a bare connection at once: a request, or several of one who does not wait for answers.
 const READ: usize = 16 << 10;
@@ -80,8 +81,9 @@ pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings:
         limits.header_read = limits.header_read.min(REFUSED_HEAD);
     }
     let watch = Watch::new(limits);
+    let probe = shared.watch.as_ref().and_then(|watch| watch.probe_client(remote.ip()));
     let mut lane =
-        Lane { client, settings, phase: Phase::Bare(Bare::fresh(stream)), watch, draining: false, head: None };
+        Lane { client, settings, phase: Phase::Bare(Bare::fresh(stream)), watch, draining: false, head: None, probe };
     let (mut drain, mut abort) = (pin!(shared.stop.drain.cancelled()), pin!(shared.stop.abort.cancelled()));
     let mut armed = false;
     let end = poll_fn(|cx| {
@@ -93,10 +95,23 @@ pub(super) async fn serve(mut accepted: Accepted, shared: Arc<Shared>, settings:
     })
     .await;
     report(remote, &end);
-    if let Some(stream) = lane.into_stream().filter(|_| !matches!(end, End::Left)) {
-        linger::close(stream, shared.limits.linger).await;
+    let probe = lane.probe.take();
+    if let Some(stream) = lane.into_stream() {
+        match end {
+            End::Left => look(probe, &stream),
+            _ => linger::close(stream, shared.limits.linger, |stream| look(probe, stream)).await,
+        }
     }
     drop(accepted);
+}
+
+/// Asks the socket for the last time.
+fn look(probe: Option<Probe>, stream: &TcpStream) {
+    if let Some(mut probe) = probe
+        && let Ok(info) = TcpInfo::of(stream)
+    {
+        probe.take(&info, true);
+    }
 }
 
 /// None of these is an error of ours but a body out of step: clients leave early, peers fail, files vanish.
@@ -124,6 +139,8 @@ struct Lane {
     draining: bool,
     /// The bytes of the head that hyper was given.
     head: Option<Unfinished>,
+    /// Asks the socket now and then, where nobody else tells what it moved.
+    probe: Option<Probe>,
 }
 
 enum Phase {
@@ -200,6 +217,11 @@ impl Lane {
         self.head = None;
         if let Phase::Http(session) = std::mem::replace(&mut self.phase, Phase::Nothing) {
             let (stream, unread) = session.into_parts();
+            if let Some(probe) = &mut self.probe
+                && let Ok(info) = TcpInfo::of(&stream)
+            {
+                probe.take(&info, false);
+            }
             self.phase = Phase::Bare(Bare::new(stream, unread));
         }
     }

@@ -12,10 +12,11 @@ const BYTES: usize = 1 << 20;
 const ORPHAN: u32 = 60_000;
 
 /// Sends a FIN after what was written, reads on until the client's own FIN for at most `limit`, and closes. Closing with
-/// input unread would send a reset, which throws away what the client has not read yet.
-pub(super) async fn close(stream: TcpStream, limit: Duration) {
+/// input unread would send a reset, which throws away what the client has not read yet. `look` sees the socket just before it is closed.
+pub(super) async fn close(stream: TcpStream, limit: Duration, look: impl FnOnce(&TcpStream)) {
     // Fails where the client is gone, and then there is nothing to wait for.
     if rustix::net::shutdown(&stream, Shutdown::Write).is_err() {
+        look(&stream);
         return;
     }
     let drained = async {
@@ -37,4 +38,5 @@ pub(super) async fn close(stream: TcpStream, limit: Duration) {
         // A socket option that an older kernel lacks costs it memory for some minutes, no more.
         let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, ORPHAN);
     }
+    look(&stream);
 }

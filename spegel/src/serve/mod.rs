@@ -31,6 +31,7 @@ use hyper::body::Incoming;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use crate::ebpf::Watch;
 use crate::zerocopy::{Body, PipePool, Settings, Transfer};
 use engine::Engine;
 use watchdog::Watchdog;
@@ -122,6 +123,8 @@ pub struct Options {
     pub pipes: usize,
     /// Where the server counts.
     pub metrics: ServeMetrics,
+    /// Who is told what sockets say of their connections, if that is wanted.
+    pub watch: Option<Watch>,
 }
 
 impl Default for Options {
@@ -135,6 +138,7 @@ impl Default for Options {
             transfer: Transfer::default(),
             pipes: 256,
             metrics: ServeMetrics::default(),
+            watch: None,
         }
     }
 }
@@ -214,6 +218,7 @@ struct Shared {
     handler: Arc<dyn Handler>,
     stop: Stop,
     metrics: ServeMetrics,
+    watch: Option<Watch>,
     /// Bytes of heads that are not whole yet.
     unfinished: Arc<AtomicUsize>,
 }
@@ -248,7 +253,7 @@ impl Server {
     /// # Errors
     /// An address that is taken or cannot be had, or no threads for the data runtimes.
     pub fn bind(addrs: &[ListenAddr], options: Options, handler: Arc<dyn Handler>) -> Result<Self, ServeError> {
-        let Options { limits, runtimes, engine, watchdog, transfer, pipes, metrics } = options;
+        let Options { limits, runtimes, engine, watchdog, transfer, pipes, metrics, watch } = options;
         let listeners = addrs.iter().map(|addr| listen(*addr)).collect::<Result<Vec<_>, _>>()?;
         let stop = Stop::default();
         metrics.set_limits(&limits, pipes);
@@ -264,6 +269,7 @@ impl Server {
             handler,
             stop: stop.clone(),
             metrics: metrics.clone(),
+            watch: watch.filter(Watch::wants_probes),
             unfinished: Arc::default(),
         });
         let (engines, engine) = start_engines(runtimes.max(1), engine, watchdog, &shared)?;

@@ -8,9 +8,10 @@ use super::{
     Want, Why, mix,
 };
 
-/// What a parent may have that it has not delivered yet, and for how long it may grow before another parent is asked for.
+/// What a parent may have that it has not delivered yet, and for how long it may have more without half of that being made up, before another
+/// parent is asked for.
 const SLACK: u64 = 4 << 20;
-const SLOW: Duration = Duration::from_secs(2);
+const SLOW: Duration = Duration::from_secs(1);
 /// How often a parent is asked how much it has while it delivers.
 const LOOK: Duration = Duration::from_secs(1);
 /// Parents that refused one after the other are asked for at once, and from then on after a pause that doubles, up to a bound.
@@ -292,14 +293,16 @@ impl Child {
             return;
         }
         match self.slow {
-            Some((since, before)) if lacks > before => {
-                let may_ask = self.question.is_none() && self.again.is_none() && now >= self.not_slow_before;
-                if now.saturating_duration_since(since) >= SLOW && may_ask {
+            Some((since, _)) if now.saturating_duration_since(since) < SLOW => {}
+            // It catches up.
+            Some((_, before)) if lacks <= before / 2 => self.slow = Some((now, lacks)),
+            Some(_) => {
+                if self.question.is_none() && self.again.is_none() && now >= self.not_slow_before {
                     (self.slow, self.not_slow_before) = (None, now + SLOW_PAUSE);
                     self.ask(Why::Slow, now);
                 }
             }
-            _ => self.slow = Some((now, lacks)),
+            None => self.slow = Some((now, lacks)),
         }
     }
 

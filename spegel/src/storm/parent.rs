@@ -101,6 +101,8 @@ pub struct Parent {
     capacity: Option<(f64, Instant)>,
     /// With how many children of complete blobs how much was sent: more have to bring more.
     mark: Option<(u16, f64)>,
+    /// Whether our link was full at the last look, by those who get what is coming in.
+    is_full: bool,
     looked: Instant,
 }
 
@@ -136,6 +138,7 @@ impl Parent {
             intake: 0.0,
             capacity: None,
             mark: None,
+            is_full: false,
             looked: now,
         }
     }
@@ -151,8 +154,10 @@ impl Parent {
         let children = self.children_of(key);
         // Coordinators send one more than there are slots where there is no better place; not where all lag already.
         let lags = |feed: &Feed| feed.key == *key && !feed.keeps_up();
-        let is_full = children > self.fan_out.max(self.fan_out_complete) && self.feeds.values().any(lags);
-        if self.feeds.len() >= usize::from(self.most) || (is_full && !own.complete) {
+        let has_too_many = children > self.fan_out.max(self.fan_out_complete) && self.feeds.values().any(lags);
+        // What is complete here is so elsewhere as well, or will be; what is coming in goes before it.
+        let is_full = if own.complete { self.is_full } else { has_too_many };
+        if self.feeds.len() >= usize::from(self.most) || is_full {
             return Err(Refusal::Busy);
         }
         Ok(())
@@ -237,11 +242,11 @@ impl Parent {
             feed.before = (feed.sent, feed.available);
         }
         let before = (self.fan_out, self.fan_out_complete);
-        let is_full = self.judge_coming(now);
+        self.is_full = self.judge_coming(now);
         self.judge_complete(now);
         Look {
             changed: (self.fan_out, self.fan_out_complete) != before,
-            shed: is_full.then(|| self.one_too_many()).flatten(),
+            shed: self.is_full.then(|| self.one_too_many()).flatten(),
         }
     }
 
@@ -251,7 +256,7 @@ impl Parent {
         let coming = || self.feeds.values().filter(|feed| !feed.is_complete).filter(is_settled);
         let (count, lagging) = (coming().count(), coming().filter(|feed| !feed.keeps_up()).count());
         let out: f64 = self.feeds.values().map(|feed| feed.rate).sum();
-        let is_full = 2 * lagging > count && count > 1;
+        let is_full = 2 * lagging > count && self.feeds.len() > 1;
         let limit = if count == 0 {
             return false;
         } else if lagging == 0 {
@@ -276,11 +281,12 @@ impl Parent {
         is_full
     }
 
-    /// The child that came last for a blob that has more children than there should be. One more may be there for want of a better place.
+    /// The child that came last of those who get something complete, or for a blob that has more children than there should be. One more
+    /// may be there for want of a better place.
     fn one_too_many(&self) -> Option<u64> {
-        let is_over = |feed: &Feed| !feed.is_complete && self.children_of(&feed.key) > self.fan_out + 1;
+        let is_over = |feed: &Feed| feed.is_complete || self.children_of(&feed.key) > self.fan_out + 1;
         let over = self.feeds.iter().filter(|(_, feed)| is_over(feed));
-        over.max_by_key(|(number, feed)| (feed.since, **number)).map(|(number, _)| *number)
+        over.max_by_key(|(number, feed)| (feed.is_complete, feed.since, **number)).map(|(number, _)| *number)
     }
 
     fn judge_complete(&mut self, now: Instant) {

@@ -1,16 +1,23 @@
 //! The side port: what a scraper reads.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::serve::IncomingStream;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics;
+use crate::ebpf::Watch;
+use crate::metrics::{self, Format};
+
+/// Where a process on the same node reads what is known of peers, as JSON.
+pub const PEERS_PATH: &str = "/debug/peers";
 
 /// The side port, open and not yet served.
 #[derive(Debug)]
@@ -24,25 +31,57 @@ impl Web {
     ///
     /// # Errors
     /// The runtime does not accept it.
-    pub fn new(listener: std::net::TcpListener, registry: Registry) -> std::io::Result<Self> {
+    pub fn new(listener: std::net::TcpListener, registry: Registry, watch: Watch) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let router = Router::new().route("/metrics", get(scrape)).with_state(Arc::new(registry));
+        let peers = Router::new().route(PEERS_PATH, get(peers)).with_state(watch);
+        let router = Router::new().route("/metrics", get(scrape)).with_state(Arc::new(registry)).merge(peers);
         Ok(Self { listener, router })
     }
 
     /// Serves until `stop`; requests under way are finished.
     pub async fn serve(self, stop: CancellationToken) {
-        let served = axum::serve(self.listener, self.router).with_graceful_shutdown(stop.cancelled_owned()).await;
+        let served = axum::serve(self.listener, self.router.into_make_service_with_connect_info::<Ends>())
+            .with_graceful_shutdown(stop.cancelled_owned())
+            .await;
         if let Err(error) = served {
             tracing::warn!(%error, "the side port ended");
         }
     }
 }
 
-async fn scrape(State(registry): State<Arc<Registry>>) -> Response {
-    match metrics::encode(&registry) {
-        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+async fn scrape(State(registry): State<Arc<Registry>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    let format = Format::of_accept(accept);
+    match metrics::encode(&registry, format) {
+        Ok(text) => ([(header::CONTENT_TYPE, format.content_type())], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+/// Addresses of peers are nobody's business but of who is on this node already: a connection with both ends at one address never left it.
+async fn peers(ConnectInfo(Ends { local, remote }): ConnectInfo<Ends>, State(watch): State<Watch>) -> Response {
+    if !remote.is_loopback() && remote != local {
+        return (StatusCode::FORBIDDEN, "ask from this node itself, as `spegel peers` does\n").into_response();
+    }
+    match serde_json::to_vec(&watch.report()) {
+        Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+/// The addresses of a connection.
+#[derive(Clone, Copy, Debug)]
+struct Ends {
+    local: IpAddr,
+    remote: IpAddr,
+}
+
+impl Connected<IncomingStream<'_, tokio::net::TcpListener>> for Ends {
+    fn connect_info(stream: IncomingStream<'_, tokio::net::TcpListener>) -> Self {
+        let remote = stream.remote_addr().ip().to_canonical();
+        // What cannot be told is not the same.
+        let local = stream.io().local_addr().map_or(IpAddr::from([0, 0, 0, 0]), |local| local.ip().to_canonical());
+        Self { local, remote }
     }
 }

@@ -7,7 +7,7 @@
 //! hyper would copy bodies under `pipeline_flush(true)`, `writev(false)` or a wrapper without vectored writes, and such a
 //! connection is ended before a byte of it leaves.
 //!
-//! The system calls come from `rustix`, whose wrappers are safe: this room needs no `unsafe`.
+//! The system calls come from `rustix`, whose wrappers are safe. The one file with `unsafe` is `tcp_info`, for what no library has.
 
 mod body;
 mod error;
@@ -19,6 +19,7 @@ mod pipe;
 mod region;
 mod relay;
 mod stage;
+mod tcp_info;
 mod traffic;
 mod warm;
 
@@ -29,5 +30,6 @@ pub use io::Io;
 pub use ops::{Activity, Ops, Settings, Transfer, send};
 pub use pipe::PipePool;
 pub use relay::{Excuse, Relay, RelayEnd, Resume};
+pub use tcp_info::{TcpInfo, network_cookie};
 pub use traffic::{Traffic, TrafficLabels, Way};
 pub use warm::{RingWarmer, ThreadWarmer, Warm, Window};

@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod e2e;
+mod ebpf;
 mod fuzz;
 mod hosts;
 mod kube;

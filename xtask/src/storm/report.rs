@@ -49,12 +49,12 @@ pub(super) fn table(outcomes: &[Outcome]) -> String {
 pub(super) struct Outcome {
     scenario: Scenario,
     pub(super) finished: bool,
-    solo: Duration,
+    pub(super) solo: Duration,
     /// When the last of those that were there from the beginning had everything, after the first started.
-    last: Duration,
+    pub(super) last: Duration,
     /// What nodes took, each from its own start.
     p50: Duration,
-    slowest: Duration,
+    pub(super) slowest: Duration,
     pub(super) upstream: f64,
     requests: f64,
     depth: u32,

@@ -244,7 +244,7 @@ mod tests {
             figures.moved(&image, Why::Slow);
             figures.got(&image, From::Upstream, 2, start + GAP / 2);
         }
-        let text = crate::metrics::encode(&registry).unwrap();
+        let text = crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap();
         let images = |name: &str| text.lines().filter(|line| line.starts_with(&format!("{name}{{"))).count();
         for name in ["spegel_storm_blobs_total", "spegel_storm_depth", "spegel_storm_pull_duration_seconds"] {
             assert_eq!(images(name), IMAGES, "{name}");
@@ -253,7 +253,7 @@ mod tests {
         let long: Arc<str> = "x".repeat(LONGEST + 1).into();
         figures.asked(&long, start);
         figures.came(&long, From::Peers, 1);
-        assert!(!crate::metrics::encode(&registry).unwrap().contains(&*long));
+        assert!(!crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap().contains(&*long));
     }
 
     #[test]

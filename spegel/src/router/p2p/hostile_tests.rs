@@ -6,6 +6,8 @@ use libp2p::PeerId;
 use libp2p::identity::Keypair;
 use prost::Message as _;
 use tokio::time::{sleep, timeout};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::members::{Card, SignedCard};
 use super::opener::Purpose;
@@ -163,9 +165,27 @@ async fn what_cannot_be_used_is_dropped_and_counted() {
     hostile.say_as_member(members::Message::cards(cards)).await;
     hostile.refused("card", 1).await;
 
-    // kad's own codec ends the stream without a word.
-    hostile.say(Purpose::Kademlia, &[5, 0xff, 0xff, 0xff, 0xff, 0xff]).await;
-    hostile.say(Purpose::Kademlia, &[0xff, 0xff, 0xff, 0xff, 0x7f]).await;
     assert_eq!(hostile.victim.foreign_records(), 0);
     hostile.is_heard(1).await;
+}
+
+/// The subscriber is this thread's own, so all must run on it.
+#[tokio::test]
+async fn what_kad_cannot_read_is_dropped_and_counted() {
+    static KAD_ERRORS: KadErrors = KadErrors::new();
+    let _subscriber = tracing_subscriber::registry().with(KAD_ERRORS.layer()).set_default();
+    let hostile = Hostile::start(222);
+    KAD_ERRORS.count_in(&hostile.metrics);
+    let mut no_request = Vec::new();
+    Message { kind: 99, ..Message::default() }.frame(&mut no_request);
+    let (no_message, too_long) = ([5, 0xff, 0xff, 0xff, 0xff, 0xff], [0xff, 0xff, 0xff, 0xff, 0x7f]);
+    let said = [&no_message[..], &too_long, &no_request];
+    for (n, bytes) in said.into_iter().enumerate() {
+        hostile.say(Purpose::Kademlia, bytes).await;
+        hostile.refused("undecodable", n as u64 + 1).await;
+    }
+    hostile.say(Purpose::Kademlia, &[]).await;
+    assert_eq!(hostile.victim.foreign_records(), 0);
+    hostile.is_heard(1).await;
+    hostile.refused("undecodable", said.len() as u64).await;
 }

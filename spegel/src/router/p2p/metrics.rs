@@ -70,7 +70,7 @@ pub(super) struct ReasonLabel {
 /// Why what a peer said was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reason {
-    /// It is no message.
+    /// It is no message, or too long.
     Undecodable,
     /// Its key is none of this network.
     Key,

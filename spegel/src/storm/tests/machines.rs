@@ -210,7 +210,26 @@ fn a_slow_parent_is_told_of_once_in_a_while() {
             }
         }
     }
-    assert!(asked.len() >= 2 && asked[0] >= 2000, "{asked:?}");
+    assert!(asked.len() >= 2 && asked[0] >= 1000, "{asked:?}");
+}
+
+/// When a child asks for a better parent whose own has all and brings so many bytes a second.
+fn asked_behind_a_complete_parent(rate: u64) -> Option<Duration> {
+    let start = Instant::now();
+    let mut child = fed_child(start);
+    (1..60_u64).map(|n| Duration::from_millis(100 * n)).find(|at| {
+        let now = start + *at;
+        child.grew((at.as_millis() as u64 * rate / 1000).min(60 << 20), now);
+        child.parent_has(64 << 20, now);
+        let is_slow = |action: &Action| matches!(action, Action::Send { request: Request::Want(want), .. } if want.why == Why::Slow);
+        actions(&mut child, now).iter().any(is_slow)
+    })
+}
+
+#[test]
+fn a_parent_that_has_all_is_slow_if_half_of_what_lacks_does_not_come_within_a_second() {
+    assert_eq!(asked_behind_a_complete_parent(100_000_000), None, "it catches up");
+    assert_eq!(asked_behind_a_complete_parent(8_000_000), Some(Duration::from_millis(1100)));
 }
 
 fn standing(position: u64, number: u32) -> Standing {
@@ -292,4 +311,30 @@ fn no_more_than_its_bound_are_taken() {
     assert_eq!(parent.admit(&KEY, &standing(0, 0), &Asker { position: 1, rank: None }), Err(Refusal::NotAhead));
     parent.end(1);
     assert_eq!(parent.admit(&KEY, &own, &asker), Ok(()));
+}
+
+#[test]
+fn what_is_coming_in_goes_before_what_is_complete() {
+    const DONE: Key = Key([8; 32]);
+    let start = Instant::now();
+    let mut parent = Parent::new(64, start);
+    let complete = Standing { complete: true, ..standing(64 << 20, 0) };
+    let newcomer = Asker { position: 0, rank: None };
+    parent.begin(0, KEY, 0, &standing(0, 0), start);
+    (1..4).for_each(|number| parent.begin(number, DONE, 0, &complete, start));
+    assert_eq!(parent.admit(&DONE, &complete, &newcomer), Ok(()));
+    let mut shed = Vec::new();
+    for n in 1..40_u64 {
+        let own = standing(n * 2_500_000, 0);
+        parent.received((64 << 20) + own.position);
+        // All get as much, which is too little for the one that should keep up.
+        parent.sent(0, n * 1_000_000, &own);
+        (1..4).for_each(|number| parent.sent(number, n * 1_000_000, &complete));
+        shed.extend(parent.look(start + Duration::from_millis(100 * n)).shed.inspect(|number| parent.end(*number)));
+    }
+    assert_eq!(shed, [3, 2, 1], "the latest first, and never who gets what is coming in");
+    let (parent, ..) = fed(1, 25e6, Duration::from_secs(1));
+    assert_eq!(parent.admit(&DONE, &complete, &newcomer), Ok(()), "there is room");
+    let (parent, ..) = fed(8, 10e6, Duration::from_secs(4));
+    assert_eq!(parent.admit(&DONE, &complete, &newcomer), Err(Refusal::Busy));
 }

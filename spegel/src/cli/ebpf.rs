@@ -1,0 +1,96 @@
+//! The flags of what is asked of the kernel.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::settings::usage;
+use crate::ebpf::{Mode, Settings};
+use crate::serve::ListenAddr;
+
+/// Whether the kernel is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum EbpfMode {
+    /// Where it can be had
+    Auto,
+    /// Or do not start
+    On,
+    /// Never
+    Off,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EbpfArgs {
+    /// Whether the kernel counts what goes to which peer, and what containerd gets from upstream. Needs CAP_BPF and CAP_NET_ADMIN, which are
+    /// given up once that is set up; without, only our own sockets are seen
+    #[arg(long, env, default_value = "auto")]
+    pub(super) ebpf: EbpfMode,
+    /// containerd's control group (version 2), as a folder or as a path in it [default: looked for]
+    #[arg(long, env, value_name = "PATH")]
+    pub(super) containerd_cgroup: Option<PathBuf>,
+    /// The ports of upstream registries; those of --mirrored-registries are added. What containerd's group has with other ports is no pull
+    #[arg(long, env, num_args = 1.., default_values = ["80", "443"], value_name = "PORT")]
+    pub(super) upstream_ports: Vec<String>,
+}
+
+// === impl EbpfArgs ===
+
+impl EbpfArgs {
+    pub(super) fn settings(
+        &self,
+        mirrored_registries: &[String],
+        registry: ListenAddr,
+        router_port: u16,
+    ) -> Result<Settings, clap::Error> {
+        let told = self.upstream_ports.iter().map(|text| {
+            text.parse()
+                .ok()
+                .filter(|port| *port != 0)
+                .ok_or_else(|| usage(format!("--upstream-ports {text}: a port is a number")))
+        });
+        let mut upstream_ports = told.collect::<Result<Vec<u16>, _>>()?;
+        upstream_ports.extend(mirrored_registries.iter().filter_map(|url| port_of(url)));
+        upstream_ports.sort_unstable();
+        upstream_ports.dedup();
+        if upstream_ports.len() > MOST_PORTS {
+            return Err(usage(format!(
+                "--upstream-ports: with those of the mirrored registries more than {MOST_PORTS}"
+            )));
+        }
+        Ok(Settings {
+            mode: match self.ebpf {
+                EbpfMode::Auto => Mode::Auto,
+                EbpfMode::On => Mode::On,
+                EbpfMode::Off => Mode::Off,
+            },
+            registry_port: registry.port(),
+            router_port,
+            containerd_cgroup: self.containerd_cgroup.clone().filter(|path| !path.as_os_str().is_empty()),
+            upstream_ports,
+            peers_on_loopback: matches!(registry, ListenAddr::One(addr) if addr.ip().is_loopback()),
+        })
+    }
+}
+
+/// Room in the kernel's map, with one for the registry itself.
+const MOST_PORTS: usize = 63;
+
+/// The port in `scheme://host[:port]`, if it has one.
+fn port_of(url: &str) -> Option<u16> {
+    let host = url.split_once("://").map_or(url, |(_, host)| host);
+    host.rsplit_once(':').filter(|(host, _)| !host.ends_with(':')).and_then(|(_, port)| port.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registrys_port_is_its_last_part() {
+        assert_eq!(port_of("https://registry.test:5443"), Some(5443));
+        assert_eq!(port_of("https://[fd00::1]:5443"), Some(5443));
+        for none in ["https://registry.test", "https://[fd00::1]", "*", "_default"] {
+            assert_eq!(port_of(none), None, "{none}");
+        }
+    }
+}

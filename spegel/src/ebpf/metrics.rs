@@ -1,0 +1,205 @@
+//! The table as metrics, for as many peers as are named; the others are one.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+use spegel_common::{Counts, Role};
+
+use super::table::Row;
+use super::{Source, Watch};
+
+/// Bytes of content that this node gave its own containerd.
+#[derive(Debug, Default)]
+pub struct Pulled {
+    local: AtomicU64,
+    peer: AtomicU64,
+}
+
+// === impl Pulled ===
+
+impl Pulled {
+    /// From what this node has.
+    pub fn add_local(&self, bytes: u64) {
+        self.local.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// From a peer.
+    pub fn add_peer(&self, bytes: u64) {
+        self.peer.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+pub(super) fn register(registry: &mut Registry, watch: Watch, pulled: Arc<Pulled>) {
+    registry.register_collector(Box::new(PeersCollector { watch, pulled }));
+}
+
+#[derive(Debug)]
+struct PeersCollector {
+    watch: Watch,
+    pulled: Arc<Pulled>,
+}
+
+type Counter = (&'static str, &'static str, fn(&Counts) -> u64, Known);
+type Gauge = (&'static str, &'static str, Option<&'static Unit>, fn(&Row) -> Option<f64>);
+
+/// Who knows a figure.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    ToSockets,
+    ToKernelOnly,
+}
+
+const COUNTERS: [Counter; 7] = [
+    ("spegel_peer_sent_bytes", "Bytes that a peer acknowledged", |counts| counts.sent, Known::ToSockets),
+    ("spegel_peer_received_bytes", "Bytes that came from a peer", |counts| counts.received, Known::ToSockets),
+    (
+        "spegel_peer_connections",
+        "Connections with a peer that were established",
+        |counts| counts.opened,
+        Known::ToSockets,
+    ),
+    (
+        "spegel_peer_failed_connections",
+        "Connections to a peer that could not be established",
+        |counts| counts.failed,
+        Known::ToKernelOnly,
+    ),
+    (
+        "spegel_peer_resets",
+        "Connections with a peer that had no orderly end",
+        |counts| counts.reset,
+        Known::ToKernelOnly,
+    ),
+    ("spegel_peer_segments", "Segments with data that were sent to a peer", |counts| counts.segments, Known::ToSockets),
+    (
+        "spegel_peer_retransmits",
+        "Segments that were sent to a peer again",
+        |counts| counts.retransmits,
+        Known::ToSockets,
+    ),
+];
+
+const GAUGES: [Gauge; 2] = [
+    ("spegel_peer_round_trip", "Smoothed round trip to a peer", Some(&Unit::Seconds), |row| {
+        row.newest.srtt.map(|us| f64::from(us) / 1e6)
+    }),
+    ("spegel_peer_delivery_rate", "Bytes a second that the path to a peer delivers", None, |row| {
+        row.newest.rate.map(|rate| rate as f64)
+    }),
+];
+
+// === impl PeersCollector ===
+
+impl Collector for PeersCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let encoder = &mut encoder;
+        self.encode_peers(encoder)?;
+        self.encode_pulls(encoder)?;
+        self.encode_state(encoder)
+    }
+}
+
+impl PeersCollector {
+    fn encode_peers(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let table = self.watch.table();
+        let kernels = table.is_kernels();
+        let mut named: Vec<_> = table.rows().filter(|(.., row)| row.named != Counts::default()).collect();
+        named.sort_unstable_by_key(|(address, role, _)| (*role, *address));
+        for (name, help, figure, known) in COUNTERS {
+            if known == Known::ToKernelOnly && !kernels {
+                continue;
+            }
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (address, role, row) in &named {
+                let labels = [("peer", address.to_string()), ("role", role.name().to_owned())];
+                ConstCounter::new(figure(&row.named)).encode(family.encode_family(&labels)?)?;
+            }
+            for role in Role::ALL.into_iter().filter(|role| self.watch.shared.source.sees(*role)) {
+                let labels = [("peer", "other".to_owned()), ("role", role.name().to_owned())];
+                ConstCounter::new(figure(table.others(role))).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        for (name, help, unit, figure) in GAUGES {
+            let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+            for (address, role, row) in named.iter().filter(|(.., row)| row.is_named) {
+                let labels = [("peer", address.to_string()), ("role", role.name().to_owned())];
+                if let Some(value) = figure(row) {
+                    ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The offload ratio is `1 - upstream / (local + peer + upstream)`; where upstream is not seen there is none.
+    fn encode_pulls(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Bytes that this node's containerd got, by where from; upstream's as the kernel counts them, with their TLS and HTTP";
+        let mut family = encoder.encode_descriptor("spegel_pull_bytes", help, None, MetricType::Counter)?;
+        let upstream = self.watch.shared.source.sees(Role::Upstream);
+        let upstream = upstream.then(|| self.watch.table().total(Role::Upstream).received);
+        let (local, peer) = (&self.pulled.local, &self.pulled.peer);
+        let sources = [
+            ("local", Some(local.load(Ordering::Relaxed))),
+            ("peer", Some(peer.load(Ordering::Relaxed))),
+            ("upstream", upstream),
+        ];
+        for (source, bytes) in sources {
+            if let Some(bytes) = bytes {
+                ConstCounter::new(bytes).encode(family.encode_family(&[("source", source)])?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_state(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "1, with where the figures of peers come from, and why from nowhere better";
+        let mut family = encoder.encode_descriptor("spegel_ebpf_state", help, None, MetricType::Gauge)?;
+        let (source, reason) = match &self.watch.shared.source {
+            Source::Kernel(_) => ("ebpf", ""),
+            Source::Sockets(refusal) => ("tcp_info", refusal.name()),
+        };
+        ConstGauge::new(1i64).encode(family.encode_family(&[("source", source), ("reason", reason)])?)?;
+        if self.watch.table().is_kernels() {
+            let help = "Events that could be told to no connection, since the map of these was full";
+            let counter = ConstCounter::new(self.watch.table().lost());
+            let metric = encoder.encode_descriptor("spegel_ebpf_lost_events", help, None, MetricType::Counter)?;
+            counter.encode(metric)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::zerocopy::TcpInfo;
+    use std::net::IpAddr;
+
+    #[test]
+    fn cardinality_is_bounded_and_unknown_figures_are_absent() {
+        let watch = Watch::without_kernel();
+        for n in 0..100u32 {
+            let mut probe = watch.probe(IpAddr::from(n.to_be_bytes()), Role::Served).unwrap();
+            probe.take(&TcpInfo { bytes_acked: u64::from(n) * 10, ..TcpInfo::default() }, true);
+        }
+        let (mut registry, pulled) = (Registry::default(), Arc::<Pulled>::default());
+        pulled.add_peer(7);
+        watch.register(&mut registry, Arc::clone(&pulled));
+        let text = crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap();
+        let series = text.lines().filter(|line| line.starts_with("spegel_peer_sent_bytes_total{")).count();
+        assert!(series <= super::super::table::NAMED + 3, "{text}");
+        assert!(text.contains("spegel_pull_bytes_total{source=\"peer\"} 7"), "{text}");
+        assert!(text.contains("spegel_ebpf_state{source=\"tcp_info\",reason=\"off\"} 1"), "{text}");
+        for unknown in ["upstream", "spegel_peer_resets", "spegel_ebpf_lost_events"] {
+            assert!(!text.lines().any(|line| !line.starts_with('#') && line.contains(unknown)), "{unknown} in {text}");
+        }
+    }
+}

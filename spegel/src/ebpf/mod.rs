@@ -1,0 +1,291 @@
+//! What the kernel knows of this node's connections: by peer and by what they are for, how many bytes went which way, how long a round trip
+//! takes, what had to be sent again.
+//!
+//! Two small programs, attached to spegel's own control group and to containerd's, count it in the kernel. Where they cannot be had, what the
+//! kernel tells of our own sockets fills the same table, with the columns empty that it does not tell; that is what [`Probe`] is for.
+//! Nothing here is needed to serve: it only watches.
+
+mod cgroup;
+mod kernel;
+mod metrics;
+mod privilege;
+mod quality;
+mod refusal;
+mod report;
+mod table;
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::zerocopy::TcpInfo;
+use kernel::Kernel;
+use table::Table;
+
+pub use metrics::Pulled;
+pub use quality::Quality;
+pub use refusal::Refusal;
+pub use report::{PeerRow, Report, RoleRow};
+pub use spegel_common::Role;
+
+/// How often the kernel's maps are read while something happens.
+const PERIOD: Duration = Duration::from_secs(1);
+/// So many times as long as it takes is the least time between two readings, so that many peers cost no more than 2 % of a core.
+const REST: u32 = 50;
+/// How long loading may take: the verifier looks at every path of the programs, which is milliseconds.
+const LOADING: Duration = Duration::from_secs(10);
+
+/// Whether the kernel is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Where it can be had.
+    Auto,
+    /// The process does not start without.
+    On,
+    /// No.
+    Off,
+}
+
+/// What is to be watched.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Whether the kernel is asked.
+    pub mode: Mode,
+    /// The registry's port, on all nodes.
+    pub registry_port: u16,
+    /// The router's.
+    pub router_port: u16,
+    /// containerd's control group; to be looked for if not told.
+    pub containerd_cgroup: Option<PathBuf>,
+    /// The ports of upstream registries.
+    pub upstream_ports: Vec<u16>,
+    /// Nodes differ by their loopback addresses.
+    pub peers_on_loopback: bool,
+}
+
+/// A view of this node's connections, for as long as it is held.
+#[derive(Clone)]
+pub struct Watch {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    table: Mutex<Table>,
+    source: Source,
+    /// This node's own addresses, which its containerd may come from.
+    own: Vec<IpAddr>,
+    peers_on_loopback: bool,
+    /// Its end ends the thread that reads the maps, which takes the programs along.
+    _thread: Option<mpsc::SyncSender<()>>,
+}
+
+/// Where the table's figures come from.
+#[derive(Clone, Debug)]
+enum Source {
+    Kernel(Attached),
+    Sockets(Refusal),
+}
+
+/// What stands in the kernel.
+#[derive(Clone, Debug)]
+struct Attached {
+    /// The control group of spegel itself.
+    own: PathBuf,
+    /// containerd's, or why its traffic is not seen.
+    containerd: Result<PathBuf, String>,
+    /// What this process has kept of its privileges to read the maps; usually none.
+    kept: &'static str,
+}
+
+// === impl Watch ===
+
+impl Watch {
+    /// Loads and attaches the programs, and gives up what privileges that needed. To be called while this is the process's only thread: others
+    /// that are started later have none of these from the beginning.
+    ///
+    /// # Errors
+    /// With [`Mode::On`], why the kernel cannot be asked. Otherwise that is only told by [`Watch::tell`].
+    pub fn start(settings: &Settings) -> Result<Self, Refusal> {
+        if settings.mode == Mode::Off {
+            return Ok(Self::of(Some(settings), Source::Sockets(Refusal::Off), None));
+        }
+        let (told, outcome) = mpsc::sync_channel(1);
+        let (alive, end) = mpsc::sync_channel(0);
+        let asked = settings.clone();
+        let spawned = thread::Builder::new().name("ebpf".into()).spawn(move || watch(&asked, &told, &end));
+        privilege::drop_all();
+        let outcome = match spawned {
+            Ok(_) => outcome.recv_timeout(LOADING).unwrap_or(Err(Refusal::TooSlow)),
+            Err(error) => Err(Refusal::Other(format!("no thread for it: {error}"))),
+        };
+        match outcome {
+            Ok((attached, reader)) => {
+                let watch = Self::of(Some(settings), Source::Kernel(attached), Some(alive));
+                // The thread reads for as long as somebody looks.
+                let _ = reader.send(Arc::downgrade(&watch.shared));
+                Ok(watch)
+            }
+            Err(refusal) if settings.mode == Mode::On => Err(refusal),
+            Err(refusal) => Ok(Self::of(Some(settings), Source::Sockets(refusal), None)),
+        }
+    }
+
+    /// A view that the kernel has no part in.
+    pub fn without_kernel() -> Self {
+        Self::of(None, Source::Sockets(Refusal::Off), None)
+    }
+
+    fn of(settings: Option<&Settings>, source: Source, thread: Option<mpsc::SyncSender<()>>) -> Self {
+        let own = if settings.is_some() { kernel::own_addresses() } else { Vec::new() };
+        let peers_on_loopback = settings.is_none_or(|settings| settings.peers_on_loopback);
+        let table = Mutex::new(Table::new(matches!(source, Source::Kernel(_))));
+        Self { shared: Arc::new(Shared { table, source, own, peers_on_loopback, _thread: thread }) }
+    }
+
+    /// Says in the log, in one line, where the figures come from.
+    pub fn tell(&self) {
+        match &self.shared.source {
+            Source::Kernel(Attached { own, containerd, kept }) => {
+                let (upstream, why) = match containerd {
+                    Ok(group) => (group.display().to_string(), None),
+                    Err(why) => (String::new(), Some(why)),
+                };
+                let own = own.display();
+                tracing::info!(%own, containerd = upstream, not_seen = why, kept, "eBPF is attached");
+            }
+            Source::Sockets(Refusal::Off) => tracing::info!("eBPF is off: only our own sockets are seen"),
+            Source::Sockets(refusal) => {
+                tracing::info!(reason = refusal.name(), %refusal, "no eBPF: only our own sockets are seen");
+            }
+        }
+    }
+
+    /// Whether our own sockets have to be looked at, since the kernel's programs do not.
+    pub fn wants_probes(&self) -> bool {
+        matches!(self.shared.source, Source::Sockets(_))
+    }
+
+    /// A probe for a connection of ours with `remote`, where these are wanted.
+    pub fn probe(&self, remote: IpAddr, role: Role) -> Option<Probe> {
+        self.wants_probes().then(|| Probe {
+            watch: self.clone(),
+            remote: remote.to_canonical(),
+            role,
+            last: None,
+            ended: false,
+        })
+    }
+
+    /// The same for a client of our registry: its own containerd, or another node.
+    pub fn probe_client(&self, remote: IpAddr) -> Option<Probe> {
+        let remote = remote.to_canonical();
+        let is_own = !self.shared.peers_on_loopback && (remote.is_loopback() || self.shared.own.contains(&remote));
+        self.probe(remote, if is_own { Role::Containerd } else { Role::Served })
+    }
+
+    /// A connection that was not established.
+    pub fn failed(&self, remote: IpAddr, role: Role) {
+        if self.wants_probes() {
+            self.table().failed(remote.to_canonical(), role, Instant::now());
+        }
+    }
+
+    /// How well peers are reached.
+    pub fn quality(&self) -> Quality {
+        Quality::new(self.clone())
+    }
+
+    /// All that is known at the moment.
+    pub fn report(&self) -> Report {
+        Report::new(&self.table(), &self.shared.source, Instant::now())
+    }
+
+    /// Adds the figures by peer, and what this node pulled from where, to `registry`.
+    pub fn register(&self, registry: &mut prometheus_client::registry::Registry, pulled: Arc<Pulled>) {
+        metrics::register(registry, self.clone(), pulled);
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.shared.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").field("source", &self.shared.source).finish_non_exhaustive()
+    }
+}
+
+/// One connection of ours, as its socket tells of it.
+#[derive(Debug)]
+pub struct Probe {
+    watch: Watch,
+    remote: IpAddr,
+    role: Role,
+    last: Option<TcpInfo>,
+    ended: bool,
+}
+
+// === impl Probe ===
+
+impl Probe {
+    /// Takes down what has changed since it was last asked. `ends` is whether the connection is over.
+    pub fn take(&mut self, info: &TcpInfo, ends: bool) {
+        self.ended |= ends;
+        let last = self.last.replace(info.clone());
+        self.watch.table().sampled(self.remote, self.role, info, last.as_ref(), ends, Instant::now());
+    }
+}
+
+impl Drop for Probe {
+    /// It is over, and its socket was not asked again.
+    fn drop(&mut self) {
+        if !self.ended
+            && let Some(last) = self.last.take()
+        {
+            self.last = Some(last.clone());
+            self.take(&last, true);
+        }
+    }
+}
+
+type Outcome = Result<(Attached, mpsc::SyncSender<std::sync::Weak<Shared>>), Refusal>;
+
+/// The thread that has the programs: loads them, tells what came of it, and reads until `end`.
+fn watch(settings: &Settings, told: &mpsc::SyncSender<Outcome>, end: &mpsc::Receiver<()>) {
+    let mut kernel = match Kernel::load(settings) {
+        Ok(kernel) => kernel,
+        Err(refusal) => {
+            privilege::drop_all();
+            let _ = told.send(Err(refusal));
+            return;
+        }
+    };
+    let attached = Attached {
+        own: kernel.own.clone(),
+        containerd: kernel.containerd.clone(),
+        kept: privilege::drop_but_for_reading(|| kernel.totals().is_ok()),
+    };
+    let (reader, shared) = mpsc::sync_channel(1);
+    if told.send(Ok((attached, reader))).is_err() {
+        return;
+    }
+    let Ok(shared) = shared.recv() else { return };
+    let mut pause = PERIOD;
+    // Whoever holds the view lets go of the other end when it goes.
+    while end.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Timeout) {
+        let Some(shared) = shared.upgrade() else { return };
+        let start = Instant::now();
+        match kernel.read() {
+            Ok(Some(reading)) => {
+                shared.table.lock().unwrap_or_else(PoisonError::into_inner).apply(&reading, start);
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "cannot read what the kernel has counted"),
+        }
+        pause = (start.elapsed() * REST).max(PERIOD);
+    }
+}

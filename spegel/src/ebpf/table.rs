@@ -1,0 +1,444 @@
+//! The figures by peer and role as user space keeps them: they only grow, whatever becomes of the kernel's rows, and there is a bound to them.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+use spegel_common::{Congestion, Counts, PeerKey, PeerStats, Role};
+
+use super::kernel::Reading;
+use crate::zerocopy::TcpInfo;
+
+/// Rows that are kept. What those were that went is in the totals of their roles.
+const MOST_ROWS: usize = 8192;
+/// Rows that metrics name; the others are one.
+pub(super) const NAMED: usize = 20;
+/// For how long what was lost on a path counts half.
+const HALF_LIFE: Duration = Duration::from_secs(30);
+
+const ROLES: usize = Role::ALL.len();
+
+/// The table.
+#[derive(Debug)]
+pub(super) struct Table {
+    rows: HashMap<(IpAddr, Role), Row>,
+    /// What was counted in each role, of all peers.
+    totals: [Counts; ROLES],
+    /// Of that, what happened while the peer was none of those that are named.
+    others: [Counts; ROLES],
+    lost: u64,
+    /// The kernel counts: it knows all columns.
+    is_kernels: bool,
+}
+
+/// One peer in one role.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    pub(super) counts: Counts,
+    /// What of the counts metrics tell under the peer's name: what happened while it was named.
+    pub(super) named: Counts,
+    pub(super) is_named: bool,
+    /// What the kernel's row said last.
+    last: PeerStats,
+    pub(super) newest: Newest,
+    pub(super) seen: Instant,
+    path: Path,
+}
+
+/// What does not count up; nothing where it was never measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Newest {
+    /// Bytes a second.
+    pub(super) rate: Option<u64>,
+    /// Microseconds.
+    pub(super) srtt: Option<u32>,
+    /// Microseconds.
+    pub(super) min_rtt: Option<u32>,
+    /// Segments.
+    pub(super) window: Option<u32>,
+    pub(super) congestion: Option<Congestion>,
+}
+
+/// Segments sent and sent again, of late.
+#[derive(Clone, Copy, Debug)]
+struct Path {
+    segments: f64,
+    retransmits: f64,
+    at: Instant,
+}
+
+// === impl Table ===
+
+impl Table {
+    pub(super) fn new(is_kernels: bool) -> Self {
+        Self {
+            rows: HashMap::new(),
+            totals: [Counts::default(); ROLES],
+            others: [Counts::default(); ROLES],
+            lost: 0,
+            is_kernels,
+        }
+    }
+
+    /// Takes over what the kernel has counted.
+    pub(super) fn apply(&mut self, reading: &Reading, now: Instant) {
+        self.is_kernels = true;
+        let mut grown = Vec::with_capacity(reading.peers.len());
+        for (key, stats) in &reading.peers {
+            let Some(role) = Role::from_number(key.role) else { continue };
+            let key = (address(key), role);
+            let row = self.rows.entry(key).or_insert_with(|| Row::new(now));
+            let more = difference(&stats.counts, &row.last.counts);
+            row.last = *stats;
+            if more != Counts::default() {
+                (row.newest, row.seen) = (Newest::of(stats), now);
+                row.add(&more, now);
+                grown.push((key, more));
+            }
+        }
+        let before = self.totals;
+        self.totals = reading.totals.map(|total| total.counts);
+        self.lost = reading.totals.iter().map(|total| total.lost).sum();
+        self.name();
+        // What no row has, since the kernel had none or has it no more, is the others'.
+        let mut more = [Counts::default(); ROLES];
+        for (more, (now, before)) in more.iter_mut().zip(self.totals.iter().zip(&before)) {
+            *more = difference(now, before);
+        }
+        for (key, grown) in grown {
+            self.tell(key, &grown, &mut more[key.1 as usize]);
+        }
+        for (others, more) in self.others.iter_mut().zip(&more) {
+            sum(others, more);
+        }
+        self.shrink();
+    }
+
+    /// Takes over what one of our own sockets says.
+    pub(super) fn sampled(
+        &mut self,
+        remote: IpAddr,
+        role: Role,
+        info: &TcpInfo,
+        last: Option<&TcpInfo>,
+        ends: bool,
+        now: Instant,
+    ) {
+        let zero = TcpInfo::default();
+        let before = last.unwrap_or(&zero);
+        let more = Counts {
+            opened: u64::from(last.is_none()),
+            closed: u64::from(ends),
+            sent: info.bytes_acked.saturating_sub(before.bytes_acked),
+            received: info.bytes_received.saturating_sub(before.bytes_received),
+            segments: u64::from(info.data_segs_out.saturating_sub(before.data_segs_out)),
+            retransmits: u64::from(info.total_retrans.saturating_sub(before.total_retrans)),
+            ..Counts::default()
+        };
+        let newest = Newest {
+            rate: (info.delivery_rate != 0).then_some(info.delivery_rate),
+            srtt: (info.rtt != 0).then_some(info.rtt),
+            min_rtt: (info.min_rtt != 0 && info.min_rtt != u32::MAX).then_some(info.min_rtt),
+            window: Some(info.snd_cwnd),
+            congestion: None,
+        };
+        self.add(remote, role, &more, Some(newest), now);
+    }
+
+    /// One of our own sockets could not be connected.
+    pub(super) fn failed(&mut self, remote: IpAddr, role: Role, now: Instant) {
+        self.add(remote, role, &Counts { failed: 1, ..Counts::default() }, None, now);
+    }
+
+    fn add(&mut self, remote: IpAddr, role: Role, more: &Counts, newest: Option<Newest>, now: Instant) {
+        let key = (remote, role);
+        let row = self.rows.entry(key).or_insert_with(|| Row::new(now));
+        row.add(more, now);
+        row.seen = now;
+        row.newest = newest.unwrap_or(row.newest);
+        sum(&mut self.totals[role as usize], more);
+        if self.rows.len() <= NAMED {
+            self.name();
+        }
+        let mut rest = *more;
+        self.tell(key, more, &mut rest);
+        sum(&mut self.others[role as usize], &rest);
+        self.shrink();
+    }
+
+    /// Counts under the peer's name, if it has one, what is then none of `others`.
+    fn tell(&mut self, key: (IpAddr, Role), more: &Counts, others: &mut Counts) {
+        if let Some(row) = self.rows.get_mut(&key).filter(|row| row.is_named) {
+            sum(&mut row.named, more);
+            *others = difference_of_part(others, more);
+        }
+    }
+
+    /// Gives names to those that moved the most bytes.
+    pub(super) fn name(&mut self) {
+        let mut sizes: Vec<_> = self.rows.iter().map(|(key, row)| (row.bytes(), *key)).collect();
+        if sizes.len() > NAMED {
+            sizes.select_nth_unstable_by(NAMED - 1, |a, b| b.cmp(a));
+            sizes.truncate(NAMED);
+        }
+        self.rows.values_mut().for_each(|row| row.is_named = false);
+        for (_, key) in sizes {
+            if let Some(row) = self.rows.get_mut(&key) {
+                row.is_named = true;
+            }
+        }
+    }
+
+    /// Lets those go that were silent for longest, a quarter at once, so that it is not looked for with each new one. Those with names stay.
+    fn shrink(&mut self) {
+        if self.rows.len() <= MOST_ROWS {
+            return;
+        }
+        let mut ages: Vec<_> =
+            self.rows.iter().filter(|(_, row)| !row.is_named).map(|(key, row)| (row.seen, *key)).collect();
+        ages.sort_unstable();
+        for (_, key) in ages.iter().take(MOST_ROWS / 4) {
+            self.rows.remove(key);
+        }
+    }
+
+    pub(super) fn rows(&self) -> impl Iterator<Item = (IpAddr, Role, &Row)> {
+        self.rows.iter().map(|((address, role), row)| (*address, *role, row))
+    }
+
+    pub(super) fn total(&self, role: Role) -> &Counts {
+        &self.totals[role as usize]
+    }
+
+    /// What metrics tell of peers without a name.
+    pub(super) fn others(&self, role: Role) -> &Counts {
+        &self.others[role as usize]
+    }
+
+    /// What no row has.
+    pub(super) fn unlisted(&self, role: Role) -> Counts {
+        let mut listed = Counts::default();
+        self.rows.iter().filter(|((_, own), _)| *own == role).for_each(|(_, row)| sum(&mut listed, &row.counts));
+        difference_of_part(self.total(role), &listed)
+    }
+
+    pub(super) fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// Whether resets, and connections of roles that are not ours, are known.
+    pub(super) fn is_kernels(&self) -> bool {
+        self.is_kernels
+    }
+
+    /// The share of the segments to this address that had to be sent again of late, from 0 to 1. Few segments say little.
+    pub(super) fn loss(&self, address: IpAddr, now: Instant) -> f64 {
+        /// So many good segments are taken for granted.
+        const GRANTED: f64 = 50.0;
+        let (mut segments, mut retransmits) = (GRANTED, 0.0);
+        for role in [Role::Served, Role::Fetched, Role::Router] {
+            if let Some(row) = self.rows.get(&(address, role)) {
+                let path = row.path.at(now);
+                segments += path.segments;
+                retransmits += path.retransmits;
+            }
+        }
+        (retransmits / segments).clamp(0.0, 1.0)
+    }
+}
+
+// === impl Row ===
+
+impl Row {
+    fn new(now: Instant) -> Self {
+        Self {
+            counts: Counts::default(),
+            named: Counts::default(),
+            is_named: false,
+            last: PeerStats::default(),
+            newest: Newest::default(),
+            seen: now,
+            path: Path { segments: 0.0, retransmits: 0.0, at: now },
+        }
+    }
+
+    fn add(&mut self, more: &Counts, now: Instant) {
+        sum(&mut self.counts, more);
+        self.path = self.path.at(now);
+        self.path.segments += more.segments as f64;
+        self.path.retransmits += more.retransmits as f64;
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.counts.sent.saturating_add(self.counts.received)
+    }
+}
+
+impl Path {
+    /// The same, as it counts at another time.
+    fn at(self, now: Instant) -> Self {
+        let age = now.saturating_duration_since(self.at).as_secs_f64() / HALF_LIFE.as_secs_f64();
+        let share = 0.5f64.powf(age);
+        Self { segments: self.segments * share, retransmits: self.retransmits * share, at: now }
+    }
+}
+
+impl Newest {
+    fn of(stats: &PeerStats) -> Self {
+        Self {
+            rate: (stats.rate != 0).then_some(stats.rate),
+            srtt: (stats.srtt != 0).then_some(stats.srtt),
+            min_rtt: (stats.min_rtt != 0).then_some(stats.min_rtt),
+            window: (stats.window != 0).then_some(stats.window),
+            congestion: Congestion::from_number(stats.congestion),
+        }
+    }
+}
+
+fn address(key: &PeerKey) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::from(key.address)).to_canonical()
+}
+
+/// Each of the counts of `a` with that of `b`.
+fn each(a: &Counts, b: &Counts, of: impl Fn(u64, u64) -> u64) -> Counts {
+    Counts {
+        opened: of(a.opened, b.opened),
+        closed: of(a.closed, b.closed),
+        failed: of(a.failed, b.failed),
+        reset: of(a.reset, b.reset),
+        sent: of(a.sent, b.sent),
+        received: of(a.received, b.received),
+        segments: of(a.segments, b.segments),
+        retransmits: of(a.retransmits, b.retransmits),
+    }
+}
+
+fn sum(to: &mut Counts, more: &Counts) {
+    *to = each(to, more, u64::saturating_add);
+}
+
+/// How much the kernel's counts have grown. A row that has less than before was pushed out and made anew: all that it has is new.
+fn difference(now: &Counts, before: &Counts) -> Counts {
+    let fell = each(now, before, |now, before| u64::from(now < before));
+    if fell == Counts::default() { each(now, before, |now, before| now - before) } else { *now }
+}
+
+/// What is left of a whole without one of its parts.
+fn difference_of_part(whole: &Counts, part: &Counts) -> Counts {
+    each(whole, part, u64::saturating_sub)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use spegel_common::Totals;
+
+    fn ip(n: u32) -> IpAddr {
+        IpAddr::from((0x0a00_0000 + n).to_be_bytes())
+    }
+
+    fn key(n: u32, role: Role) -> PeerKey {
+        let IpAddr::V4(address) = ip(n) else { unreachable!() };
+        PeerKey { address: address.to_ipv6_mapped().octets(), role: role as u32 }
+    }
+
+    fn sent(bytes: u64) -> PeerStats {
+        PeerStats { counts: Counts { opened: 1, sent: bytes, ..Counts::default() }, ..PeerStats::default() }
+    }
+
+    /// What the kernel says of peers that were sent so many bytes, and of so many bytes in all.
+    fn reading(rows: &[(u32, u64)], total: u64) -> Reading {
+        let mut reading = Reading {
+            peers: rows.iter().map(|(n, bytes)| (key(*n, Role::Served), sent(*bytes))).collect(),
+            ..Reading::default()
+        };
+        reading.totals[Role::Served as usize] = Totals { counts: Counts { sent: total, ..Counts::default() }, lost: 0 };
+        reading
+    }
+
+    fn bytes(table: &Table, n: u32) -> u64 {
+        table.rows[&(ip(n), Role::Served)].counts.sent
+    }
+
+    #[test]
+    fn a_row_that_the_kernel_made_anew_counts_on() {
+        let (mut table, now) = (Table::new(true), Instant::now());
+        table.apply(&reading(&[(1, 100)], 100), now);
+        table.apply(&reading(&[(1, 150)], 150), now);
+        assert_eq!(bytes(&table, 1), 150);
+        table.apply(&reading(&[], 170), now);
+        table.apply(&reading(&[(1, 30)], 200), now);
+        assert_eq!(bytes(&table, 1), 180);
+        assert_eq!(table.unlisted(Role::Served).sent, 20, "what nobody read of the old row");
+    }
+
+    /// Metrics must not go backwards, whoever is named when, and must sum up to what was counted.
+    #[test]
+    fn what_metrics_tell_grows_and_sums_up() {
+        let (mut table, now) = (Table::new(true), Instant::now());
+        let mut told: HashMap<u32, u64> = HashMap::new();
+        let mut others = 0;
+        for round in 1..=40u32 {
+            // Who is large changes all the time.
+            let rows: Vec<_> = (0..60).map(|n| (n, u64::from(round * 10 + (n * round) % 61 * round))).collect();
+            let rows: Vec<_> = rows.iter().map(|(n, bytes)| (*n, bytes + told.get(n).copied().unwrap_or(0))).collect();
+            let total = rows.iter().map(|(_, bytes)| bytes).sum::<u64>().max(others);
+            table.apply(&reading(&rows, total), now);
+            let named: Vec<_> = table.rows().filter(|(.., row)| row.named.sent > 0).collect();
+            assert!(table.rows().filter(|(.., row)| row.is_named).count() <= NAMED);
+            let sum: u64 = named.iter().map(|(.., row)| row.named.sent).sum::<u64>() + table.others(Role::Served).sent;
+            assert_eq!(sum, table.total(Role::Served).sent);
+            assert!(table.others(Role::Served).sent >= others);
+            others = table.others(Role::Served).sent;
+            told.extend(rows);
+        }
+        assert!(others > 0);
+    }
+
+    #[test]
+    fn rows_are_bounded_and_the_largest_stay() {
+        let (mut table, start) = (Table::new(false), Instant::now());
+        let info = |bytes| TcpInfo { bytes_acked: bytes, ..TcpInfo::default() };
+        for n in 0..3 * MOST_ROWS as u32 {
+            let now = start + Duration::from_millis(u64::from(n));
+            table.sampled(ip(n), Role::Served, &info(if n < 10 { 1_000_000 } else { 10 }), None, true, now);
+        }
+        assert!(table.rows.len() <= MOST_ROWS);
+        assert!((0..10).all(|n| bytes(&table, n) == 1_000_000), "they are named");
+        let all = 10_000_000 + 10 * (3 * MOST_ROWS as u64 - 10);
+        assert_eq!(table.total(Role::Served).sent, all);
+        let listed: u64 = table.rows().map(|(.., row)| row.counts.sent).sum();
+        assert_eq!(table.unlisted(Role::Served).sent, all - listed);
+    }
+
+    #[test]
+    fn loss_is_of_late_and_few_segments_say_little() {
+        let (mut table, now) = (Table::new(false), Instant::now());
+        let info = |segments, retransmits| TcpInfo {
+            data_segs_out: segments,
+            total_retrans: retransmits,
+            ..TcpInfo::default()
+        };
+        table.sampled(ip(1), Role::Served, &info(2, 1), None, true, now);
+        assert!(table.loss(ip(1), now) < 0.03);
+        table.sampled(ip(1), Role::Router, &info(1000, 100), None, true, now);
+        let loss = table.loss(ip(1), now);
+        assert!((0.08..0.1).contains(&loss), "{loss}");
+        assert!(table.loss(ip(1), now + 10 * HALF_LIFE) < 0.01, "it may be well again");
+        assert!(table.loss(ip(2), now) == 0.0);
+    }
+
+    #[test]
+    fn a_socket_counts_what_it_has_moved_since_it_was_asked_last() {
+        let (mut table, now) = (Table::new(false), Instant::now());
+        let first = TcpInfo { bytes_acked: 100, rtt: 7, ..TcpInfo::default() };
+        let second = TcpInfo { bytes_acked: 150, bytes_received: 9, ..TcpInfo::default() };
+        table.sampled(ip(1), Role::Fetched, &first, None, false, now);
+        table.sampled(ip(1), Role::Fetched, &second, Some(&first), true, now);
+        let row = &table.rows[&(ip(1), Role::Fetched)];
+        let expected = Counts { opened: 1, closed: 1, sent: 150, received: 9, ..Counts::default() };
+        assert_eq!((row.counts, row.named), (expected, expected));
+        assert_eq!(table.others(Role::Fetched), &Counts::default());
+    }
+}

@@ -1,0 +1,156 @@
+//! The real program: what it gives up, what it leaves behind, what it says where it may not.
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use aya::programs::loaded_programs;
+use rustix::process::Signal;
+use spegel::ebpf::Report;
+use spegel_benches::daemon::{Daemon, find_program, output, wait_until};
+use spegel_benches::http::Client;
+use spegel_benches::spegel::{Ports, Settings, Source};
+
+use super::{SOON, settings, watch};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_spegel");
+/// What of `CapEff` in `/proc/<pid>/status` eBPF needs: CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF.
+const CAPABILITIES: u64 = 1 << 12 | 1 << 21 | 1 << 38 | 1 << 39;
+
+/// A process with an empty layout on loopback, with ports from `port` on, started by `before`.
+fn start(folder: &Path, port: u16, before: &[&str], arguments: &[&str]) -> Daemon {
+    let layout = folder.join("layout");
+    fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
+    fs::write(layout.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
+    fs::write(layout.join("index.json"), "{\"schemaVersion\":2,\"manifests\":[]}").unwrap();
+    let settings = Settings {
+        program: PROGRAM.into(),
+        node: None,
+        address: IpAddr::from([127, 0, 0, 1]),
+        ports: Ports { registry: port, router: port + 1, metrics: port + 2 },
+        source: Source::Layout(layout),
+        peers: vec![],
+        arguments: arguments.iter().map(|text| (*text).to_owned()).collect(),
+        log: folder.join("log"),
+    };
+    let command = settings.command();
+    let command: Vec<&str> = before.iter().copied().chain(command.iter().map(String::as_str)).collect();
+    Daemon::start("spegel", None, &command, &folder.join("log")).unwrap()
+}
+
+/// Three ports that were free a moment ago.
+fn ports() -> u16 {
+    use std::net::TcpListener;
+    (20_000..30_000u16)
+        .map(|n| 20_000 + (n.wrapping_mul(31).wrapping_add(std::process::id() as u16)) % 10_000)
+        .find(|port| (0..3).all(|n| TcpListener::bind(("127.0.0.1", port + n)).is_ok()))
+        .unwrap()
+}
+
+fn metrics(port: u16) -> String {
+    let url = format!("http://127.0.0.1:{}/metrics", port + 2);
+    Client::new(Duration::from_secs(5)).get(&url, &[]).map(|answer| answer.text()).unwrap_or_default()
+}
+
+fn peers(port: u16, arguments: &[&str]) -> String {
+    let address = format!("127.0.0.1:{}", port + 2);
+    output(Command::new(PROGRAM).args(["peers", "--metrics-addr", &address]).args(arguments)).unwrap()
+}
+
+fn ask(port: u16) {
+    let url = format!("http://127.0.0.1:{port}/v2/");
+    assert_eq!(Client::new(Duration::from_secs(5)).get(&url, &[]).unwrap().head.status, 200);
+}
+
+fn loaded() -> usize {
+    loaded_programs().flatten().filter(|program| program.name_as_str() == Some("own_sockets")).count()
+}
+
+#[test]
+fn a_killed_process_leaves_nothing_in_the_kernel_and_a_running_one_has_no_privileges() {
+    if watch(&settings(3)).is_none() {
+        return;
+    }
+    let (folder, port) = (tempfile::tempdir().unwrap(), ports());
+    let mut daemon = start(folder.path(), port, &[], &["--ebpf", "on"]);
+    daemon
+        .wait_until(SOON, "its metrics", || metrics(port).contains("spegel_ebpf_state{source=\"ebpf\",reason=\"\"} 1"))
+        .unwrap();
+    let before = loaded();
+    assert!(before >= 1, "{}", daemon.log());
+    for task in fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap() {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        for set in ["CapEff:", "CapPrm:", "CapInh:"] {
+            let mask = status.lines().find_map(|line| line.strip_prefix(set)).unwrap().trim();
+            let mask = u64::from_str_radix(mask, 16).unwrap();
+            assert_eq!(mask & CAPABILITIES, 0, "{set} of {}", status.lines().next().unwrap());
+        }
+    }
+    ask(port);
+    wait_until(SOON, "the connection in the table", || peers(port, &["--once"]).contains("served")).unwrap();
+    let report: Report = serde_json::from_str(&peers(port, &["--json"])).unwrap();
+    assert_eq!((report.source.as_str(), &report.reason), ("ebpf", &None));
+    let row = report.peers.iter().find(|row| row.role == "served").unwrap();
+    assert!(row.sent > 0 && row.received > 0, "{row:?}");
+
+    daemon.signal(Signal::KILL).unwrap();
+    daemon.wait_exit(SOON).unwrap();
+    // Other tests come and go meanwhile, so it is asked for less than before, some time.
+    wait_until(SOON, "nothing of it in the kernel", || loaded() < before).unwrap();
+}
+
+#[test]
+fn without_privileges_it_says_so_and_looks_at_its_own_sockets() {
+    if !rustix::process::geteuid().is_root() || find_program("setpriv").is_none() {
+        return println!("skipped: giving up capabilities with setpriv needs root");
+    }
+    let dropped = ["setpriv", "--bounding-set", "-bpf,-net_admin,-sys_admin,-perfmon"];
+    let (folder, port) = (tempfile::tempdir().unwrap(), ports());
+    let mut daemon = start(folder.path(), port, &dropped, &[]);
+    let state = "spegel_ebpf_state{source=\"tcp_info\",reason=\"no_privilege\"} 1";
+    daemon.wait_until(SOON, "its metrics", || metrics(port).contains(state)).unwrap();
+    let said: Vec<_> = daemon.log().lines().filter(|line| line.contains("CAP_BPF")).map(str::to_owned).collect();
+    assert!(said.len() == 1 && said[0].contains("only our own sockets are seen"), "{said:?}");
+    ask(port);
+    wait_until(SOON, "the connection in the table", || peers(port, &["--once"]).contains("served")).unwrap();
+    let report: Report = serde_json::from_str(&peers(port, &["--json"])).unwrap();
+    let row = report.peers.iter().find(|row| row.role == "served").unwrap();
+    assert!(row.sent > 0 && row.received > 0 && row.round_trip_us.is_some(), "{row:?}");
+    assert_eq!((report.source.as_str(), row.failed, row.reset), ("tcp_info", None, None));
+    let metrics = metrics(port);
+    assert!(metrics.contains("spegel_peer_sent_bytes_total{peer=\"127.0.0.1\",role=\"served\"}"), "{metrics}");
+    assert!(!metrics.contains("source=\"upstream\""), "what is not known is not zero");
+    daemon.stop().unwrap();
+
+    let mut daemon = start(folder.path(), port, &dropped, &["--ebpf", "on"]);
+    let status = daemon.wait_exit(SOON).unwrap();
+    assert!(!status.success());
+    assert!(daemon.log().contains("--ebpf on: CAP_BPF and CAP_NET_ADMIN are needed"), "{}", daemon.log());
+}
+
+/// A node where only the first version of control groups is mounted.
+#[test]
+fn without_control_groups_of_version_2_it_says_so() {
+    if !rustix::process::geteuid().is_root() || find_program("unshare").is_none() {
+        return println!("skipped: unmounting in a mount namespace needs root");
+    }
+    let unmount = "umount -l $(awk '/ - cgroup2 /{print $5}' /proc/self/mountinfo) && exec \"$@\"";
+    let before = ["unshare", "--mount", "--propagation", "private", "sh", "-c", unmount, "sh"];
+    let (folder, port) = (tempfile::tempdir().unwrap(), ports());
+    let mut daemon = start(folder.path(), port, &before, &[]);
+    let state = "spegel_ebpf_state{source=\"tcp_info\",reason=\"no_cgroup2\"} 1";
+    daemon.wait_until(SOON, "its metrics", || metrics(port).contains(state)).unwrap();
+    assert!(daemon.log().contains("only the first version is mounted"), "{}", daemon.log());
+}
+
+#[test]
+fn it_can_be_turned_off() {
+    let (folder, port) = (tempfile::tempdir().unwrap(), ports());
+    let mut daemon = start(folder.path(), port, &[], &["--ebpf", "off"]);
+    let state = "spegel_ebpf_state{source=\"tcp_info\",reason=\"off\"} 1";
+    daemon.wait_until(SOON, "its metrics", || metrics(port).contains(state)).unwrap();
+    let url = format!("http://127.0.0.1:{}/debug/peers", port + 2);
+    assert_eq!(Client::new(Duration::from_secs(5)).get(&url, &[]).unwrap().head.status, 200);
+}

@@ -1,0 +1,85 @@
+//! What a containerd gets from upstream, which no proxy sees: here a process in a control group of its own stands for it.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+
+use spegel_benches::daemon::output;
+use spegel_benches::netns::Lab;
+
+use super::{report_when, row, settings, watch};
+
+/// A control group that is removed when dropped.
+struct Group(PathBuf);
+
+impl Group {
+    fn new(name: &str) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "))?.split(' ').nth(4)?;
+        let folder = PathBuf::from(mount).join(format!("{name}-{}", std::process::id()));
+        fs::create_dir(&folder).ok()?;
+        Some(Self(folder))
+    }
+
+    /// A script of bash's that runs in it, in a node of a lab.
+    fn run(&self, lab_node: &spegel_benches::netns::Node, script: &str) -> String {
+        let script = format!("echo $$ > {}/cgroup.procs; {script}", self.0.display());
+        let command: &mut Command = &mut lab_node.command("bash");
+        output(command.args(["-c", &script])).unwrap()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn bytes_from_upstream_are_told_from_what_else_containerd_has() {
+    if let Err(reason) = Lab::available() {
+        return println!("skipped: {reason}");
+    }
+    let Some(group) = Group::new("spegel-test-containerd") else {
+        return println!("skipped: no control groups of version 2 can be made here");
+    };
+    let mut lab = Lab::new().unwrap();
+    let node = lab.add_node().unwrap();
+    let host = lab.host_address();
+    let (registry, api) = (TcpListener::bind((host, 0)).unwrap(), TcpListener::bind((host, 0)).unwrap());
+    let (registry_port, api_port) = (registry.local_addr().unwrap().port(), api.local_addr().unwrap().port());
+    let mut settings = settings(2);
+    settings.upstream_ports = vec![registry_port];
+    settings.containerd_cgroup = Some(group.0.clone());
+    let Some(watch) = watch(&settings) else { return };
+    let layer = 5_000_003;
+    for (listener, length) in [(registry, layer), (api, 7_000)] {
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                stream.read_exact(&mut [0; 4]).unwrap();
+                stream.write_all(&vec![7; length]).unwrap();
+            }
+        });
+    }
+    let pull = |port: u16| format!("exec 3<>/dev/tcp/{host}/{port}; printf pull >&3; cat <&3 | wc -c; exec 3>&-");
+    assert_eq!(group.run(&node, &pull(registry_port)).trim(), layer.to_string());
+    group.run(&node, &pull(api_port));
+    // A port-forward stays on the node.
+    group.run(&node, "(exec 3<>/dev/tcp/127.0.0.1/9) 2> /dev/null || true");
+    // The same from outside of the group is somebody else's.
+    output(node.command("bash").args(["-c", &pull(registry_port)])).unwrap();
+
+    let host = IpAddr::from(host);
+    let report = report_when(&watch, "both connections", |report| {
+        ["upstream", "other"].iter().all(|role| row(report, host, role).is_some_and(|row| row.open == 0))
+    });
+    let (upstream, other) = (row(&report, host, "upstream").unwrap(), row(&report, host, "other").unwrap());
+    assert_eq!((upstream.opened, upstream.received, upstream.sent), (1, layer as u64, 4));
+    assert_eq!((other.opened, other.received), (1, 7_000));
+    assert_eq!(report.peers.len(), 2, "{report:#?}");
+    assert_eq!(report.containerd.as_deref(), group.0.to_str());
+}
