@@ -120,10 +120,9 @@ async fn pull_all(nodes: &[Arc<Node>], bytes: &[u8], refused: usize) -> Vec<Pull
     let refusals = AtomicUsize::new(refused);
     let pulls = nodes.iter().enumerate().map(|(n, node)| {
         let containerd = Containerd::at(node, &format!("node-{n}"), &digest, bytes.len());
-        let fewer = |left: usize| left.checked_sub(1);
-        let upstream = || match refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer) {
-            Ok(_) => None,
-            Err(_) => Some(bytes.to_vec()),
+        let upstream = || {
+            let refused = refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+            refused.is_err().then(|| bytes.to_vec())
         };
         async move {
             tokio::time::sleep(Duration::from_millis(10 * n as u64)).await;
