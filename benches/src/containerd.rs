@@ -44,6 +44,12 @@ pub struct Binaries {
 pub struct Options {
     /// Parallel fetch of one layer, in bytes a chunk: `concurrent_layer_fetch_buffer`, which only 2.1 and later know.
     pub layer_fetch_buffer: Option<u32>,
+    /// The `config_path` of the CRI, if it is another than [`Containerd::certs_dir`].
+    pub config_path: Option<String>,
+    /// `discard_unpacked_layers`.
+    pub discard_unpacked_layers: bool,
+    /// Further variables of its environment, `NAME=VALUE`.
+    pub environment: Vec<String>,
 }
 
 /// A running containerd on a node.
@@ -54,6 +60,7 @@ pub struct Containerd {
     node: Node,
     folder: TempDir,
     snapshotter: &'static str,
+    environment: Vec<String>,
 }
 
 impl fmt::Display for Version {
@@ -146,7 +153,9 @@ impl Containerd {
     pub fn start(binaries: &Binaries, node: &Node, options: &Options) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("spegel-ctd-").tempdir()?;
         let snapshotter = if overlay_works(folder.path()) { "overlayfs" } else { "native" };
-        let mut containerd = Self { daemon: None, binaries: binaries.clone(), node: node.clone(), folder, snapshotter };
+        let environment = options.environment.clone();
+        let (binaries, node) = (binaries.clone(), node.clone());
+        let mut containerd = Self { daemon: None, binaries, node, folder, snapshotter, environment };
         fs::create_dir_all(containerd.certs_dir())?;
         fs::write(containerd.config_path(), containerd.config(options))?;
         containerd.restart()?;
@@ -161,7 +170,9 @@ impl Containerd {
         self.stop()?;
         let program = self.binaries.containerd.display().to_string();
         let config = self.config_path().display().to_string();
-        let command = [program.as_str(), "--config", &config, "--log-level", "info"];
+        let mut command = vec!["env"];
+        command.extend(self.environment.iter().map(String::as_str));
+        command.extend([program.as_str(), "--config", &config, "--log-level", "info"]);
         let mut daemon = Daemon::start("containerd", Some(&self.node), &command, &self.folder.path().join("log"))?;
         daemon.wait_until(Duration::from_secs(30), "answer to `ctr version`", || self.ctr(&["version"]).is_ok())?;
         self.daemon = Some(daemon);
@@ -215,6 +226,16 @@ impl Containerd {
         command.arg(limit.as_secs().to_string()).arg(&self.binaries.ctr).arg("--address").arg(self.socket());
         command.args(["--namespace", NAMESPACE, "content", "fetch", "--hosts-dir", &hosts]);
         output(command.arg(reference)).map(|_| ())
+    }
+
+    /// Puts the daemon's process into a control group, whose folder is given: connections that it opens from now on belong there.
+    ///
+    /// # Errors
+    /// It does not run, or what the kernel says.
+    pub fn enter_group(&self, group: &Path) -> Result<()> {
+        let daemon = self.daemon.as_ref().context("containerd does not run")?;
+        fs::write(group.join("cgroup.procs"), daemon.pid().to_string())
+            .with_context(|| format!("move containerd to {}", group.display()))
     }
 
     /// Signals the daemon.
@@ -356,6 +377,8 @@ impl Containerd {
     fn config(&self, options: &Options) -> String {
         let folder = self.folder.path().display();
         let snapshotter = self.snapshotter;
+        let discard = options.discard_unpacked_layers;
+        let cri_path = options.config_path.clone().unwrap_or_else(|| self.certs_dir().display().to_string());
         let common = format!(
             "root = '{folder}/root'\nstate = '{folder}/state'\n\
              disabled_plugins = ['io.containerd.internal.v1.opt', 'io.containerd.nri.v1.nri',\n  \
@@ -367,8 +390,8 @@ impl Containerd {
         match self.binaries.version {
             Version::V1_6 => format!(
                 "version = 2\n{common}\
-                 [plugins.'io.containerd.grpc.v1.cri'.containerd]\nsnapshotter = '{snapshotter}'\ndiscard_unpacked_layers = false\n\
-                 [plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{folder}/certs.d'\n\
+                 [plugins.'io.containerd.grpc.v1.cri'.containerd]\nsnapshotter = '{snapshotter}'\ndiscard_unpacked_layers = {discard}\n\
+                 [plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{cri_path}'\n\
                  [plugins.'io.containerd.grpc.v1.cri'.cni]\n{cni}"
             ),
             Version::V2_2 => {
@@ -377,8 +400,8 @@ impl Containerd {
                     .map_or(String::new(), |n| format!("concurrent_layer_fetch_buffer = {n}\n"));
                 format!(
                     "version = 3\n{common}\
-                     [plugins.'io.containerd.cri.v1.images']\nsnapshotter = '{snapshotter}'\ndiscard_unpacked_layers = false\n\
-                     [plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = '{folder}/certs.d'\n\
+                     [plugins.'io.containerd.cri.v1.images']\nsnapshotter = '{snapshotter}'\ndiscard_unpacked_layers = {discard}\n\
+                     [plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = '{cri_path}'\n\
                      [plugins.'io.containerd.transfer.v1.local']\nconfig_path = '{folder}/certs.d'\n{buffer}\
                      [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n\
                      platform = 'linux'\nsnapshotter = '{snapshotter}'\n\

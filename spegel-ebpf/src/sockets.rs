@@ -54,18 +54,19 @@ fn handle(context: &SockOpsContext, site: Site) {
     match field!(context, op) {
         // Here already, so that one that is never answered is seen.
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
-            if let Some(key) = key(context, site) {
+            if let Some(key) = key(context, site, Some(true)) {
                 track::begin(context, id(context, site), key, true);
             }
         }
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => track::established(id(context, site)),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if site == Site::Own => {
-            if let Some(key) = key(context, site) {
+            if let Some(key) = key(context, site, Some(false)) {
                 let id = id(context, site);
                 track::begin(context, id, key, false);
                 track::established(id);
             }
         }
+        BPF_SOCK_OPS_RTT_CB if track::has_looked_enough() => {}
         BPF_SOCK_OPS_RTT_CB => track::look(context, id(context, site), site, true),
         BPF_SOCK_OPS_RTO_CB => track::look(context, id(context, site), site, false),
         BPF_SOCK_OPS_STATE_CB if field!(context, __bindgen_anon_1.args[1]) == TCP_CLOSE => {
@@ -83,11 +84,12 @@ fn id(context: &SockOpsContext, site: Site) -> u64 {
     (cookie << 1) | (site == Site::Containerd) as u64
 }
 
-/// Whom a connection is with, and what for; none if it is none of ours to look at.
+/// Whom a connection is with, and what for; none if it is none of ours to look at. `active` is whether this side opened it, if that is known: whoever
+/// opens one may be given the registry's port by chance.
 #[inline(always)]
-pub fn key(context: &SockOpsContext, site: Site) -> Option<PeerKey> {
+pub fn key(context: &SockOpsContext, site: Site, active: Option<bool>) -> Option<PeerKey> {
     let (local_port, remote_port) = (field!(context, local_port), u32::from_be(field!(context, remote_port)));
-    let ours = local_port == registry_port();
+    let ours = local_port == registry_port() && active != Some(true);
     if site == Site::Own && !ours {
         let router = router_port();
         if remote_port != registry_port() && local_port != router && remote_port != router {
@@ -103,7 +105,8 @@ pub fn key(context: &SockOpsContext, site: Site) -> Option<PeerKey> {
         Site::Own if remote_port == registry_port() && remote == local => return None,
         Site::Own if remote_port == registry_port() => Role::Fetched,
         Site::Own => Role::Router,
-        Site::Containerd if is_loopback(&remote) => return None,
+        // This node itself, the mirror's port at its own address included, is never upstream.
+        Site::Containerd if is_loopback(&remote) || remote == local => return None,
         // SAFETY: the value is a number, whichever it is.
         Site::Containerd => match unsafe { PORTS.get(remote_port) }.copied() {
             Some(PORT_UPSTREAM) => Role::Upstream,

@@ -1,7 +1,7 @@
 //! What becomes of a connection, told to the maps. The kernel holds the socket's lock meanwhile, so a connection's own row has one writer;
 //! all other rows have many, and are added to atomically.
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::programs::SockOpsContext;
 use spegel_common::{Congestion, Connection, Counts, PeerKey, PeerStats, Totals};
 
@@ -12,6 +12,9 @@ use crate::sockets::{Site, field, key};
 const WANTED: i32 = 1 | (1 << 2) | (1 << 3);
 /// A connection is not looked at again within this time, in nanoseconds, for a round trip alone: on a fast link there are thousands a second.
 const PAUSE: u64 = 50_000_000;
+/// So many connections are looked at in a tick of the kernel's clock (1 to 10 ms) for a round trip alone: with small requests each is a round trip,
+/// and what is passed over is counted the next time.
+const LOOKS: u32 = 8;
 /// The kernel's flag: make no row where there is one.
 const NO_EXIST: u64 = 1;
 /// The kernel's word for a round trip that was never measured.
@@ -43,6 +46,32 @@ unsafe fn atomic_add(to: *mut u64, amount: u64) {
     // whose result nobody wants is there since the first.
     // SAFETY: the caller's pointer is into a map's row, which the verifier has checked.
     unsafe { core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(to, amount) };
+}
+
+/// The tick in which connections were last looked at, and at how many. Several processors may change them at once, which makes it one more or less.
+#[unsafe(no_mangle)]
+static mut TICK: u64 = 0;
+#[unsafe(no_mangle)]
+static mut LOOKED: u32 = 0;
+
+/// Whether this tick's looks are used up. This is all that happens in most calls: it must cost next to nothing.
+#[inline(always)]
+pub fn has_looked_enough() -> bool {
+    // SAFETY: statics of this program, and a helper that only reads a clock.
+    unsafe {
+        let tick = bpf_jiffies64();
+        if core::ptr::read_volatile(&raw const TICK) != tick {
+            core::ptr::write_volatile(&raw mut TICK, tick);
+            core::ptr::write_volatile(&raw mut LOOKED, 1);
+            return false;
+        }
+        let looked = core::ptr::read_volatile(&raw const LOOKED);
+        if looked >= LOOKS {
+            return true;
+        }
+        core::ptr::write_volatile(&raw mut LOOKED, looked + 1);
+        false
+    }
 }
 
 /// A connection is being opened, or was.
@@ -111,7 +140,9 @@ unsafe fn advance(context: &SockOpsContext, connection: *mut Connection, ends: b
     let state = field!(context, state);
     // The kernel counts the bytes of the sequence numbers, of which SYN and FIN have one each.
     let fin_acknowledged = state == FIN_WAIT2 || state == TIME_WAIT || (ends && (state == LAST_ACK || state == CLOSING));
-    let fin_received = state == CLOSE_WAIT || state == LAST_ACK || state == CLOSING || state == TIME_WAIT;
+    // Whoever has closed and read on gets the other's FIN last; one who has closed and let go gets it when the socket is gone, and is a byte short.
+    let fin_received =
+        state == CLOSE_WAIT || state == LAST_ACK || state == CLOSING || state == TIME_WAIT || (ends && state == FIN_WAIT2);
     let received = field!(context, bytes_received).saturating_sub(fin_received as u64);
     let acknowledged = field!(context, bytes_acked).saturating_sub(fin_acknowledged as u64);
     let (segments, retransmits) = (field!(context, data_segs_out), field!(context, total_retrans));
@@ -204,7 +235,7 @@ unsafe fn add_all(to: *mut Counts, counts: &Counts) {
 /// An event of a connection that is not known: it was pushed out, or the other program knows it.
 #[inline(always)]
 fn missed(context: &SockOpsContext, site: Site) {
-    if let Some(key) = key(context, site)
+    if let Some(key) = key(context, site, None)
         && key.role != spegel_common::Role::Other as u32
     {
         lost(&key);

@@ -1,14 +1,17 @@
 //! The only composer: builds the rooms, connects them, runs them, and takes them down.
 
 mod cleanup;
+mod doctor;
 mod handler;
 mod node;
 mod peers;
 mod strain;
+mod supervisor;
 mod trace;
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +24,7 @@ use tracing::{info, warn};
 
 use crate::bootstrap::{Bootstrap, DnsBootstrap, HttpEndpoint, RememberedPeers};
 use crate::cli::{self, Command, Content, RegistrySettings, VersionFormat};
+use crate::doctor::DoctorMetrics;
 use crate::mirror::{self, Mirror, MirrorMetrics};
 use crate::registry::{Registry, RegistryMetrics};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router, RouterMetrics};
@@ -63,29 +67,25 @@ pub fn prepare(command: &Command) -> anyhow::Result<ebpf::Watch> {
     }
 }
 
-/// Does what the command line asks for, after [`prepare`].
+/// Does what the command line asks for, after [`prepare`]. The exit code is not 0 where what was looked at is not in order.
 ///
 /// # Errors
 /// What kept it from being done, with the chain of causes.
-pub fn run(command: Command, watch: ebpf::Watch) -> anyhow::Result<()> {
+pub fn run(command: Command, watch: ebpf::Watch) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Version(format) => {
-            version(format);
-            Ok(())
-        }
-        Command::Configuration(configuration) => {
-            tell(&hosts::write(&configuration)?);
-            Ok(())
-        }
-        Command::Registry(settings) => block_on(registry(*settings, watch)),
-        Command::Cleanup(settings) => block_on(cleanup::clean(settings)),
-        Command::CleanupWait(settings) => block_on(cleanup::wait(*settings)),
-        Command::Peers(settings) => peers::show(&settings),
-        Command::Completions(script) => Ok(std::io::stdout().write_all(&script)?),
+        Command::Doctor(settings) => return block_on(doctor::examine(*settings)),
+        Command::Version(format) => version(format),
+        Command::Configuration(configuration) => tell(&hosts::write(&configuration)?),
+        Command::Registry(settings) => block_on(registry(*settings, watch))?,
+        Command::Cleanup(settings) => block_on(cleanup::clean(settings))?,
+        Command::CleanupWait(settings) => block_on(cleanup::wait(*settings))?,
+        Command::Peers(settings) => peers::show(&settings)?,
+        Command::Completions(script) => std::io::stdout().write_all(&script)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
-fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build()?;
     let result = runtime.block_on(work);
@@ -164,6 +164,8 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         metrics: registry_metrics,
     }));
     figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
+    let examination =
+        doctor::at_start(doctor::settings_at_start(&settings, &watch), DoctorMetrics::register(&mut figures));
     let serve_metrics = ServeMetrics::register(&mut figures);
     serve_metrics.set_open_files(open_files);
     let mut options = Options { metrics: serve_metrics, watch: Some(watch.clone()), ..settings.serve.options.clone() };
@@ -175,6 +177,10 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
     tokio::spawn(announce(store, router.clone()));
     tokio::spawn(tell_load(router.clone(), Arc::clone(&registry)));
     tokio::spawn(strain::watch(Arc::clone(&registry), open_files));
+    tokio::spawn(examination);
+    if let Some(at) = server.addrs().first() {
+        tokio::spawn(supervisor::attend(Arc::clone(&registry), *at));
+    }
     if let Some(taint) = settings.startup_taint {
         let registry = Arc::clone(&registry);
         tokio::spawn(node::untaint(taint, settings.node_name.clone(), move || registry.ready().is_ok()));
@@ -195,6 +201,7 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         }
         failed = &mut store_task => failed,
     };
+    supervisor::stopping();
     let cut = tokio::select! {
         cut = stop_serving(&registry, server, settings.drain) => cut,
         _ = stop_signal.next() => {
@@ -243,17 +250,6 @@ fn start_router(
     metrics: RouterMetrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Arc<P2pRouter>> {
-    let mut sources: Vec<Arc<dyn Bootstrap>> = Vec::new();
-    for kind in &settings.bootstrap {
-        match kind {
-            cli::Bootstrap::Dns(name) => {
-                sources.push(Arc::new(DnsBootstrap::new(name).context("the name servers of this host")?));
-            }
-            cli::Bootstrap::Static(list) => sources.push(Arc::new(list.clone())),
-            cli::Bootstrap::Http(url) => sources.push(Arc::new(url.clone())),
-            cli::Bootstrap::HttpEndpoint | cli::Bootstrap::Mdns => {}
-        }
-    }
     let (identity, remembered) = match &settings.data_dir {
         Some(dir) => (Identity::load_or_create(dir)?, Some(RememberedPeers::new(dir))),
         None => (Identity::fresh(), None),
@@ -263,7 +259,7 @@ fn start_router(
         listen: router_addresses(settings.router_addr),
         registry_port: settings.registry_addr.port(),
         identity,
-        bootstrap: sources,
+        bootstrap: sources(&settings.bootstrap),
         remembered,
         mdns: settings.bootstrap.iter().any(|kind| matches!(kind, cli::Bootstrap::Mdns)),
         advertise: settings.peers.advertise.clone(),
@@ -277,6 +273,20 @@ fn start_router(
         max_records: settings.peers.max_records,
     };
     Ok(P2pRouter::start(p2p, stop)?)
+}
+
+/// Who is asked for first peers.
+fn sources(kinds: &[cli::Bootstrap]) -> Vec<Arc<dyn Bootstrap>> {
+    let mut sources: Vec<Arc<dyn Bootstrap>> = Vec::new();
+    for kind in kinds {
+        match kind {
+            cli::Bootstrap::Dns(name) => sources.push(Arc::new(DnsBootstrap::new(name))),
+            cli::Bootstrap::Static(list) => sources.push(Arc::new(list.clone())),
+            cli::Bootstrap::Http(url) => sources.push(Arc::new(url.clone())),
+            cli::Bootstrap::HttpEndpoint | cli::Bootstrap::Mdns => {}
+        }
+    }
+    sources
 }
 
 /// Serves this node's addresses, and some of its peers', to those who bootstrap by HTTP.

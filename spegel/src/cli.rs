@@ -2,6 +2,7 @@
 
 mod args;
 mod cleanup;
+mod doctor;
 mod ebpf;
 mod peers;
 mod serve;
@@ -13,6 +14,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 
 pub use args::{LogFormat, LogLevel, VersionFormat};
 pub use cleanup::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
+pub use doctor::DoctorSettings;
 pub use peers::{PeersOrder, PeersSettings, PeersShow};
 pub use serve::ServeSettings;
 pub use settings::{Bootstrap, BootstrapEndpoint, Content, Peers, RegistrySettings, Zone};
@@ -48,6 +50,8 @@ pub enum Command {
     Cleanup(CleanupSettings),
     /// Wait until all nodes are clean.
     CleanupWait(Box<CleanupWaitSettings>),
+    /// Examine this node.
+    Doctor(Box<DoctorSettings>),
     /// Show a running process's connections.
     Peers(PeersSettings),
     /// Print this script.
@@ -81,6 +85,10 @@ fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result
         }
         (args::Command::Cleanup(args), _) => Command::Cleanup(cleanup::cleanup(args)?),
         (args::Command::CleanupWait(args), _) => Command::CleanupWait(Box::new(cleanup::cleanup_wait(args)?)),
+        (args::Command::Doctor(mut args), Some((_, matches))) => {
+            args.split_lists(matches);
+            Command::Doctor(Box::new(doctor::doctor(*args)?))
+        }
         (args::Command::Peers(args), _) => Command::Peers(peers::peers(&args)?),
         (args::Command::Completions { shell }, _) => {
             let mut script = Vec::new();
@@ -185,6 +193,7 @@ mod tests {
                 &["--containerd-sock", "/elsewhere"],
                 &["--containerd-namespace", "default"],
                 &["--containerd-content-path", ""],
+                &["--containerd-registry-config-path", "/elsewhere"],
                 &["--oci-layout", "/a", "/b"],
                 &["--data-dir", "/elsewhere"],
                 &["--router-addr", "[::1]:1"],
@@ -221,6 +230,35 @@ mod tests {
                 &["--ebpf", "off"],
                 &["--containerd-cgroup", "/system.slice/containerd.service"],
                 &["--upstream-ports", "5443"],
+            ],
+        );
+    }
+
+    #[test]
+    fn each_flag_of_doctor_changes_something() {
+        check_flags(
+            "doctor",
+            &[],
+            &[
+                &["--json"],
+                &["--pull", "registry.test/app:1"],
+                &["--containerd-config", "/elsewhere"],
+                &["--containerd-sock", "/elsewhere"],
+                &["--containerd-namespace", "default"],
+                &["--containerd-content-path", ""],
+                &["--containerd-registry-config-path", "/elsewhere"],
+                &["--oci-layout", "/a"],
+                &["--metrics-addr", ":1"],
+                &["--router-addr", ":1"],
+                &["--registry-addr", ":1"],
+                &["--node-name", "elsewhere"],
+                &["--bootstrap-kind", "mdns"],
+                &["--bootstrap-kind=dns", "--dns-bootstrap-domain", "a.test."],
+                &["--dns-bootstrap-domain", "b.test.", "--bootstrap-kind", "dns"],
+                &["--static-bootstrap-peers", "10.0.0.1", "--bootstrap-kind", "static"],
+                &["--http-bootstrap-url", "http://a.test/id", "--bootstrap-kind", "http"],
+                &["--http-bootstrap-addr", ":1"],
+                &["--http-bootstrap-cert-dir", "/elsewhere", "--http-bootstrap-addr", ":1"],
             ],
         );
     }
@@ -313,6 +351,7 @@ mod tests {
             (&["registry", "--bootstrap-kind", "static", "--zone-from-node"], "--kubernetes-service-host"),
             (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a"], "--kubernetes-service-host"),
             (&["registry", "--bootstrap-kind", "static", "--startup-taint", "a:NoSchedule"], "key alone"),
+            (&["registry"], "--bootstrap-kind needs a kind"),
             (&["configuration"], "--mirror-targets"),
             (&["registry", "--bootstrap-kind", "mdns", "--upstream-ports", "https"], "--upstream-ports https"),
             (&["peers", "--json", "--once"], "--json or --once"),

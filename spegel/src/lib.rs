@@ -7,7 +7,7 @@
 //! | 2 | [`store`], [`router`], [`ebpf`] | below; `router` takes `store`'s [`store::Change`] only |
 //! | 3 | [`mirror`] | below |
 //! | 4 | [`registry`] | below |
-//! | 5 | [`serve`], [`web`], [`cleanup`] | below |
+//! | 5 | [`serve`], [`web`], [`cleanup`], [`doctor`] | below |
 //! | 6 | [`app`], [`cli`], [`fuzz`] | all |
 //!
 //! `cargo xtask tidy` fails on an import that climbs.
@@ -16,6 +16,7 @@ pub mod app;
 pub mod bootstrap;
 pub mod cleanup;
 pub mod cli;
+pub mod doctor;
 pub mod ebpf;
 #[doc(hidden)]
 pub mod fuzz;

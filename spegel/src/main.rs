@@ -12,7 +12,7 @@ fn main() -> ExitCode {
     let prepared = app::prepare(&invocation.command);
     let lines = app::trace(&invocation.log);
     let code = match prepared.and_then(|prepared| app::run(invocation.command, prepared)) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             tracing::error!("{}", app::describe(&error));
             ExitCode::FAILURE

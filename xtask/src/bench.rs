@@ -54,6 +54,8 @@ enum Name {
     Mixed,
     /// A manifest of 2 KiB beside a blob that is read from the disk
     Cold,
+    /// What counting in the kernel costs: eBPF on and off, bulk, small requests, connections
+    Ebpf,
     /// Memory that a control group is charged for, with and without a limit of 128 MiB
     Memory,
     /// The router with up to 3,000 nodes under simulated time: lookups, advertising, deaths, the member list
@@ -91,6 +93,7 @@ impl Bench {
             Name::Small => plane::small(&settings)?,
             Name::Mixed => plane::mixed(&settings)?,
             Name::Cold => plane::cold(&settings)?,
+            Name::Ebpf => plane::ebpf(&settings)?,
             Name::Memory => plane::memory(&settings)?,
             Name::Connections => plane::connections(&settings)?,
             Name::Router => {

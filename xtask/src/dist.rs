@@ -1,5 +1,6 @@
 //! `cargo xtask dist`: everything that a release consists of, each file the same to the byte from the same binaries.
 
+mod deb;
 mod parts;
 
 use std::fs::{self, File};
@@ -18,6 +19,8 @@ use parts::Dependencies;
 const COMPLETIONS: [(&str, &str); 3] = [("bash", "spegel.bash"), ("fish", "spegel.fish"), ("zsh", "_spegel")];
 
 const VERSION: &str = concat!("v", env!("CARGO_PKG_VERSION"));
+
+pub(crate) use deb::package_of;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Dist {
@@ -49,6 +52,7 @@ impl Dist {
             let mut content = vec![Entry { path: "spegel".to_owned(), mode: 0o755, bytes: fs::read(binary)? }];
             content.extend(shared.iter().cloned());
             files.push(archive(&folder.join(format!("{name}.tar.gz")), &name, &content)?);
+            files.push(deb::write(root, &folder, architecture, env!("CARGO_PKG_VERSION"), &content)?);
         }
         let image = folder.join(format!("spegel-{VERSION}-image.tar"));
         image::write(&binaries, &self.image_name, &image)?;
@@ -65,7 +69,7 @@ impl Dist {
 
 /// A file of an archive.
 #[derive(Clone)]
-struct Entry {
+pub(crate) struct Entry {
     path: String,
     mode: u32,
     bytes: Vec<u8>,

@@ -106,7 +106,7 @@ impl Faults {
         let setup = Setup {
             program: program.to_path_buf(),
             version: if kind == Kind::V1_6 { Version::V1_6 } else { Version::V2_2 },
-            options: Options { layer_fetch_buffer: buffer },
+            options: Options { layer_fetch_buffer: buffer, ..Options::default() },
             layer,
             company: !self.alone,
             upstream_mbit: self.upstream,

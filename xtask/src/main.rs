@@ -1,15 +1,19 @@
 //! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`,
-//! `cluster-test`, `storm`, `ebpf`, `tidy`.
+//! `cluster-test`, `hosts-test`, `docs`, `audit`, `bench-cluster`, `storm`, `ebpf`, `tidy`.
 
+mod audit;
 mod bench;
+mod bench_cluster;
 mod build;
 mod chart;
 mod cluster;
 mod demo;
 mod dist;
+mod docs;
 mod ebpf;
 mod faults;
 mod helm;
+mod hosts;
 mod image;
 mod protoc;
 mod soak;
@@ -61,6 +65,14 @@ enum Command {
     Ebpf(ebpf::Ebpf),
     /// Install, upgrade and remove the chart in a real Kubernetes cluster on this machine
     ClusterTest(cluster::ClusterTest),
+    /// Twelve plain hosts, installed from the Debian package, upgraded and removed; needs root
+    HostsTest(hosts::HostsTest),
+    /// Run the shell blocks of the README and of docs; needs root
+    Docs(docs::Docs),
+    /// Check what we depend on: licences, sources, duplicates, known vulnerabilities
+    Audit(audit::Audit),
+    /// Time image pulls on all nodes of the cluster that kubectl points to, with any mirror or none
+    BenchCluster(bench_cluster::BenchCluster),
     /// Make everything that a release consists of
     Dist(dist::Dist),
 }
@@ -93,6 +105,10 @@ fn run(command: Command) -> Result<bool> {
         Command::Image(image) => image.run(root()),
         Command::Ebpf(ebpf) => ebpf.run(root()),
         Command::ClusterTest(test) => test.run(root()),
+        Command::HostsTest(test) => test.run(),
+        Command::Docs(docs) => docs.run(),
+        Command::Audit(audit) => audit.run(),
+        Command::BenchCluster(bench) => bench.run(),
         Command::Dist(dist) => dist.run(root()),
     }
 }

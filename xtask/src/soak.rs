@@ -50,7 +50,7 @@ impl Soak {
         let soak = faults::Soak {
             program,
             version: if self.old { Version::V1_6 } else { Version::V2_2 },
-            options: Options { layer_fetch_buffer: self.parallel.then_some(1 << 20) },
+            options: Options { layer_fetch_buffer: self.parallel.then_some(1 << 20), ..Options::default() },
             seed,
             time: Duration::from_secs(60 * self.minutes),
             arguments: self.with.clone(),

@@ -10,6 +10,7 @@ use spegel_benches::containerd::{self, Version};
 use spegel_benches::daemon::{find_program, output};
 use spegel_benches::gopeer;
 
+use crate::ebpf::Checked;
 use crate::helm::Version as Helm;
 use crate::suites::{Counts, End, Outcome, Suite, report};
 
@@ -36,6 +37,7 @@ impl Test {
             outcomes.push(suite.run()?);
             if suite.name == "lints" {
                 outcomes.push(tidy()?);
+                outcomes.extend((!self.quick).then(object));
             }
         }
         let (text, value, good) = report(&outcomes);
@@ -62,6 +64,12 @@ fn suites(quick: bool) -> Vec<Suite> {
     if !quick {
         suites.push(cargo("end to end", minutes(10), "test -p spegel --test it -- e2e:: --test-threads=1 --nocapture"));
     }
+    if !quick {
+        // The debug binary that the tests before have built.
+        suites.push(cargo("hosts", minutes(4), "run --quiet -p xtask -- hosts-test --binary target/debug/spegel"));
+        suites.push(cargo("pages", minutes(3), "run --quiet -p xtask -- docs --binary target/debug/spegel"));
+    }
+    suites.push(cargo("audit", minutes(3), "run --quiet -p xtask -- audit"));
     let mut documentation = cargo("docs", minutes(4), "doc --workspace --no-deps");
     documentation.environment.push(("RUSTDOCFLAGS", "-D warnings"));
     suites.push(documentation);
@@ -73,6 +81,28 @@ fn tidy() -> Result<Outcome> {
     let start = Instant::now();
     let end = if crate::tidy::run()? { End::Passed } else { End::Failed };
     Ok(Outcome { name: "tidy", end, time: start.elapsed(), counts: Counts::default() })
+}
+
+/// Whether the kernel programs' object is its source's own; where there is no compiler for them, that is said.
+fn object() -> Outcome {
+    println!("\n=== ebpf object");
+    let start = Instant::now();
+    let (end, skipped) = match crate::ebpf::toolchain() {
+        Err(reason) => {
+            println!("skipped: the kernel programs' compiler is not there: {reason:#}");
+            (End::Passed, 1)
+        }
+        Ok(toolchain) => match crate::ebpf::check(crate::root(), &toolchain) {
+            Ok(Checked::Same) => (End::Passed, 0),
+            Ok(Checked::OtherCompiler) => (End::Passed, 1),
+            Ok(Checked::Different) => (End::Failed, 0),
+            Err(error) => {
+                println!("{error:#}");
+                (End::Failed, 0)
+            }
+        },
+    };
+    Outcome { name: "object", end, time: start.elapsed(), counts: Counts { skipped, ..Counts::default() } }
 }
 
 /// Installs what is missing; what cannot be installed is said, and the tests that need it say so again when they are skipped.

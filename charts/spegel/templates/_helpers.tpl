@@ -128,6 +128,17 @@ hostPort
 {{- toYaml $context -}}
 {{- end }}
 
+{{/* The same of the one that loads the kernel's programs. */}}
+{{- define "spegel.securityContextOfRegistry" -}}
+{{- $context := include "spegel.securityContext" . | fromYaml -}}
+{{- if and .Values.spegel.ebpf.enabled (not $context.privileged) -}}
+{{- $capabilities := $context.capabilities | default dict -}}
+{{- $added := concat ($capabilities.add | default list) (list "BPF" "NET_ADMIN") | uniq -}}
+{{- $context = set $context "capabilities" (set (deepCopy $capabilities) "add" $added) -}}
+{{- end -}}
+{{- toYaml $context -}}
+{{- end }}
+
 {{/* The same of those that change containerd's configuration: its directories and files may be another user's. */}}
 {{- define "spegel.securityContextOfEditors" -}}
 {{- $context := include "spegel.securityContext" . | fromYaml -}}

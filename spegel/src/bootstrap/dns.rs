@@ -23,33 +23,30 @@ const SERVER_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct DnsBootstrap {
     domain: String,
-    resolver: TokioResolver,
+    /// Other name servers than the system's.
+    servers: Option<(ResolverConfig, ResolverOpts)>,
 }
 
 // === impl DnsBootstrap ===
 
 impl DnsBootstrap {
     /// A source that asks the system's name servers (`/etc/resolv.conf`, its search domains included) for `domain`.
-    ///
-    /// # Errors
-    ///
-    /// The system's configuration cannot be read.
-    pub fn new(domain: &str) -> io::Result<Self> {
-        let (config, options) = hickory_resolver::system_conf::read_system_conf().map_err(io::Error::other)?;
-        Self::with_config(domain, config, options)
+    pub fn new(domain: &str) -> Self {
+        Self { domain: domain.to_owned(), servers: None }
     }
 
-    /// A source that asks the name servers of `config`.
-    fn with_config(domain: &str, config: ResolverConfig, mut options: ResolverOpts) -> io::Result<Self> {
+    /// Made anew for each question: what the system's configuration says changes when a host gets its address, and a question is rare.
+    fn resolver(&self) -> io::Result<TokioResolver> {
+        let (config, mut options) = match &self.servers {
+            Some(servers) => servers.clone(),
+            None => hickory_resolver::system_conf::read_system_conf().map_err(io::Error::other)?,
+        };
         options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
         options.timeout = SERVER_TIMEOUT;
         // Who is there changes by the second while a cluster starts: an old answer would hide it.
         options.cache_size = 0;
-        let resolver = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
-            .with_options(options)
-            .build()
-            .map_err(io::Error::other)?;
-        Ok(Self { domain: domain.to_owned(), resolver })
+        let builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+        builder.with_options(options).build().map_err(io::Error::other)
     }
 }
 
@@ -57,7 +54,9 @@ impl DnsBootstrap {
 impl Bootstrap for DnsBootstrap {
     async fn peers(&self) -> Result<Vec<BootstrapPeer>, BootstrapError> {
         let name = || self.domain.clone();
-        let answer = tokio::time::timeout(TIMEOUT, self.resolver.lookup_ip(self.domain.as_str()))
+        let resolver =
+            self.resolver().map_err(|error| BootstrapError::Resolve { name: name(), reason: error.to_string() })?;
+        let answer = tokio::time::timeout(TIMEOUT, resolver.lookup_ip(self.domain.as_str()))
             .await
             .map_err(|_| BootstrapError::Timeout { name: name(), seconds: TIMEOUT.as_secs() })?;
         let addresses: BTreeSet<IpAddr> = match answer {
@@ -128,7 +127,7 @@ mod tests {
         let config = ResolverConfig::from_parts(None, search, vec![server]);
         let mut options = ResolverOpts::default();
         options.attempts = 1;
-        let source = DnsBootstrap::with_config(domain, config, options).unwrap();
+        let source = DnsBootstrap { domain: domain.to_owned(), servers: Some((config, options)) };
         let server = tokio::spawn(serve(socket));
         let answer = source.peers().await;
         server.abort();

@@ -13,6 +13,7 @@ use http_body_util::{BodyExt as _, Empty, Full, Limited};
 use hyper::body::Incoming;
 use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -26,6 +27,9 @@ use super::{Bootstrap, BootstrapError, BootstrapPeer, list};
 
 /// How long one answer may take, the connection included.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long connecting may take, shared by the addresses that the name has: one that swallows all leaves time for the next.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// The largest list that is read, in bytes.
 const MAX_ANSWER: usize = 256 * 1024;
@@ -65,7 +69,11 @@ impl HttpBootstrap {
 
     async fn fetch(&self) -> Result<Bytes, String> {
         let tls = Certificates::client(self.certificates.as_ref()).map_err(|error| error.to_string())?;
-        let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().build();
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        let connector =
+            HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().wrap_connector(tcp);
         // Seldom asked and perhaps behind a balancer: no connection is kept.
         let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         let request = Request::get(&self.url).header(header::ACCEPT, "application/json").body(Empty::<Bytes>::new());

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::cleanup::{CleanupArgs, CleanupWaitArgs};
+use super::doctor::DoctorArgs;
 use super::ebpf::EbpfArgs;
 use super::peers::PeersArgs;
 use super::serve::ServeArgs;
@@ -79,6 +80,8 @@ pub(super) enum Command {
     Cleanup(CleanupArgs),
     /// Wait until the cleanup of all nodes is done
     CleanupWait(CleanupWaitArgs),
+    /// Say whether this node's pulls go through the mirror, and what to change if not; the exit code is 1 then
+    Doctor(Box<DoctorArgs>),
     /// Show a running process's connections, by peer
     Peers(PeersArgs),
     /// Write a shell's completion script to standard output
@@ -133,10 +136,11 @@ pub(super) struct ApiArgs {
     pub(super) service_account_dir: PathBuf,
 }
 
+/// How first peers are found.
 #[derive(Debug, Args)]
-pub(super) struct RegistryArgs {
+pub(super) struct BootstrapArgs {
     /// How to find the first peers; several may be given
-    #[arg(long, env, num_args = 1.., value_name = "KIND", required = true)]
+    #[arg(long, env, num_args = 1.., value_name = "KIND")]
     pub(super) bootstrap_kind: Vec<String>,
     /// A name that resolves to the addresses of all nodes, for the kind dns
     #[arg(long, env, value_name = "NAME")]
@@ -153,21 +157,11 @@ pub(super) struct RegistryArgs {
     /// A directory with ca.crt, tls.crt and tls.key for both of them
     #[arg(long, env, value_name = "DIR")]
     pub(super) http_bootstrap_cert_dir: Option<PathBuf>,
-    /// Where peers reach this node, ADDRESS[:PORT], if not at its interfaces' addresses
-    #[arg(long, env, num_args = 1.., value_name = "ADDRESS")]
-    pub(super) advertise_addr: Vec<String>,
-    /// Networks of the peers, such as 10.0.0.0/8; what lies outside is not believed [default: everywhere]
-    #[arg(long, env, num_args = 1.., value_name = "CIDR")]
-    pub(super) peer_cidrs: Vec<String>,
-    /// The key of a private libp2p network: only nodes that have it take part
-    #[arg(long, env, value_name = "FILE")]
-    pub(super) network_key_file: Option<PathBuf>,
-    /// How many records of other nodes' content are kept at most, 64 bytes each
-    #[arg(long, env, default_value_t = 300_000, value_name = "NUMBER")]
-    pub(super) router_max_records: usize,
-    /// Where metrics are served
-    #[arg(long, env, default_value = ":9090", value_name = "ADDRESS")]
-    pub(super) metrics_addr: String,
+}
+
+/// A containerd, and what of it is served.
+#[derive(Debug, Args)]
+pub(super) struct ContainerdArgs {
     /// containerd's socket
     #[arg(long, env, default_value = "/run/containerd/containerd.sock", value_name = "PATH")]
     pub(super) containerd_sock: PathBuf,
@@ -183,6 +177,32 @@ pub(super) struct RegistryArgs {
         value_parser = clap::builder::OsStringValueParser::new()
     )]
     pub(super) containerd_content_path: std::ffi::OsString,
+    /// The directory that containerd's registry configuration names as config_path, for the checks
+    #[arg(long, env, default_value = "/etc/containerd/certs.d", value_name = "DIR")]
+    pub(super) containerd_registry_config_path: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RegistryArgs {
+    #[command(flatten)]
+    pub(super) bootstrap: BootstrapArgs,
+    /// Where peers reach this node, ADDRESS[:PORT], if not at its interfaces' addresses
+    #[arg(long, env, num_args = 1.., value_name = "ADDRESS")]
+    pub(super) advertise_addr: Vec<String>,
+    /// Networks of the peers, such as 10.0.0.0/8; what lies outside is not believed [default: everywhere]
+    #[arg(long, env, num_args = 1.., value_name = "CIDR")]
+    pub(super) peer_cidrs: Vec<String>,
+    /// The key of a private libp2p network: only nodes that have it take part
+    #[arg(long, env, value_name = "FILE")]
+    pub(super) network_key_file: Option<PathBuf>,
+    /// How many records of other nodes' content are kept at most, 64 bytes each
+    #[arg(long, env, default_value_t = 300_000, value_name = "NUMBER")]
+    pub(super) router_max_records: usize,
+    /// Where metrics are served
+    #[arg(long, env, default_value = ":9090", value_name = "ADDRESS")]
+    pub(super) metrics_addr: String,
+    #[command(flatten)]
+    pub(super) containerd: ContainerdArgs,
     /// Serve this OCI image layout instead of containerd's content; may be given several times
     #[arg(long, env, num_args = 1.., value_name = "DIR")]
     pub(super) oci_layout: Vec<PathBuf>,
@@ -253,19 +273,30 @@ impl ConfigurationArgs {
     }
 }
 
-impl RegistryArgs {
+impl BootstrapArgs {
     pub(super) fn split_lists(&mut self, matches: &ArgMatches) {
         split(matches, "bootstrap_kind", &mut self.bootstrap_kind);
         split(matches, "static_bootstrap_peers", &mut self.static_bootstrap_peers);
+    }
+}
+
+impl RegistryArgs {
+    pub(super) fn split_lists(&mut self, matches: &ArgMatches) {
+        self.bootstrap.split_lists(matches);
         split(matches, "advertise_addr", &mut self.advertise_addr);
         split(matches, "peer_cidrs", &mut self.peer_cidrs);
         split(matches, "mirrored_registries", &mut self.mirrored_registries);
         split(matches, "registry_filters", &mut self.registry_filters);
+        split_paths(matches, "oci_layout", &mut self.oci_layout);
         split(matches, "upstream_ports", &mut self.ebpf.upstream_ports);
-        let mut layouts = self.oci_layout.iter().map(|path| path.to_string_lossy().into_owned()).collect();
-        split(matches, "oci_layout", &mut layouts);
-        self.oci_layout = layouts.into_iter().map(PathBuf::from).collect();
     }
+}
+
+/// [`split`] of paths.
+pub(super) fn split_paths(matches: &ArgMatches, id: &str, paths: &mut Vec<PathBuf>) {
+    let mut texts = paths.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+    split(matches, id, &mut texts);
+    *paths = texts.into_iter().map(PathBuf::from).collect();
 }
 
 /// A list from the environment is one text, with commas or spaces between its values; on the command line each value is

@@ -12,13 +12,13 @@ use clap::CommandFactory as _;
 use clap::error::ErrorKind as Usage;
 use ipnet::IpNet;
 
-use super::args::{ApiArgs, Cli, ConfigurationArgs, NodeArgs, RegistryArgs, Switch};
+use super::args::{ApiArgs, BootstrapArgs, Cli, ConfigurationArgs, ContainerdArgs, RegistryArgs, Switch};
 use super::serve::ServeSettings;
 use crate::bootstrap::{Certificates, HttpBootstrap, StaticBootstrap};
 use crate::kube::{ApiSettings, StartupTaint};
 use crate::oci::Filters;
 use crate::registry::{BasicAuth, UploadLimits};
-use crate::router::NetworkKey;
+use crate::router::{NetworkKey, P2pSettings};
 use crate::serve::ListenAddr;
 use crate::{ebpf, hosts, mirror};
 
@@ -33,6 +33,8 @@ pub struct RegistrySettings {
     pub peers: Peers,
     /// Whose content is served.
     pub content: Content,
+    /// Where containerd looks for registry hosts.
+    pub config_path: PathBuf,
     /// Where the identity is kept.
     pub data_dir: Option<PathBuf>,
     /// Where metrics are served.
@@ -135,7 +137,7 @@ pub(super) fn configuration(args: ConfigurationArgs) -> Result<hosts::Configurat
         resolve_tags: args.resolve_tags,
         prepend_existing: args.prepend_existing,
         basic_auth: credentials(&args.node.basic_auth_dir)?,
-        node_name: node_name(&args.node),
+        node_name: node_name(args.node.node_name.as_deref()),
     })
 }
 
@@ -159,8 +161,8 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
     let registry_addr = listen("--registry-addr", &args.registry_addr)?;
     let ebpf = args.ebpf.settings(&args.mirrored_registries, registry_addr, router_addr.port())?;
     Ok(RegistrySettings {
-        bootstrap: bootstrap(&args)?,
-        bootstrap_endpoint: bootstrap_endpoint(&args)?,
+        bootstrap: bootstrap(&args.bootstrap)?,
+        bootstrap_endpoint: bootstrap_endpoint(&args.bootstrap)?,
         peers: peers(&args)?,
         metrics_addr: listen("--metrics-addr", &args.metrics_addr)?,
         router_addr,
@@ -170,23 +172,27 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         mirror,
         uploads: UploadLimits { count: args.max_uploads, rate: args.upload_rate },
         basic_auth,
-        node_name: node_name(&args.node),
+        node_name: node_name(args.node.node_name.as_deref()),
         zone: zone(&args)?,
         startup_taint: startup_taint(&args)?,
         drain: args.drain_timeout,
         serve: args.serve.settings(),
         data_dir: args.data_dir.filter(|path| !path.as_os_str().is_empty()),
-        content: if args.oci_layout.is_empty() {
-            let content_path = Some(PathBuf::from(args.containerd_content_path));
-            Content::Containerd {
-                socket: args.containerd_sock,
-                namespace: args.containerd_namespace,
-                content_path: content_path.filter(|path| !path.as_os_str().is_empty()),
-            }
-        } else {
-            Content::OciLayouts(args.oci_layout)
-        },
+        config_path: args.containerd.containerd_registry_config_path.clone(),
+        content: content(args.containerd, args.oci_layout),
     })
+}
+
+pub(super) fn content(args: ContainerdArgs, layouts: Vec<PathBuf>) -> Content {
+    if !layouts.is_empty() {
+        return Content::OciLayouts(layouts);
+    }
+    let content_path = Some(PathBuf::from(args.containerd_content_path));
+    Content::Containerd {
+        socket: args.containerd_sock,
+        namespace: args.containerd_namespace,
+        content_path: content_path.filter(|path| !path.as_os_str().is_empty()),
+    }
 }
 
 fn zone(args: &RegistryArgs) -> Result<Zone, clap::Error> {
@@ -219,9 +225,10 @@ pub(super) fn api(args: &ApiArgs, flag: &str) -> Result<ApiSettings, clap::Error
     let service_account = args.service_account_dir.clone();
     Ok(ApiSettings { host, port: args.kubernetes_service_port, service_account })
 }
+
 const KINDS: &str = "dns, http, mdns and static";
 
-fn bootstrap(args: &RegistryArgs) -> Result<Vec<Bootstrap>, clap::Error> {
+pub(super) fn bootstrap(args: &BootstrapArgs) -> Result<Vec<Bootstrap>, clap::Error> {
     let kinds = args.bootstrap_kind.iter().map(|kind| match kind.as_str() {
         "dns" => match args.dns_bootstrap_domain.as_deref().filter(|name| !name.is_empty()) {
             Some(name) => Ok(Bootstrap::Dns(name.to_owned())),
@@ -244,13 +251,13 @@ fn bootstrap(args: &RegistryArgs) -> Result<Vec<Bootstrap>, clap::Error> {
     if kinds.is_empty() { Err(usage(format!("--bootstrap-kind needs a kind: {KINDS}"))) } else { Ok(kinds) }
 }
 
-fn bootstrap_endpoint(args: &RegistryArgs) -> Result<Option<BootstrapEndpoint>, clap::Error> {
+pub(super) fn bootstrap_endpoint(args: &BootstrapArgs) -> Result<Option<BootstrapEndpoint>, clap::Error> {
     let Some(addr) = &args.http_bootstrap_addr else { return Ok(None) };
     let addr = listen("--http-bootstrap-addr", addr)?;
     Ok(Some(BootstrapEndpoint { addr, certificates: certificates(args) }))
 }
 
-fn certificates(args: &RegistryArgs) -> Option<Certificates> {
+fn certificates(args: &BootstrapArgs) -> Option<Certificates> {
     args.http_bootstrap_cert_dir.as_deref().map(Certificates::new)
 }
 
@@ -268,8 +275,13 @@ fn peers(args: &RegistryArgs) -> Result<Peers, clap::Error> {
         single.or_else(|_| text.parse()).map_err(|_| usage(format!("--peer-cidrs {text}: write it like 10.0.0.0/8")))
     });
     let network_key = args.network_key_file.as_deref().map(NetworkKey::load).transpose();
+    let advertise: Vec<SocketAddr> = advertise.collect::<Result<_, _>>()?;
+    let most = P2pSettings::MAX_ADVERTISED;
+    if advertise.len() > most {
+        return Err(usage(format!("--advertise-addr: {} addresses, of which peers take {most}", advertise.len())));
+    }
     Ok(Peers {
-        advertise: advertise.collect::<Result<_, _>>()?,
+        advertise,
         networks: networks.collect::<Result<_, _>>()?,
         network_key: network_key.map_err(|error| usage(format!("--network-key-file: {error}")))?,
         max_records: args.router_max_records,
@@ -280,8 +292,8 @@ pub(super) fn listen(flag: &str, text: &str) -> Result<ListenAddr, clap::Error> 
     text.parse().map_err(|error| usage(format!("{flag} {text}: {error}")))
 }
 
-fn node_name(args: &NodeArgs) -> String {
-    match args.node_name.as_deref().filter(|name| !name.is_empty()) {
+pub(super) fn node_name(given: Option<&str>) -> String {
+    match given.filter(|name| !name.is_empty()) {
         Some(name) => name.to_owned(),
         None => rustix::system::uname().nodename().to_string_lossy().into_owned(),
     }

@@ -90,14 +90,12 @@ fn parse_mounts(text: &str) -> Vec<Mount> {
 }
 
 impl Mount {
-    /// Where a group is below this mount. A path that leads out of what a namespace shows, with `..`, stands for what is mounted.
+    /// Where a group is below this mount. What leads out of what a namespace shows, with `..`, cannot be told to lie anywhere.
     fn folder(&self, path: &Path) -> Option<PathBuf> {
-        if path.components().any(|part| part == Component::ParentDir) {
-            return Some(self.point.clone());
+        if [path, &self.root].iter().any(|path| path.components().any(|part| part == Component::ParentDir)) {
+            return None;
         }
-        let leads_out = self.root.components().any(|part| part == Component::ParentDir);
-        let below = if leads_out { path.strip_prefix("/").ok()? } else { path.strip_prefix(&self.root).ok()? };
-        Some(self.point.join(below))
+        Some(self.point.join(path.strip_prefix(&self.root).ok()?))
     }
 }
 
@@ -143,9 +141,9 @@ mod tests {
         // A part of the hierarchy is mounted, as in a container without a namespace of its own for it.
         assert_eq!(folder("/kubepods/pod1", "/kubepods/pod1/c"), some("/sys/fs/cgroup/c"));
         assert_eq!(folder("/kubepods/pod1", "/system.slice"), None);
-        // The host's hierarchy seen from within a namespace.
-        assert_eq!(folder("/../../..", "/"), some("/sys/fs/cgroup"));
-        assert_eq!(folder("/", "/../other"), some("/sys/fs/cgroup"));
+        // The host's hierarchy, mounted into a container with a namespace of its own: the container's group is not its root.
+        assert_eq!(folder("/../../..", "/"), None);
+        assert_eq!(folder("/", "/../other"), None);
     }
 
     #[test]

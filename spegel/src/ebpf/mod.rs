@@ -170,13 +170,8 @@ impl Watch {
 
     /// A probe for a connection of ours with `remote`, where these are wanted.
     pub fn probe(&self, remote: IpAddr, role: Role) -> Option<Probe> {
-        self.wants_probes().then(|| Probe {
-            watch: self.clone(),
-            remote: remote.to_canonical(),
-            role,
-            last: None,
-            ended: false,
-        })
+        let probed = || Probed { watch: self.clone(), remote: remote.to_canonical(), role, last: None, ended: false };
+        self.wants_probes().then(|| Probe(Box::new(probed())))
     }
 
     /// The same for a client of our registry: its own containerd, or another node.
@@ -219,12 +214,16 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// One connection of ours, as its socket tells of it.
+/// One connection of ours, as its socket tells of it. It is over when this is dropped.
 #[derive(Debug)]
-pub struct Probe {
+pub struct Probe(Box<Probed>);
+
+#[derive(Debug)]
+struct Probed {
     watch: Watch,
     remote: IpAddr,
     role: Role,
+    /// What the socket said last.
     last: Option<TcpInfo>,
     ended: bool,
 }
@@ -234,19 +233,19 @@ pub struct Probe {
 impl Probe {
     /// Takes down what has changed since it was last asked. `ends` is whether the connection is over.
     pub fn take(&mut self, info: &TcpInfo, ends: bool) {
-        self.ended |= ends;
-        let last = self.last.replace(info.clone());
-        self.watch.table().sampled(self.remote, self.role, info, last.as_ref(), ends, Instant::now());
+        let Probed { watch, remote, role, last, ended } = &mut *self.0;
+        *ended |= ends;
+        let before = last.replace(info.clone());
+        watch.table().sampled(*remote, *role, info, before.as_ref(), ends, Instant::now());
     }
 }
 
 impl Drop for Probe {
-    /// It is over, and its socket was not asked again.
     fn drop(&mut self) {
-        if !self.ended
-            && let Some(last) = self.last.take()
+        // Its socket is gone and cannot be asked again.
+        if !self.0.ended
+            && let Some(last) = self.0.last.clone()
         {
-            self.last = Some(last.clone());
             self.take(&last, true);
         }
     }

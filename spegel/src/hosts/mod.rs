@@ -9,6 +9,7 @@
 
 mod disk;
 mod go;
+mod inspect;
 mod render;
 
 use std::collections::BTreeSet;
@@ -19,6 +20,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::oci::{MirroredRegistry, is_registry};
+pub use inspect::{Host, Inspected, Inspection, Whose, inspect};
+
 use disk::{Content, Disk, Hook};
 
 /// The header by which a node's containerd tells the mirror whose it is. containerd sends it with each request to the mirror.

@@ -97,7 +97,7 @@ pub(super) fn names_a_mirror(content: &[u8]) -> bool {
     content.windows(NODE_HEADER.len()).any(|window| window == NODE_HEADER.as_bytes())
 }
 
-fn parse(content: &[u8]) -> Result<DocumentMut, String> {
+pub(super) fn parse(content: &[u8]) -> Result<DocumentMut, String> {
     let text = std::str::from_utf8(content).map_err(|error| error.to_string())?;
     text.parse().map_err(|error: toml_edit::TomlError| error.to_string().replace('\n', " "))
 }

@@ -40,6 +40,8 @@ const TELLING: u64 = 256 << 10;
 /// A body is taken to last twice as long where this share of what was sent to the peer had to be sent again: throughput falls with the root of
 /// the loss ([Mathis et al.](https://doi.org/10.1145/263932.264023)), and requests that are lost wait for a timeout beside.
 const DOUBLED_AT_LOSS: f64 = 0.02;
+/// From this loss on a peer is asked after all others, as one that is busy: nearly every body then waits for a timeout of TCP's.
+const LOSSY: f64 = 0.08;
 
 /// How a peer may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,16 +181,16 @@ impl Peers {
         late.clamp(SHORTEST.min(longest), longest)
     }
 
-    /// Whether it said that it is busy, and the seconds that a typical body is expected to take: the more, the busier the peer said it is in
+    /// Whether it said that it is busy, or is hard to reach, and the seconds that a typical body is expected to take: the more, the busier the peer said it is in
     /// its last answer, or where that is long ago, is said to be in the network, and the more, the more was lost on the way to it of late.
     pub(super) fn cost(&self, peer: SocketAddr, said: Option<u8>, now: Instant) -> (bool, f64) {
         let loss = self.quality.as_ref().map_or(0.0, |quality| quality.loss(peer.ip(), now));
         let lossy = 1.0 + loss / DOUBLED_AT_LOSS;
         let more = |load: Option<u8>| (1.0 + f64::from(load.unwrap_or_default()) / DOUBLED_AT) * lossy;
         let known = self.lock();
-        let Some(known) = known.get(&peer) else { return (false, TYPICAL / UNKNOWN_RATE * more(said)) };
+        let Some(known) = known.get(&peer) else { return (loss >= LOSSY, TYPICAL / UNKNOWN_RATE * more(said)) };
         let told = known.load.filter(|(_, at)| now.duration_since(*at) < LOAD_LIFETIME).map(|(load, _)| load);
-        let is_busy = known.busy_until.is_some_and(|until| now < until);
+        let is_busy = loss >= LOSSY || known.busy_until.is_some_and(|until| now < until);
         let latency = known.latency.map_or(0.0, |(mean, _)| mean);
         let rate = known.rate.unwrap_or(UNKNOWN_RATE).max(1.0);
         (is_busy, (latency + TYPICAL * f64::from(known.under_way + 1) / rate) * more(told.or(said)))
@@ -379,7 +381,12 @@ mod tests {
         let info = TcpInfo { data_segs_out: 1000, total_retrans: 50, ..TcpInfo::default() };
         probe.take(&info, false);
         assert!(cost(1) > 2.0 * cost(2), "5 % of loss: {} and {}", cost(1), cost(2));
-        probe.take(&TcpInfo { data_segs_out: 100_000, ..info }, false);
+        assert!(!peers.cost(peer(1), None, now).0);
+        let worse = TcpInfo { data_segs_out: 2000, total_retrans: 400, ..TcpInfo::default() };
+        probe.take(&worse, false);
+        assert!(peers.cost(peer(1), None, now).0, "20 %: others first");
+        probe.take(&TcpInfo { data_segs_out: 1_000_000, ..worse }, false);
+        assert!(!peers.cost(peer(1), None, now).0);
         assert!(cost(1) < 1.1 * cost(2), "it is well again: {} and {}", cost(1), cost(2));
     }
 

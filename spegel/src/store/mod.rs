@@ -23,7 +23,7 @@ use tokio::sync::{broadcast, watch};
 use crate::oci::{Digest, Key, Repository, TagName, TagOrDigest};
 
 pub use changes::{Changes, Feed};
-pub use containerd::{Containerd, ContainerdSettings};
+pub use containerd::{Containerd, ContainerdSettings, Inspection, inspect};
 pub use ingest::{Ingests, Receiving};
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;

@@ -3,6 +3,7 @@
 
 mod bulk;
 mod cold;
+mod ebpf;
 mod many;
 mod memory;
 mod requests;
@@ -21,6 +22,7 @@ use spegel_benches::netns::{Lab, Node};
 
 pub(super) use bulk::{relay, serve};
 pub(super) use cold::cold;
+pub(super) use ebpf::ebpf;
 pub(super) use many::connections;
 pub(super) use memory::memory;
 pub(super) use requests::{mixed, small};

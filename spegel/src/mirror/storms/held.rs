@@ -254,6 +254,7 @@ async fn obey(
             }
         }
         let bound = held.deadline(Instant::now()) + BEYOND;
+        let beside_at = began + if asked.is_some() { SILENT } else { shared.settings.hedge };
         tokio::select! {
             biased;
             (peer, result) = ready(&mut asked) => {
@@ -295,7 +296,7 @@ async fn obey(
             }
             // They had it before we asked. A parent may wait for first bytes itself, and whether it is there is asked apart: to leave it for them
             // at once would bring all to the few that had it.
-            () = sleep_until((began + if asked.is_some() { SILENT } else { shared.settings.hedge }).into()),
+            () = sleep_until(beside_at.into()),
                 if !found.is_empty() && beside.is_none() =>
             {
                 let (shared, wanted, among) = (Arc::clone(shared), wanted.clone(), std::mem::take(&mut found));

@@ -1,12 +1,17 @@
 //! Which addresses are offered to peers, and which of theirs are believed.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::path::Path;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use libp2p::Multiaddr;
 use libp2p::multiaddr::Protocol;
+
+/// Addresses for documentation ([RFC 5737](https://www.rfc-editor.org/rfc/rfc5737), [RFC 3849](https://www.rfc-editor.org/rfc/rfc3849)): they are
+/// reached by the default route, if by any.
+const ELSEWHERE: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(192, 0, 2, 1), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
 
 /// How many addresses of one peer are kept.
 pub(super) const MAX_ADDRESSES: usize = 8;
@@ -61,17 +66,64 @@ impl Scope {
     /// The addresses under which peers reach what listens on `listen`: wildcards stand for every address of the node.
     pub(super) fn reachable(&self, listen: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
         let interfaces = if listen.iter().any(|address| address.ip().is_unspecified()) {
-            if_addrs::get_if_addrs()?.iter().map(if_addrs::Interface::ip).collect()
+            by_worth(&if_addrs::get_if_addrs()?)
         } else {
             Vec::new()
         };
         let mut found: Vec<SocketAddr> = listen.iter().flat_map(|address| expand(*address, &interfaces)).collect();
         found.retain(|address| self.accepts(*address));
-        found.sort_by_key(|address| (address.is_ipv6(), *address));
+        // In the order of the interfaces' worth, not of the listeners.
+        let worth =
+            |address: &SocketAddr| interfaces.iter().position(|ip| *ip == address.ip()).map_or(0, |place| place + 1);
+        found.sort_by_key(|address| (worth(address), *address));
         found.dedup();
         found.truncate(MAX_ADDRESSES);
         Ok(found)
     }
+}
+
+/// The addresses of the interfaces, those first by which peers are most likely to reach us: from which the node speaks to others; then the
+/// others; then what other hosts may have as well, or is no network of its own: a bridge of containers, a service's address on a dummy.
+fn by_worth(interfaces: &[if_addrs::Interface]) -> Vec<IpAddr> {
+    let speaks = [
+        speaks_from((Ipv4Addr::UNSPECIFIED, 0), (ELSEWHERE.0, 9)),
+        speaks_from((Ipv6Addr::UNSPECIFIED, 0), (ELSEWHERE.1, 9)),
+    ];
+    let is_bridge = |name: &str| Path::new("/sys/class/net").join(name).join("bridge").exists();
+    let worth = |interface: &if_addrs::Interface| {
+        let alone = match &interface.addr {
+            if_addrs::IfAddr::V4(address) => address.prefixlen == 32,
+            if_addrs::IfAddr::V6(address) => address.prefixlen == 128,
+        };
+        match interface.ip() {
+            ip if speaks.contains(&Some(ip)) => 0,
+            _ if alone || is_bridge(&interface.name) => 2,
+            _ => 1,
+        }
+    };
+    let mut sorted: Vec<(u8, IpAddr)> = interfaces.iter().map(|interface| (worth(interface), interface.ip())).collect();
+    sorted.sort_unstable_by_key(|(worth, ip)| (*worth, ip.is_ipv6(), *ip));
+    sorted.into_iter().map(|(_, ip)| ip).collect()
+}
+
+/// The address from which this node would speak to another one, by its routes. Nothing is sent.
+fn speaks_from(own: impl ToSocketAddrs, other: impl ToSocketAddrs) -> Option<IpAddr> {
+    let socket = UdpSocket::bind(own).ok()?;
+    socket.connect(other).ok()?;
+    socket.local_addr().ok().map(|address| address.ip())
+}
+
+/// Where a peer's registry is, by where its router is: the port is the same on all nodes, so at an address that this node (`own`) has as well, as
+/// all hosts may have one for their containers, it would ask itself.
+pub(super) fn registries(router: &[SocketAddr], own: &[SocketAddr], port: u16) -> Vec<SocketAddr> {
+    let mut found = Vec::with_capacity(router.len());
+    for address in router.iter().filter(|address| own.iter().all(|own| own.ip() != address.ip())) {
+        let registry = SocketAddr::new(address.ip(), port);
+        if !found.contains(&registry) {
+            found.push(registry);
+        }
+    }
+    found
 }
 
 fn expand(address: SocketAddr, interfaces: &[IpAddr]) -> Vec<SocketAddr> {
@@ -161,6 +213,15 @@ mod tests {
     fn one_peer_has_a_bounded_number_of_addresses() {
         let many: Vec<Multiaddr> = (1..=200).map(|n| format!("/ip4/10.0.0.{n}/tcp/1").parse().unwrap()).collect();
         assert_eq!(scope("0.0.0.0:1").filter(&many).len(), MAX_ADDRESSES);
+    }
+
+    #[test]
+    fn a_peer_is_not_asked_at_an_address_that_is_ours_too() {
+        let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let router = ["172.17.0.1:5001", "10.0.0.2:5001", "10.0.0.2:5002"].map(at);
+        let own = ["10.0.0.1:5001", "172.17.0.1:5001"].map(at);
+        assert_eq!(registries(&router, &own, 5000), [at("10.0.0.2:5000")]);
+        assert_eq!(registries(&router[..1], &own, 5000), []);
     }
 
     #[test]

@@ -20,7 +20,6 @@ use super::metrics::RouterMetrics;
 use super::opener::Opener;
 use super::per_ip::PerIp;
 use super::records::SharedRecords;
-use super::wire::MAX_MESSAGE;
 
 /// The Kademlia protocol under the prefix of this network.
 pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/spegel/kad/1.0.0");
@@ -37,9 +36,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a connection to a peer outside the routing table stays open unused.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A peer that vanished without a word is noticed after about the sum of both.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often each side of a connection is asked whether it is there, and how long that may take.
+pub(super) const PING_INTERVAL: Duration = Duration::from_secs(10);
+pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The largest message that kad reads: requests have one peer at most, and answers to its own queries twenty. Answers to ours, which may have
+/// hundreds, it does not see. A peer may have 32 of them begun and not ended on each connection.
+const MAX_KAD_MESSAGE: usize = 32 * 1024;
 
 /// How often the routing table is refreshed with queries of kad's.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(60);
@@ -64,6 +67,7 @@ pub(super) struct Behaviour {
     ping: ping::Behaviour,
     identify: identify::Behaviour,
     pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
+    mdns_ipv6: Toggle<mdns::tokio::Behaviour>,
     per_ip: PerIp,
     pub(super) kad: Guarded,
     pub(super) opener: Opener,
@@ -88,7 +92,8 @@ pub(super) struct Setup<'a> {
 pub(super) fn swarm(setup: Setup<'_>) -> Result<Swarm<Behaviour>, Box<dyn std::error::Error + Send + Sync>> {
     let Setup { identity, mdns, network_key, records, opener, metrics } = setup;
     let local = identity.public().to_peer_id();
-    let mdns = if mdns { Some(mdns::tokio::Behaviour::new(mdns_config(), local)?) } else { None };
+    let multicast = |ipv6| mdns.then(|| mdns::tokio::Behaviour::new(mdns_config(ipv6), local)).transpose();
+    let (mdns, mdns_ipv6) = (multicast(false)?, multicast(true)?);
     let behaviour = Behaviour {
         limits: connection_limits::Behaviour::new(
             ConnectionLimits::default()
@@ -101,6 +106,7 @@ pub(super) fn swarm(setup: Setup<'_>) -> Result<Swarm<Behaviour>, Box<dyn std::e
         ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_INTERVAL).with_timeout(PING_TIMEOUT)),
         identify: identify::Behaviour::new(identify_config(identity)),
         mdns: mdns.into(),
+        mdns_ipv6: mdns_ipv6.into(),
         per_ip: PerIp::default(),
         kad: Guarded::new(kademlia(local, records), metrics),
         opener,
@@ -138,8 +144,9 @@ fn swarm_config(config: libp2p::swarm::Config) -> libp2p::swarm::Config {
     config.with_idle_connection_timeout(IDLE_TIMEOUT).with_max_negotiating_inbound_streams(MAX_NEGOTIATING)
 }
 
-fn mdns_config() -> mdns::Config {
-    mdns::Config { query_interval: MDNS_INTERVAL, ..mdns::Config::default() }
+/// Of one family: the behaviour speaks no more.
+fn mdns_config(enable_ipv6: bool) -> mdns::Config {
+    mdns::Config { query_interval: MDNS_INTERVAL, enable_ipv6, ..mdns::Config::default() }
 }
 
 /// Peers learn the addresses under which they can reach us, not every listener's.
@@ -156,7 +163,7 @@ fn identify_config(identity: &identity::Keypair) -> identify::Config {
 fn kademlia(local: PeerId, records: SharedRecords) -> kad::Behaviour<SharedRecords> {
     let mut config = kad::Config::new(PROTOCOL);
     config
-        .set_max_packet_size(MAX_MESSAGE)
+        .set_max_packet_size(MAX_KAD_MESSAGE)
         .set_record_filtering(StoreInserts::FilterBoth)
         .set_kbucket_inserts(BucketInserts::Manual)
         .set_periodic_bootstrap_interval(Some(REFRESH_INTERVAL))

@@ -75,7 +75,6 @@ impl Client {
 
     /// Tells a member the same, or that it does not hold any more: a message for thousands of keys.
     pub(super) async fn tell_member(&self, to: &Contact, messages: &[members::Message]) -> io::Result<()> {
-        messages.iter().for_each(|message| self.metrics.0.message(Direction::Sent, message.kind(), 1));
         let send = async {
             let mut stream = self.open_stream(to, Purpose::Members).await?;
             let mut buffer = Vec::new();
@@ -83,6 +82,7 @@ impl Client {
                 buffer.clear();
                 frame(message, &mut buffer);
                 stream.write_all(&buffer).await?;
+                self.metrics.0.message(Direction::Sent, message.kind(), 1);
             }
             close_and_wait(stream).await
         };
@@ -90,8 +90,8 @@ impl Client {
     }
 
     async fn send_all(&self, to: &Contact, own: &[SocketAddr], ids: &[ContentId]) -> io::Result<()> {
-        self.metrics.0.message(Direction::Sent, "add_provider", ids.len() as u64);
         let mut stream = self.open_stream(to, Purpose::Kademlia).await?;
+        self.metrics.0.message(Direction::Sent, "add_provider", ids.len() as u64);
         let addrs = own.iter().map(|address| multiaddr(*address).to_vec()).collect();
         let provider = WirePeer { id: self.local.to_bytes(), addrs };
         let mut message = Message::request(Kind::AddProvider, &[]);

@@ -9,12 +9,12 @@ use futures::StreamExt;
 use libp2p::kad::{self, InboundRequest, RoutingUpdate};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
-use libp2p::{Multiaddr, PeerId, Swarm, identify, mdns};
+use libp2p::{Multiaddr, PeerId, Swarm, identify, mdns, ping};
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::addresses::{Scope, multiaddr, socket_address};
+use super::addresses::{Scope, multiaddr, registries, socket_address};
 use super::advertise::Advertiser;
 use super::behaviour::{Behaviour, BehaviourEvent, MEMBERS, PROTOCOL};
 use super::joining::{Answer, Joining, Target};
@@ -24,6 +24,7 @@ use super::members::{self, Action, Believed, Membership, Message};
 use super::memory::Memory;
 use super::metrics::{Direction, Reason, RouterMetrics};
 use super::opener::{Inbound, Purpose};
+use super::pulse::Pulse;
 use super::records::SharedRecords;
 use super::storms::Storms;
 use super::table::{Contact, SharedTable};
@@ -71,6 +72,8 @@ pub(super) struct Driver {
     /// Bootstrap peers of unknown identity that are being dialled or connected: they need no second call.
     pub(super) called: HashMap<ConnectionId, SocketAddr>,
     pub(super) redialled: HashMap<PeerId, Instant>,
+    /// Which connections have answered lately.
+    pub(super) pulse: Pulse,
     /// How long the search for a first peer may keep this node from being ready, and since when it does.
     pub(super) join_timeout: Duration,
     pub(super) joining_since: tokio::time::Instant,
@@ -102,7 +105,14 @@ impl Driver {
                     self.dial_named();
                 }
                 Some(arrival) = self.arrived.recv() => self.on_arrival(arrival),
-                _ = often.tick() => self.membership.tick(Instant::now()),
+                _ = often.tick() => {
+                    let now = Instant::now();
+                    for silent in self.pulse.silent(now) {
+                        tracing::debug!(connection = %silent, "has not answered for long, and is closed");
+                        self.swarm.close_connection(silent);
+                    }
+                    self.membership.tick(now);
+                }
                 Ok(()) = self.loads.changed() => {
                     let load = *self.loads.borrow_and_update();
                     load.into_iter().for_each(|load| self.membership.set_load(load));
@@ -142,9 +152,12 @@ impl Driver {
         for gone in before.iter().filter(|address| !own.contains(address)) {
             self.swarm.remove_external_address(&multiaddr(*gone));
         }
-        for address in &own {
-            self.swarm.add_external_address(multiaddr(*address));
-            self.joining.is_us(*address);
+        own.iter().for_each(|address| self.swarm.add_external_address(multiaddr(*address)));
+        self.joining.we_are_at(&own);
+        if own.is_empty() {
+            tracing::warn!(
+                "this node has no address that peers could reach: look at --router-addr, --peer-cidrs and the interfaces"
+            );
         }
         self.membership.set_addresses(Instant::now(), own.clone());
         self.records.lock().set_own_addresses(own);
@@ -168,9 +181,19 @@ impl Driver {
                 }
             }
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad_event(event),
-            SwarmEvent::Behaviour(BehaviourEvent::Mdns(event)) => self.on_mdns_event(event),
+            SwarmEvent::Behaviour(BehaviourEvent::Mdns(event) | BehaviourEvent::MdnsIpv6(event)) => {
+                self.on_mdns_event(event);
+            }
+            SwarmEvent::Behaviour(BehaviourEvent::Ping(ping::Event { connection, result, .. })) => match result {
+                Ok(_) => self.pulse.heard(connection, Instant::now()),
+                Err(ping::Failure::Unsupported) => self.pulse.forget(connection),
+                // What it has not answered for long is seen by that.
+                Err(_) => {}
+            },
+            SwarmEvent::ConnectionEstablished { connection_id, .. } => self.pulse.heard(connection_id, Instant::now()),
             SwarmEvent::ConnectionClosed { connection_id, peer_id, num_established, .. } => {
                 self.called.remove(&connection_id);
+                self.pulse.forget(connection_id);
                 self.closed(peer_id, num_established);
             }
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
@@ -221,6 +244,9 @@ impl Driver {
                     self.enter_table(peer, addresses);
                 }
             }
+            kad::Event::OutboundQueryProgressed { stats, step, .. } if step.last => {
+                figures.message(Direction::Sent, "find_node", stats.num_requests().into());
+            }
             _ => {}
         }
     }
@@ -242,7 +268,10 @@ impl Driver {
                 }
                 self.dial_named();
             }
-            mdns::Event::Expired(gone) => gone.iter().for_each(|(peer, _)| self.joining.vanished(source, peer)),
+            mdns::Event::Expired(gone) => {
+                let gone = gone.iter().filter_map(|(peer, address)| Some((peer, socket_address(address)?)));
+                gone.for_each(|(peer, address)| self.joining.vanished(source, peer, address));
+            }
         }
     }
 
@@ -315,8 +344,11 @@ impl Driver {
     fn not_reached(&mut self, peer: Option<PeerId>, error: &DialError) {
         match error {
             DialError::LocalPeerId { address } => {
-                if let Some(address) = socket_address(address) {
-                    self.joining.is_us(address);
+                if let Some(address) = socket_address(address).filter(|address| self.joining.is_us(*address)) {
+                    tracing::warn!(
+                        %address,
+                        "answers with this node's identity: it is this node by another address, or a copy of its --data-dir, which must not be"
+                    );
                 }
             }
             DialError::Transport(_) | DialError::WrongPeerId { .. } | DialError::NoAddresses => {
@@ -425,10 +457,11 @@ impl Driver {
     fn show_members(&mut self, changes: BTreeMap<PeerId, Option<Arc<Believed>>>) {
         let mut table = self.table.write();
         let mut records = self.records.lock();
+        let own = records.own_addresses().to_vec();
         for (peer, change) in changes {
             if let Some(card) = change {
                 table.set_member(card.contact.clone(), Arc::clone(&card.traits));
-                if self.shown.insert(peer, self.show(&card)).is_none() {
+                if self.shown.insert(peer, self.show(&card, &own)).is_none() {
                     records.recall(&peer);
                 }
             } else {
@@ -442,10 +475,8 @@ impl Driver {
         self.members.send_replace(self.shown.values().cloned().collect());
     }
 
-    fn show(&self, Believed { card, traits, .. }: &Believed) -> Member {
-        let registry = |address: &SocketAddr| SocketAddr::new(address.ip(), self.registry_port);
-        let mut addresses: Vec<SocketAddr> = card.addresses.iter().map(registry).collect();
-        addresses.dedup();
+    fn show(&self, Believed { card, traits, .. }: &Believed, own: &[SocketAddr]) -> Member {
+        let addresses = registries(&card.addresses, own, self.registry_port);
         let peer = Peer { id: card.peer.to_base58().into(), addresses, zone: traits.zone.clone(), load: card.load };
         Member { peer, version: card.version }
     }

@@ -1,6 +1,6 @@
 //! Finding the first peers: asks the bootstrap sources until there is somebody, or it is settled that there is nobody.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +28,9 @@ const SOURCE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How many peers are dialled from one answer; they know the others.
 const MAX_DIALS: usize = 16;
 
+/// How many addresses of one peer are dialled, whoever named them.
+const MAX_ADDRESSES: usize = 16;
+
 /// How many peers that announced themselves are remembered.
 const MAX_APPEARED: usize = 256;
 
@@ -54,6 +57,8 @@ pub(super) struct Target {
 struct Said {
     targets: Vec<Target>,
     complete: bool,
+    /// It named somebody, of whom no address may be used.
+    unusable: bool,
     /// It knows who was there once, which says nothing about whether somebody is there now.
     memory: bool,
 }
@@ -64,8 +69,9 @@ pub(super) struct Joining {
     local: PeerId,
     scope: Scope,
     port: u16,
-    /// Addresses at which we are ourselves.
-    own: HashSet<SocketAddr>,
+    /// Addresses at which we are ourselves: those of our interfaces, and others that turned out to be.
+    own: Vec<SocketAddr>,
+    found: HashSet<SocketAddr>,
     sources: Vec<Said>,
 }
 
@@ -74,7 +80,7 @@ pub(super) struct Joining {
 impl Joining {
     /// Nothing said yet by `sources` sources. Peers without a port have `port`.
     pub(super) fn new(local: PeerId, scope: Scope, port: u16, sources: usize) -> Self {
-        Self { local, scope, port, own: HashSet::new(), sources: vec![Said::default(); sources] }
+        Self { local, scope, port, own: Vec::new(), found: HashSet::new(), sources: vec![Said::default(); sources] }
     }
 
     /// Whatever this source names or fails to name, it does not keep us from being alone.
@@ -84,9 +90,15 @@ impl Joining {
         }
     }
 
-    /// We can be reached there: whoever names the address names us.
-    pub(super) fn is_us(&mut self, address: SocketAddr) {
-        self.own.insert(address);
+    /// We can be reached there, and nowhere else as far as is known: where we were before somebody else may be by now.
+    pub(super) fn we_are_at(&mut self, own: &[SocketAddr]) {
+        self.own = own.to_vec();
+        self.found.clear();
+    }
+
+    /// It turned out that we are there too. True if that was not known.
+    pub(super) fn is_us(&mut self, address: SocketAddr) -> bool {
+        !self.own.contains(&address) && self.found.insert(address)
     }
 
     /// Every source has to answer again. Those that were named before are called meanwhile.
@@ -95,9 +107,13 @@ impl Joining {
     }
 
     pub(super) fn answered(&mut self, Answer { source, peers, complete }: Answer) {
+        let named = peers.len();
         let targets: Vec<Target> = peers.into_iter().filter_map(|peer| self.target(peer)).collect();
         let Some(said) = self.sources.get_mut(source) else { return };
-        said.complete = complete;
+        if complete && named > targets.len() && !said.unusable {
+            tracing::warn!("a bootstrap source names peers at addresses that may not be used: look at --peer-cidrs");
+        }
+        (said.complete, said.unusable) = (complete, named > targets.len());
         // A source that fails has not taken back what it named before.
         if complete || !targets.is_empty() {
             said.targets = targets;
@@ -108,17 +124,19 @@ impl Joining {
     pub(super) fn appeared(&mut self, source: usize, peer: PeerId, addresses: Vec<SocketAddr>) {
         let Some(said) = self.sources.get_mut(source) else { return };
         if let Some(known) = said.targets.iter_mut().find(|target| target.peer == Some(peer)) {
-            known.addresses = addresses;
+            known.also_at(&addresses);
         } else if said.targets.len() < MAX_APPEARED {
             said.targets.push(Target { peer: Some(peer), addresses });
         }
     }
 
-    /// A peer that had announced itself is silent.
-    pub(super) fn vanished(&mut self, source: usize, peer: &PeerId) {
-        if let Some(said) = self.sources.get_mut(source) {
-            said.targets.retain(|target| target.peer.as_ref() != Some(peer));
+    /// A peer that had announced itself is silent at that address.
+    pub(super) fn vanished(&mut self, source: usize, peer: &PeerId, address: SocketAddr) {
+        let Some(said) = self.sources.get_mut(source) else { return };
+        for target in said.targets.iter_mut().filter(|target| target.peer.as_ref() == Some(peer)) {
+            target.addresses.retain(|known| *known != address);
         }
+        said.targets.retain(|target| !target.addresses.is_empty());
     }
 
     /// Such a source has had its time to say who is there.
@@ -131,22 +149,36 @@ impl Joining {
     /// Whether all sources answered and named nobody but us.
     pub(super) fn is_alone(&self) -> bool {
         let mut present = self.sources.iter().filter(|said| !said.memory);
-        present.all(|said| said.complete && said.targets.iter().all(|one| self.names_us(one)))
+        present.all(|said| said.complete && !said.unusable && said.targets.iter().all(|one| self.names_us(one)))
     }
 
-    /// Some of those who were named and are neither us nor connected.
+    /// Some of those who were named and are neither us nor connected, each at all addresses under which it was named: a peer is dialled once at a
+    /// time, and what is remembered of it may be old.
     pub(super) fn to_dial(&self, table: &Table) -> Vec<Target> {
         let known = |target: &Target| match target.peer {
             Some(peer) => table.contains(&peer),
             None => target.addresses.iter().any(|address| table.has_address(address)),
         };
-        let named = self.sources.iter().flat_map(|said| &said.targets);
-        let wanted = named.filter(|target| !self.names_us(target) && !known(target));
-        wanted.cloned().choose_multiple(&mut rand::rng(), MAX_DIALS)
+        let present = self.sources.iter().filter(|said| !said.memory);
+        let named = present.chain(self.sources.iter().filter(|said| said.memory)).flat_map(|said| &said.targets);
+        let mut wanted: Vec<Target> = Vec::new();
+        let mut places: HashMap<PeerId, usize> = HashMap::new();
+        for target in named.filter(|target| !self.names_us(target) && !known(target)) {
+            let before = target.peer.and_then(|peer| places.get(&peer).copied());
+            if let Some(before) = before.and_then(|place| wanted.get_mut(place)) {
+                before.also_at(&target.addresses);
+                continue;
+            }
+            places.extend(target.peer.map(|peer| (peer, wanted.len())));
+            wanted.push(target.clone());
+        }
+        wanted.into_iter().choose_multiple(&mut rand::rng(), MAX_DIALS)
     }
 
+    /// Another identity at an address of ours is one that has the address as well, as all hosts have that of their container bridge.
     fn names_us(&self, target: &Target) -> bool {
-        target.peer == Some(self.local) || target.addresses.iter().any(|address| self.own.contains(address))
+        let is_ours = |address: &SocketAddr| self.own.contains(address) || self.found.contains(address);
+        target.peer.map_or_else(|| target.addresses.iter().all(is_ours), |peer| peer == self.local)
     }
 
     fn target(&self, peer: BootstrapPeer) -> Option<Target> {
@@ -161,6 +193,19 @@ impl Joining {
         let mut addresses: Vec<_> = peer.addresses.iter().map(|at| address(at.ip, at.port)).collect();
         addresses.retain(|address| self.scope.accepts(*address) || self.own.contains(address));
         (!addresses.is_empty()).then_some(Target { peer: id, addresses })
+    }
+}
+
+// === impl Target ===
+
+impl Target {
+    /// It may be there as well.
+    fn also_at(&mut self, addresses: &[SocketAddr]) {
+        for address in addresses {
+            if self.addresses.len() < MAX_ADDRESSES && !self.addresses.contains(address) {
+                self.addresses.push(*address);
+            }
+        }
     }
 }
 
@@ -229,7 +274,7 @@ mod tests {
     fn joining(sources: usize) -> Joining {
         let scope = Scope::of_listeners(&["0.0.0.0:5001".parse().unwrap()]);
         let mut joining = Joining::new(PeerId::random(), scope, 5001, sources);
-        joining.is_us("10.0.0.1:5001".parse().unwrap());
+        joining.we_are_at(&["10.0.0.1:5001".parse().unwrap()]);
         joining
     }
 
@@ -273,7 +318,11 @@ mod tests {
         joining.waited(0);
         assert!(!joining.is_alone());
         assert_eq!(joining.sources[0].targets.len(), MAX_APPEARED);
-        peers.iter().for_each(|peer| joining.vanished(0, peer));
+        let at = "10.0.0.9:5001".parse().unwrap();
+        joining.appeared(0, peers[0], vec!["[fd00::9]:5001".parse().unwrap()]);
+        peers.iter().for_each(|peer| joining.vanished(0, peer, at));
+        assert_eq!(joining.to_dial(&Table::default())[0].addresses.len(), 1, "it is still there by the other family");
+        joining.vanished(0, &peers[0], "[fd00::9]:5001".parse().unwrap());
         assert!(joining.is_alone());
     }
 
@@ -315,6 +364,51 @@ mod tests {
         let id = joining.local.to_base58();
         joining.answered(all(0, vec![named(Some(id), "10.0.0.77", None)]));
         assert!(joining.is_alone());
+    }
+
+    #[test]
+    fn who_is_remembered_and_named_is_dialled_once_at_all_its_addresses() {
+        let mut joining = joining(2);
+        joining.is_memory(0);
+        let id = PeerId::random();
+        let one = |ip: &str| vec![named(Some(id.to_base58()), ip, None)];
+        joining.answered(all(0, one("10.0.0.2")));
+        joining.answered(all(1, one("10.0.0.102")));
+        let addresses = ["10.0.0.102:5001", "10.0.0.2:5001"].map(|text| text.parse().unwrap());
+        let both = Target { peer: Some(id), addresses: addresses.to_vec() };
+        assert_eq!(joining.to_dial(&Table::default()), [both], "where it is said to be now comes first");
+    }
+
+    #[test]
+    fn an_address_that_all_hosts_have_makes_nobody_us() {
+        let mut joining = joining(1);
+        let bridge = "172.17.0.1:5001".parse().unwrap();
+        joining.we_are_at(&["10.0.0.1:5001".parse().unwrap(), bridge]);
+        let mut other = named(Some(PeerId::random().to_base58()), "172.17.0.1", None);
+        other.addresses.push(BootstrapAddress { ip: "10.0.0.2".parse().unwrap(), port: None });
+        joining.answered(all(0, vec![other]));
+        assert!(!joining.is_alone());
+        assert_eq!(joining.to_dial(&Table::default()).len(), 1);
+    }
+
+    #[test]
+    fn where_we_were_before_somebody_else_may_be() {
+        let mut joining = joining(1);
+        joining.answered(all(0, vec![named(None, "10.0.0.1", None)]));
+        assert!(joining.is_alone());
+        joining.we_are_at(&["10.0.0.11:5001".parse().unwrap()]);
+        assert!(!joining.is_alone());
+        assert_eq!(joining.to_dial(&Table::default()).len(), 1);
+    }
+
+    #[test]
+    fn whom_no_network_may_reach_is_somebody_all_the_same() {
+        let scope =
+            Scope::of_listeners(&["0.0.0.0:5001".parse().unwrap()]).within(&["192.168.0.0/16".parse().unwrap()]);
+        let mut joining = Joining::new(PeerId::random(), scope, 5001, 1);
+        joining.answered(all(0, vec![named(None, "10.0.0.2", None)]));
+        assert!(!joining.is_alone());
+        assert_eq!(joining.to_dial(&Table::default()), []);
     }
 
     #[test]

@@ -2,19 +2,20 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::AsyncWriteExt as _;
 use libp2p::PeerId;
 use libp2p::swarm::Stream;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 
 use super::client::{Client, frame};
 use super::members::Message;
 use super::opener::Purpose;
 use super::table::Contact;
-use super::wire::read_frame;
+use super::wire::{read_bytes, read_length};
 
 /// Larger messages are refused. A comparison of 20,000 members has 400 KB.
 pub(super) const MAX_MESSAGE: usize = 1024 * 1024;
@@ -24,6 +25,12 @@ const MAX_QUEUE: usize = 64;
 
 /// How long writing one message may take.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the rest of a message may take that has begun to come.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How many bytes of messages that are coming are held at once, of all peers together: what is more waits for its turn, and not for long.
+const MAX_READING: usize = 16 * 1024 * 1024;
 
 /// How long a stream is kept open to a peer that is no neighbour and is only answered: an open one keeps its connection.
 const STREAM_IDLE: Duration = Duration::from_secs(30);
@@ -46,6 +53,7 @@ pub(super) struct Links {
     outbound: HashMap<PeerId, Outbound>,
     inbound: HashMap<PeerId, usize>,
     arrivals: mpsc::Sender<Arrival>,
+    reading: Arc<Semaphore>,
 }
 
 /// The stream that we write to one peer.
@@ -59,7 +67,8 @@ struct Outbound {
 
 impl Links {
     pub(super) fn new(client: Client, arrivals: mpsc::Sender<Arrival>) -> Self {
-        Self { client, outbound: HashMap::new(), inbound: HashMap::new(), arrivals }
+        let reading = Arc::new(Semaphore::new(MAX_READING));
+        Self { client, outbound: HashMap::new(), inbound: HashMap::new(), arrivals, reading }
     }
 
     /// Queues a message for a peer. The stream to a neighbour is kept open, and the connection with it.
@@ -95,9 +104,9 @@ impl Links {
             return tracing::debug!(%peer, "has too many member streams");
         }
         *open += 1;
-        let arrivals = self.arrivals.clone();
+        let (arrivals, reading) = (self.arrivals.clone(), Arc::clone(&self.reading));
         tokio::spawn(async move {
-            let garbage = match read(peer, stream, &arrivals).await {
+            let garbage = match read(peer, stream, &arrivals, &reading).await {
                 Err(error) if error.kind() == ErrorKind::InvalidData => {
                     tracing::debug!(%peer, %error, "sent no message");
                     true
@@ -145,10 +154,21 @@ async fn write(client: &Client, to: &Contact, mut messages: mpsc::Receiver<Messa
 }
 
 /// Until its end. A peer from which more comes than is read waits.
-async fn read(peer: PeerId, mut stream: Stream, arrivals: &mpsc::Sender<Arrival>) -> io::Result<()> {
+async fn read(
+    peer: PeerId,
+    mut stream: Stream,
+    arrivals: &mpsc::Sender<Arrival>,
+    reading: &Semaphore,
+) -> io::Result<()> {
     loop {
-        let bytes = read_frame(&mut stream, MAX_MESSAGE).await?;
-        let message = Message::read(&bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+        let length = read_length(&mut stream, MAX_MESSAGE).await?;
+        let rest = async {
+            let permits = u32::try_from(length).unwrap_or(u32::MAX);
+            let _turn = reading.acquire_many(permits).await.map_err(|_| io::Error::from(ErrorKind::BrokenPipe))?;
+            let bytes = read_bytes(&mut stream, length).await?;
+            Message::read(&bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
+        };
+        let message = timeout(READ_TIMEOUT, rest).await??;
         if arrivals.send(Arrival::Message(peer, message)).await.is_err() {
             return Ok(());
         }

@@ -45,6 +45,10 @@ pub(super) enum Outcome {
     TimedOut,
     /// It was answered with what a lookup just before had found.
     Cached,
+    /// It shares the lookup of the same key that was under way.
+    Joined,
+    /// Too many were under way.
+    Refused,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -106,7 +110,7 @@ impl RouterMetrics {
         );
         registry.register(
             "spegel_router_advertise_queue",
-            "Keys of this node that have not been told to anybody yet",
+            "Keys of this node that wait to be told to peers that are there",
             figures.advertise_queue.clone(),
         );
         registry.register(
@@ -156,6 +160,8 @@ impl Figures {
             Outcome::Abandoned => "abandoned",
             Outcome::TimedOut => "timed_out",
             Outcome::Cached => "cached",
+            Outcome::Joined => "joined",
+            Outcome::Refused => "refused",
         };
         self.lookups.get_or_create(&OutcomeLabel { outcome }).inc();
     }

@@ -25,6 +25,7 @@ mod metrics;
 mod network_key;
 mod opener;
 mod per_ip;
+mod pulse;
 mod quest;
 mod records;
 mod results;
@@ -71,6 +72,7 @@ use memory::Memory;
 pub use metrics::RouterMetrics;
 pub use network_key::{NetworkKey, NetworkKeyError};
 use opener::Opener;
+use pulse::Pulse;
 use records::{RecordLimits, Records, SharedRecords};
 use search::{Context, Searches};
 use storms::Storms;
@@ -159,6 +161,8 @@ pub struct P2pRouter {
 // === impl P2pSettings ===
 
 impl P2pSettings {
+    /// How many addresses a node announces at most: peers take no more of each other.
+    pub const MAX_ADVERTISED: usize = addresses::MAX_ADDRESSES;
     /// Longer than it takes for the pods of a new release to start, and short enough for a rolling update.
     pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -202,6 +206,12 @@ impl P2pRouter {
         let mut swarm = behaviour::swarm(setup).map_err(|error| RouterError::Setup(error.to_string()))?;
         let listen = listen(&mut swarm, &settings.listen)?;
         let scope = Scope::of_listeners(&listen).within(&settings.peer_networks);
+        if let Some(address) = settings.advertise.iter().find(|address| !scope.accepts(**address)) {
+            let why = format!(
+                "no peer can reach this node at {address}, which --advertise-addr names: look at --router-addr and --peer-cidrs"
+            );
+            return Err(RouterError::Setup(why));
+        }
         let accepted = scope.clone();
 
         let context = Context {
@@ -280,6 +290,7 @@ impl P2pRouter {
             metrics: settings.metrics,
             called: HashMap::new(),
             redialled: HashMap::new(),
+            pulse: Pulse::default(),
             join_timeout: settings.join_timeout,
             joining_since: tokio::time::Instant::now(),
         };

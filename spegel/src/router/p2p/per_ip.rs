@@ -11,22 +11,28 @@ use libp2p::core::{ConnectedPoint, Endpoint, Multiaddr};
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::behaviour::ConnectionEstablished;
 use libp2p::swarm::{
-    ConnectionClosed, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandlerInEvent, ToSwarm, dummy,
+    ConnectionClosed, ConnectionDenied, ConnectionId, FromSwarm, ListenFailure, NetworkBehaviour, THandlerInEvent,
+    ToSwarm, dummy,
 };
 
 /// How many connections from one address are open at once. A node makes one or two; a few nodes may share an address behind
 /// network address translation. Loopback addresses are those of tests and demos, where all nodes share one.
 const MAX_PER_IP: usize = 32;
 
+/// How many of them may be under way: whoever only begins connections must not keep out others, of whom all together may begin 256.
+const MAX_BEGUN: usize = 16;
+
 /// Counts incoming connections by address, and refuses what is too many.
 #[derive(Debug, Default)]
 pub(super) struct PerIp {
     open: HashMap<IpAddr, usize>,
+    begun: HashMap<ConnectionId, IpAddr>,
+    begun_by: HashMap<IpAddr, usize>,
 }
 
 /// Why a connection was refused.
 #[derive(Debug, thiserror::Error)]
-#[error("{0} has {MAX_PER_IP} connections to us already")]
+#[error("{0} has too many connections to us already")]
 struct TooMany(IpAddr);
 
 // === impl PerIp ===
@@ -38,6 +44,30 @@ impl PerIp {
                 Err(ConnectionDenied::new(TooMany(ip)))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// A connection is under way.
+    fn begins(&mut self, connection: ConnectionId, remote: &Multiaddr) -> Result<(), ConnectionDenied> {
+        self.check(remote)?;
+        let Some(ip) = ip(remote).filter(|ip| !ip.is_loopback()) else { return Ok(()) };
+        let begun = self.begun_by.entry(ip).or_default();
+        if *begun >= MAX_BEGUN {
+            return Err(ConnectionDenied::new(TooMany(ip)));
+        }
+        *begun += 1;
+        self.begun.insert(connection, ip);
+        Ok(())
+    }
+
+    /// It is made, or came to nothing.
+    fn began(&mut self, connection: ConnectionId) {
+        let Some(ip) = self.begun.remove(&connection) else { return };
+        if let Some(begun) = self.begun_by.get_mut(&ip) {
+            *begun -= 1;
+            if *begun == 0 {
+                self.begun_by.remove(&ip);
+            }
         }
     }
 
@@ -76,11 +106,11 @@ impl NetworkBehaviour for PerIp {
 
     fn handle_pending_inbound_connection(
         &mut self,
-        _: ConnectionId,
+        connection: ConnectionId,
         _: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<(), ConnectionDenied> {
-        self.check(remote)
+        self.begins(connection, remote)
     }
 
     fn handle_established_inbound_connection(
@@ -106,7 +136,11 @@ impl NetworkBehaviour for PerIp {
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match event {
-            FromSwarm::ConnectionEstablished(ConnectionEstablished { endpoint, .. }) => self.opened(endpoint),
+            FromSwarm::ConnectionEstablished(ConnectionEstablished { connection_id, endpoint, .. }) => {
+                self.began(connection_id);
+                self.opened(endpoint);
+            }
+            FromSwarm::ListenFailure(ListenFailure { connection_id, .. }) => self.began(connection_id),
             FromSwarm::ConnectionClosed(ConnectionClosed { endpoint, .. }) => self.closed(endpoint),
             _ => {}
         }
@@ -149,5 +183,17 @@ mod tests {
         assert!(admits(&per_ip, "10.0.0.1"));
         (1..MAX_PER_IP).for_each(|_| per_ip.closed(&from("10.0.0.1")));
         assert!(per_ip.open.is_empty(), "nothing is kept of who is gone");
+    }
+
+    #[test]
+    fn one_address_has_a_bounded_number_of_connections_under_way() {
+        let mut per_ip = PerIp::default();
+        let remote = |ip| from(ip).get_remote_address().clone();
+        let ids: Vec<_> = (0..=MAX_BEGUN).map(ConnectionId::new_unchecked).collect();
+        ids[..MAX_BEGUN].iter().for_each(|id| per_ip.begins(*id, &remote("10.0.0.1")).unwrap());
+        assert!(per_ip.begins(ids[MAX_BEGUN], &remote("10.0.0.1")).is_err());
+        assert!(per_ip.begins(ids[MAX_BEGUN], &remote("10.0.0.2")).is_ok(), "others are not affected");
+        ids.iter().for_each(|id| per_ip.began(*id));
+        assert!(per_ip.begun.is_empty() && per_ip.begun_by.is_empty());
     }
 }

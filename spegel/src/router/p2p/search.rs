@@ -1,8 +1,8 @@
 //! Searches: the walks of this node, shared by all who look for the same key.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -12,14 +12,14 @@ use libp2p::{Multiaddr, PeerId};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::addresses::Scope;
+use super::addresses::{Scope, registries};
 use super::client::Client;
 use super::keys::{ContentId, Position};
 use super::metrics::{Outcome, RouterMetrics};
 use super::quest::{Answer, Quest, Step};
 use super::records::SharedRecords;
 use super::results::Results;
-use super::table::{Contact, SharedTable, Traits};
+use super::table::{Contact, REPLICAS, SharedTable, Table, Traits};
 use super::wire::{Kind, Message, WirePeer};
 use crate::router::Peer;
 
@@ -28,6 +28,11 @@ const MAX_FOUND: usize = 64;
 
 /// How many peers are believed from one answer, as providers and as nearer peers.
 const MAX_NAMED: usize = 64;
+
+/// How many peers of whom nothing is known are asked because one answer named them, and how many of them at one address: whoever answers must
+/// not be able to send us all over the place.
+const MAX_STRANGERS: usize = REPLICAS;
+const MAX_STRANGERS_AT_ONE: usize = 2;
 
 /// How many searches may be under way. More are answered from what this node knows itself.
 const MAX_SEARCHES: usize = 1024;
@@ -75,6 +80,7 @@ impl Searches {
         let (listener, receiver) = mpsc::channel(MAX_FOUND);
         let mut running = self.running();
         if let Some(search) = running.get(&id) {
+            self.0.context.metrics.0.lookup(Outcome::Joined);
             lock(search).join(listener);
             return receiver;
         }
@@ -86,15 +92,19 @@ impl Searches {
             found.iter().for_each(|peer| search.deliver(Some(peer.clone())));
             return receiver;
         }
-        for (peer, addresses) in context.records.lock().others(Instant::now(), &id, &mut rand::rng()) {
+        let others = context.records.lock().others(Instant::now(), &id, &mut rand::rng());
+        for (peer, addresses) in others {
             search.deliver(context.peer_at(peer, &addresses));
         }
         let known = context.table.read().closest(&id.position());
-        if !known.is_empty() && running.len() < MAX_SEARCHES {
-            let search = Arc::new(Mutex::new(search));
-            running.insert(id, search.clone());
-            self.0.runtime.spawn(self.clone().run(id, known, search));
+        if known.is_empty() || running.len() >= MAX_SEARCHES {
+            let nobody_to_ask = if known.is_empty() { Outcome::None } else { Outcome::Refused };
+            context.metrics.0.lookup(if search.found.is_empty() { nobody_to_ask } else { Outcome::Found });
+            return receiver;
         }
+        let search = Arc::new(Mutex::new(search));
+        running.insert(id, search.clone());
+        self.0.runtime.spawn(self.clone().run(id, known, search));
         receiver
     }
 
@@ -145,9 +155,11 @@ impl Searches {
         let request = Message::request(Kind::GetProviders, &id.multihash());
         let answer = self.0.client.request(&contact, request).await;
         let scope = &self.0.context.scope;
-        let read = |message: Message| Answer {
-            providers: contacts(scope, &message.provider_peers),
-            closer: contacts(scope, &message.closer_peers),
+        let read = |message: Message| {
+            let (providers, closer) =
+                (contacts(scope, &message.provider_peers), contacts(scope, &message.closer_peers));
+            let table = self.0.context.table.read();
+            Answer { providers: as_known(&table, providers), closer: but_few_strangers(&table, closer) }
         };
         (contact, answer.map(read))
     }
@@ -187,6 +199,32 @@ pub(super) fn contacts(scope: &Scope, named: &[WirePeer]) -> Vec<Contact> {
     named.iter().take(MAX_NAMED).filter_map(contact).collect()
 }
 
+/// Where we know a peer to be is where it is, whatever others say of it.
+fn as_known(table: &Table, named: Vec<Contact>) -> Vec<Contact> {
+    let known = |contact: Contact| table.find(&contact.peer()).cloned().unwrap_or(contact);
+    named.into_iter().map(known).collect()
+}
+
+/// The same, and of those whom we do not know a bounded number.
+fn but_few_strangers(table: &Table, named: Vec<Contact>) -> Vec<Contact> {
+    let mut strangers = 0;
+    let mut at: HashMap<IpAddr, usize> = HashMap::new();
+    let mut few = |contact: Contact| {
+        if let Some(known) = table.find(&contact.peer()) {
+            return Some(known.clone());
+        }
+        let places = contact.addresses().iter().map(SocketAddr::ip).collect::<HashSet<_>>();
+        let is_one_too_many = places.iter().any(|ip| at.get(ip).is_some_and(|count| *count >= MAX_STRANGERS_AT_ONE));
+        if strangers >= MAX_STRANGERS || is_one_too_many {
+            return None;
+        }
+        strangers += 1;
+        places.into_iter().for_each(|ip| *at.entry(ip).or_default() += 1);
+        Some(contact)
+    };
+    named.into_iter().filter_map(&mut few).collect()
+}
+
 // === impl Context ===
 
 impl Context {
@@ -194,18 +232,13 @@ impl Context {
         self.peer_at(found.peer(), found.addresses())
     }
 
-    /// A provider as the rooms above know it, unless it is this node. Every node's registry has the same port.
+    /// A provider as the rooms above know it, unless it is this node.
     fn peer_at(&self, peer: PeerId, router: &[SocketAddr]) -> Option<Peer> {
         if peer == self.local {
             return None;
         }
-        let mut addresses: Vec<SocketAddr> = Vec::with_capacity(router.len());
-        for address in router {
-            let registry = SocketAddr::new(address.ip(), self.registry_port);
-            if !addresses.contains(&registry) {
-                addresses.push(registry);
-            }
-        }
+        let own = self.records.lock().own_addresses().to_vec();
+        let addresses = registries(router, &own, self.registry_port);
         let Traits { zone, load, .. } = self.table.read().traits(&peer);
         (!addresses.is_empty()).then(|| Peer { id: peer.to_base58().into(), addresses, zone, load })
     }

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, ErrorKind};
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use super::addresses::registries;
 use super::client::Client;
 use super::keys::{ContentId, Position};
 use super::opener::Purpose;
@@ -154,9 +154,8 @@ impl router::Storms for Storms {
     fn peer(&self, wanted: Node) -> Option<Peer> {
         let table = self.0.table.read();
         let contact = table.with_prefix(wanted.0)?;
-        let registry = |address: &SocketAddr| SocketAddr::new(address.ip(), self.0.registry_port);
-        let mut addresses: Vec<SocketAddr> = contact.addresses().iter().map(registry).collect();
-        addresses.dedup();
+        let own = self.0.records.lock().own_addresses().to_vec();
+        let addresses = registries(contact.addresses(), &own, self.0.registry_port);
         let traits = table.traits(&contact.peer());
         let id = contact.peer().to_base58().into();
         (!addresses.is_empty()).then_some(Peer { id, addresses, zone: traits.zone, load: traits.load })

@@ -62,10 +62,21 @@ pub(super) async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> io::R
 
 /// Reads a length and as many bytes. Memory grows with what arrives, not with what a peer claims.
 pub(super) async fn read_frame(stream: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
-    let length = read_length(stream).await?;
+    let length = read_length(stream, limit).await?;
+    read_bytes(stream, length).await
+}
+
+/// Reads the length of what follows.
+pub(super) async fn read_length(stream: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<usize> {
+    let length = read_varint(stream).await?;
     if length > limit {
         return Err(io::Error::new(ErrorKind::InvalidData, format!("the message is larger than {limit} bytes")));
     }
+    Ok(length)
+}
+
+/// Reads as many bytes.
+pub(super) async fn read_bytes(stream: &mut (impl AsyncRead + Unpin), length: usize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if stream.take(length as u64).read_to_end(&mut bytes).await? < length {
         return Err(ErrorKind::UnexpectedEof.into());
@@ -73,7 +84,7 @@ pub(super) async fn read_frame(stream: &mut (impl AsyncRead + Unpin), limit: usi
     Ok(bytes)
 }
 
-async fn read_length(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
+async fn read_varint(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
     let mut length = 0;
     for shift in (0..28).step_by(7) {
         let mut byte = [0];

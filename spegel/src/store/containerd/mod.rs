@@ -1,6 +1,7 @@
 //! containerd as a store: its API says what there is, its content directory has the bytes.
 
 mod follow;
+mod inspect;
 mod ownership;
 mod rpc;
 
@@ -15,6 +16,7 @@ use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+pub use self::inspect::{Inspection, inspect};
 use self::ownership::Ownership;
 use self::rpc::Rpc;
 use super::blobs::BlobDir;

@@ -10,8 +10,11 @@ use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::services::v1::images_client::ImagesClient;
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
+use containerd_client::services::v1::namespaces_client::NamespacesClient;
+use containerd_client::services::v1::version_client::VersionClient;
 use containerd_client::services::v1::{
-    GetImageRequest, ImageDelete, InfoRequest, ListContentRequest, ListImagesRequest, PluginsRequest, SubscribeRequest,
+    GetImageRequest, ImageDelete, InfoRequest, ListContentRequest, ListImagesRequest, ListNamespacesRequest,
+    PluginsRequest, SubscribeRequest,
 };
 use containerd_client::types::{Descriptor, Envelope};
 use prost::Message as _;
@@ -156,6 +159,40 @@ impl Rpc {
             Ok::<_, Status>(digests)
         };
         within(LIST_TIMEOUT, what, listing).await?.map_err(|status| refused(what, &status))
+    }
+
+    /// The digests of all content in our namespace, with their sizes in bytes.
+    pub(super) async fn sizes(&self) -> Result<Vec<(Digest, u64)>, StoreError> {
+        let what = "list content";
+        let mut client = ContentClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER);
+        let request = self.request(ListContentRequest { filters: Vec::new() });
+        let listing = async {
+            let mut found = Vec::new();
+            let mut answers = client.list(request).await?.into_inner();
+            while let Some(answer) = answers.message().await? {
+                let known = answer
+                    .info
+                    .iter()
+                    .filter_map(|info| Some((info.digest.parse().ok()?, u64::try_from(info.size).ok()?)));
+                found.extend(known);
+            }
+            Ok::<_, Status>(found)
+        };
+        within(LIST_TIMEOUT, what, listing).await?.map_err(|status| refused(what, &status))
+    }
+
+    /// containerd's own version.
+    pub(super) async fn version(&self) -> Result<String, StoreError> {
+        let mut client = VersionClient::new(self.channel.clone());
+        Ok(call("ask for the version", client.version(self.request(()))).await?.version)
+    }
+
+    /// The names of all namespaces.
+    pub(super) async fn namespaces(&self) -> Result<Vec<String>, StoreError> {
+        let mut client = NamespacesClient::new(self.channel.clone());
+        let request = self.request(ListNamespacesRequest::default());
+        let answer = call("list namespaces", client.list(request)).await?;
+        Ok(answer.namespaces.into_iter().map(|namespace| namespace.name).collect())
     }
 
     /// Whether our namespace has this content.

@@ -88,6 +88,8 @@ impl Cluster {
         let log = self.folder.path().join(format!("spegel-{n}.log"));
         let mut settings = Settings::on_node(Path::new(PROGRAM), &self.nodes[n].containerd, &peers, &log);
         settings.arguments = vec!["--mirror-resolve-timeout".into(), RESOLVE_TIMEOUT.into()];
+        let certs = self.nodes[n].containerd.certs_dir().display().to_string();
+        settings.arguments.extend(["--containerd-registry-config-path".into(), certs]);
         settings.arguments.extend(self.arguments.iter().cloned());
         settings
     }

@@ -30,7 +30,7 @@ fn the_only_peer_speaks_badly(version: Version) {
 
 #[test]
 fn the_only_peer_speaks_badly_to_a_parallel_fetch() {
-    check_rows(Version::V2_2, Options { layer_fetch_buffer: Some(1 << 20) });
+    check_rows(Version::V2_2, Options { layer_fetch_buffer: Some(1 << 20), ..Options::default() });
 }
 
 /// Each pull succeeds, with the rest from upstream; where the bytes were wrong the next one does.
@@ -76,7 +76,7 @@ fn a_peer_is_stopped_in_the_middle_of_a_layer(version: Version) {
 /// containerd's parallel fetch fails a pull on an error status for any chunk but the first.
 #[test]
 fn a_peer_is_killed_while_chunks_are_fetched_in_parallel() {
-    let options = Options { layer_fetch_buffer: Some(8 << 20) };
+    let options = Options { layer_fetch_buffer: Some(8 << 20), ..Options::default() };
     lose(0, Version::V2_2, &options, Signal::KILL);
 }
 
@@ -93,7 +93,7 @@ fn the_own_mirror_is_told_to_end_in_the_middle_of_a_layer(version: Version) {
 /// The own mirror ends while containerd fetches chunks in parallel.
 #[test]
 fn the_own_mirror_is_told_to_end_while_chunks_are_fetched_in_parallel() {
-    let options = Options { layer_fetch_buffer: Some(8 << 20) };
+    let options = Options { layer_fetch_buffer: Some(8 << 20), ..Options::default() };
     lose(1, Version::V2_2, &options, Signal::TERM);
 }
 

@@ -25,7 +25,7 @@ fn a_layer_of_512_mib(version: Version) {
 /// in its first answer, which it can resume anywhere.
 #[test]
 fn a_parallel_fetch_gets_each_layer_whole() {
-    let options = Options { layer_fetch_buffer: Some(8 << 20) };
+    let options = Options { layer_fetch_buffer: Some(8 << 20), ..Options::default() };
     let Some(mut cluster) = Cluster::start(Version::V2_2, 3, &options) else { return };
     let image = cluster.push("chunks:1", |image| image.layers(2, 64 << 20, Compression::None, 2));
     cluster.nodes[0].pull_by_cri(&image, image.reference());

@@ -5,11 +5,16 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use spegel_benches::daemon::{Daemon, wait_until};
 use spegel_benches::http::Client;
+use spegel_benches::image::{Compression, ImageBuilder};
 use spegel_benches::netns::{Lab, Node};
 
 use super::cluster::PROGRAM;
+
+/// A connection that is silent for 15 s is closed, its peer is tried twice and then gone; the rest is for a machine that has much to do.
+const LOST: Duration = Duration::from_secs(60);
 
 /// Multicast is asked often at first; far above what it takes.
 const TOGETHER: Duration = Duration::from_secs(30);
@@ -55,20 +60,20 @@ fn are_together(addresses: &[Ipv4Addr]) {
     .unwrap();
 }
 
-fn lab() -> Option<(Lab, Vec<Node>)> {
+fn lab(size: usize) -> Option<(Lab, Vec<Node>)> {
     if let Err(reason) = Lab::available() {
         println!("skipped: {reason}");
         return None;
     }
     let mut lab = Lab::new().unwrap();
-    let nodes = (0..3).map(|_| lab.add_node().unwrap()).collect();
+    let nodes = (0..size).map(|_| lab.add_node().unwrap()).collect();
     Some((lab, nodes))
 }
 
 /// They come together, and again when all of them have other addresses, which nobody tells them.
 #[test]
 fn hosts_on_one_link_find_each_other_wherever_they_move() {
-    let Some((_lab, nodes)) = lab() else { return };
+    let Some((_lab, nodes)) = lab(3) else { return };
     let folder = tempfile::tempdir().unwrap();
     layout(&folder.path().join("layout"));
     let mut addresses: Vec<Ipv4Addr> = nodes.iter().map(Node::address).collect();
@@ -78,6 +83,9 @@ fn hosts_on_one_link_find_each_other_wherever_they_move() {
     };
     let daemons = start_all(&addresses);
     are_together(&addresses);
+    // What they remember of each other will be wrong, and must not keep them from what is right.
+    let remembers = |node: &Node| folder.path().join(node.namespace()).join("peers.json").exists();
+    wait_until(TOGETHER, "memory of the others", || nodes.iter().all(remembers)).unwrap();
     drop(daemons);
     for (node, address) in nodes.iter().zip(&mut addresses) {
         let [a, b, c, d] = address.octets();
@@ -92,7 +100,7 @@ fn hosts_on_one_link_find_each_other_wherever_they_move() {
 /// What brings them together is multicast: the same hosts with a list that names nobody who lives stay apart.
 #[test]
 fn without_multicast_hosts_do_not_find_each_other() {
-    let Some((lab, nodes)) = lab() else { return };
+    let Some((lab, nodes)) = lab(3) else { return };
     let folder = tempfile::tempdir().unwrap();
     layout(&folder.path().join("layout"));
     let dead = SocketAddr::from((lab.host_address(), 5001)).to_string();
@@ -104,4 +112,66 @@ fn without_multicast_hosts_do_not_find_each_other() {
     daemons.iter_mut().zip(&nodes).for_each(|(daemon, node)| up(daemon, node));
     std::thread::sleep(Duration::from_secs(5));
     assert!(nodes.iter().all(|node| members(node.address()) == Some(0)));
+}
+
+/// One machine is lost, and the process on another stands still while its kernel goes on: neither says a word. One comes back elsewhere with the
+/// identity that it had.
+#[test]
+fn who_is_lost_without_a_word_is_noticed_and_may_come_back_elsewhere() {
+    let Some((lab, nodes)) = lab(4) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    layout(&folder.path().join("layout"));
+    let mdns = ["--bootstrap-kind", "mdns"];
+    let mut addresses: Vec<Ipv4Addr> = nodes.iter().map(Node::address).collect();
+    let started = nodes.iter().zip(&addresses);
+    let mut daemons: Vec<Daemon> = started.map(|(node, address)| start(node, *address, folder.path(), &mdns)).collect();
+    are_together(&addresses);
+    lab.set_connected(&nodes[3], false).unwrap();
+    daemons[2].signal(Signal::STOP).unwrap();
+    wait_until(LOST, "only those to be listed who are there", || {
+        addresses[..2].iter().all(|address| members(*address) == Some(1))
+    })
+    .unwrap();
+    daemons[2].signal(Signal::CONT).unwrap();
+    drop(daemons.pop());
+    let [a, b, c, d] = addresses[3].octets();
+    addresses[3] = Ipv4Addr::new(a, b, c, d + 100);
+    nodes[3].ip(&["address", "flush", "dev", "eth0"]).unwrap();
+    nodes[3].ip(&["address", "add", &format!("{}/24", addresses[3]), "dev", "eth0"]).unwrap();
+    lab.set_connected(&nodes[3], true).unwrap();
+    let _back = start(&nodes[3], addresses[3], folder.path(), &mdns);
+    are_together(&addresses);
+}
+
+/// Every host has a bridge for its containers with the same address. Nobody asks itself for what others have, nor takes others for itself.
+#[test]
+fn an_address_that_all_hosts_have_is_no_way_to_others() {
+    let Some((_lab, nodes)) = lab(2) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let builder = ImageBuilder::new("registry.test/app:1").layers(1, 4 << 10, Compression::None, 1);
+    let image = builder.build(&folder.path().join("image")).unwrap();
+    let digest = &image.root().digest;
+    let addresses: Vec<Ipv4Addr> = nodes.iter().map(Node::address).collect();
+    let mut daemons = Vec::new();
+    for (node, number) in nodes.iter().zip(0..) {
+        let own = folder.path().join(format!("host-{number}"));
+        layout(&own.join("layout"));
+        if number == 0 {
+            image.write_layout(&own.join("layout")).unwrap();
+        }
+        node.ip(&["link", "add", "docker0", "type", "bridge"]).unwrap();
+        // It comes before the node's own in any order of numbers.
+        node.ip(&["address", "add", "10.1.0.1/16", "dev", "docker0"]).unwrap();
+        node.ip(&["link", "set", "docker0", "up"]).unwrap();
+        let anywhere = Ipv4Addr::UNSPECIFIED;
+        daemons.push(start(node, anywhere, &own, &["--bootstrap-kind", "mdns"]));
+    }
+    are_together(&addresses);
+    let registry = SocketAddr::from((addresses[1], 5000));
+    let url = format!("http://{registry}/v2/app/manifests/{digest}?ns=registry.test");
+    let content = image.read(digest).unwrap();
+    wait_until(TOGETHER, "the other's content", || {
+        Client::new(Duration::from_secs(5)).get(&url, &[]).is_ok_and(|answer| answer.body == content)
+    })
+    .unwrap();
 }

@@ -41,7 +41,7 @@ fn a_layer_comes_once_in_parallel_chunks() {
 }
 
 fn parallel() -> Options {
-    Options { layer_fetch_buffer: Some(1 << 20) }
+    Options { layer_fetch_buffer: Some(1 << 20), ..Options::default() }
 }
 
 // === upstream sends it once ===

@@ -7,7 +7,8 @@
 mod bytes;
 mod daemon;
 mod peers;
-mod upstream;
+mod quality;
+pub(crate) mod upstream;
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use spegel_benches::daemon::wait_until;
 const SOON: Duration = Duration::from_secs(10);
 
 /// What is watched for a registry on `port`, whose peers differ by loopback addresses.
-fn settings(port: u16) -> Settings {
+pub(crate) fn settings(port: u16) -> Settings {
     Settings {
         mode: Mode::On,
         registry_port: port,
@@ -31,7 +32,7 @@ fn settings(port: u16) -> Settings {
 }
 
 /// A view by the kernel; none where that cannot be had, which is said.
-fn watch(settings: &Settings) -> Option<Watch> {
+pub(crate) fn watch(settings: &Settings) -> Option<Watch> {
     let settings = settings.clone();
     // What is given up is the thread's, and the test needs it still.
     match std::thread::spawn(move || Watch::start(&settings)).join().unwrap() {

@@ -6,17 +6,18 @@ use std::net::{IpAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
-use spegel_benches::daemon::output;
+use spegel_benches::daemon::{output, wait_until};
 use spegel_benches::netns::Lab;
 
 use super::{report_when, row, settings, watch};
 
 /// A control group that is removed when dropped.
-struct Group(PathBuf);
+pub(crate) struct Group(pub(crate) PathBuf);
 
 impl Group {
-    fn new(name: &str) -> Option<Self> {
+    pub(crate) fn new(name: &str) -> Option<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "))?.split(' ').nth(4)?;
         let folder = PathBuf::from(mount).join(format!("{name}-{}", std::process::id()));
@@ -26,15 +27,16 @@ impl Group {
 
     /// A script of bash's that runs in it, in a node of a lab.
     fn run(&self, lab_node: &spegel_benches::netns::Node, script: &str) -> String {
-        let script = format!("echo $$ > {}/cgroup.procs; {script}", self.0.display());
-        let command: &mut Command = &mut lab_node.command("bash");
-        output(command.args(["-c", &script])).unwrap()
+        // First the group: within a namespace `ip` shows another /sys.
+        let enter = format!("echo $$ > {}/cgroup.procs && exec ip netns exec \"$0\" bash -c \"$1\"", self.0.display());
+        output(Command::new("bash").args(["-c", &enter, lab_node.namespace(), script])).unwrap()
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.0);
+        // A process that has just ended may still be in it.
+        let _ = wait_until(Duration::from_secs(5), "an empty group", || fs::remove_dir(&self.0).is_ok());
     }
 }
 

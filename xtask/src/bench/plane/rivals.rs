@@ -88,6 +88,15 @@ impl Rival {
         }
     }
 
+    /// Starts spegel on the servers' core by another program, which becomes it, to serve the layout.
+    ///
+    /// # Errors
+    /// It is no spegel, or does not answer.
+    pub(crate) fn serve_by(self, plane: &Plane, number: u16, program: &Path) -> Result<Running> {
+        let Self::Spegel { engine, transfer } = self else { anyhow::bail!("{} is not spegel", self.name()) };
+        start_spegel_by(program, plane, self, engine, transfer, number, &plane.layout(), None, SERVER_CORE)
+    }
+
     /// Starts it on the servers' core, to relay from `upstream`.
     ///
     /// # Errors
@@ -135,6 +144,21 @@ fn start_spegel(
     upstream: Option<SocketAddr>,
     core: usize,
 ) -> Result<Running> {
+    start_spegel_by(&plane.settings.program, plane, rival, engine, transfer, number, layout, upstream, core)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn start_spegel_by(
+    program: &Path,
+    plane: &Plane,
+    rival: Rival,
+    engine: &str,
+    transfer: &str,
+    number: u16,
+    layout: &Path,
+    upstream: Option<SocketAddr>,
+    core: usize,
+) -> Result<Running> {
     // Peers have one registry port for all, so each relay has an address of its own.
     let (address, registry) = match upstream {
         Some(_) => (plane.relay_address(number), REGISTRY),
@@ -145,7 +169,7 @@ fn start_spegel(
     let arguments =
         ["--log-level", "WARN", "--serve-engine", engine, "--serve-transfer", transfer, "--max-connections", "20000"];
     let mut settings = Settings {
-        program: plane.settings.program.clone(),
+        program: program.to_path_buf(),
         node: Some(plane.node.clone()),
         address,
         ports,

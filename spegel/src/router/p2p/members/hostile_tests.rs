@@ -188,3 +188,55 @@ fn cards_that_a_peer_makes_up_are_heard_in_measure() {
     );
     assert_eq!(node.take_changes().len(), 1, "others are heard");
 }
+
+/// A member that starts anew, of whom it is said that it is gone at a time that has not come, or never will.
+#[test]
+fn a_lie_about_the_future_keeps_nobody_away() {
+    for ahead in [Some(300_000), None] {
+        let mut now = Instant::now();
+        let (mut told, mut victim) =
+            (node(&Keypair::generate_ed25519(), 1, now), node(&Keypair::generate_ed25519(), 2, now));
+        let stamp = ahead.map_or(u64::MAX, |ahead| own_card(&victim).stamp + ahead);
+        let lie = Rumour { tag: victim.own_tag.0, stamp, gone: true };
+        let hear = |told: &mut Membership, now| {
+            told.receive(now, PeerId::random(), Message { rumours: vec![lie], ..Message::default() });
+        };
+        hear(&mut told, now);
+        let (one, two) = (told.local, victim.local);
+        told.connected(now, two);
+        victim.connected(now, one);
+        for tick in 0..40 {
+            if tick == 20 {
+                hear(&mut told, now);
+            }
+            now += TICK;
+            told.tick(now);
+            victim.tick(now);
+            for _ in 0..3 {
+                for (_, message) in sent(&mut told) {
+                    victim.receive(now, one, message);
+                }
+                for (_, message) in sent(&mut victim) {
+                    told.receive(now, two, message);
+                }
+            }
+        }
+        assert!(told.card(&two).is_some(), "{ahead:?}");
+        // Nor does it spoil its clock.
+        victim.receive(now, one, Message { rumours: vec![Rumour { stamp: u64::MAX, ..lie }], ..Message::default() });
+        now += DEFENCE_INTERVAL;
+        victim.tick(now);
+        assert!(own_card(&victim).stamp < u64::MAX / 2);
+    }
+}
+
+#[test]
+fn nobody_is_gone_later_than_is_known_of_it() {
+    let mut pair = Pair::new();
+    let (b, now) = (pair.b.local, pair.now);
+    let known = pair.a.card(&b).unwrap().stamp;
+    pair.a.parted(&b);
+    let lie = Rumour { tag: Tag::of(&Position::of_peer(&b)).0, stamp: u64::MAX, gone: true };
+    pair.a.receive(now, PeerId::random(), Message { rumours: vec![lie], ..Message::default() });
+    assert_eq!(pair.a.list.gone(Tag(lie.tag)), Some(known), "so that its next card brings it back");
+}

@@ -11,7 +11,7 @@ use libp2p::identity::{Keypair, PublicKey};
 use libp2p::{Multiaddr, PeerId};
 use prost::Message as _;
 
-use super::super::addresses::{Scope, multiaddr};
+use super::super::addresses::{MAX_ADDRESSES, Scope, multiaddr};
 use super::super::keys::{ContentId, Position};
 use super::super::table::{Contact, Traits};
 
@@ -24,9 +24,6 @@ const CONTEXT: &[u8] = b"spegel/members/1 card:";
 
 /// The largest zone name, in bytes: Kubernetes labels have at most 63.
 const MAX_ZONE: usize = 63;
-
-/// How many addresses a card has at most.
-const MAX_ADDRESSES: usize = 8;
 
 /// How many keys one message offers or withdraws.
 pub(in super::super) const MAX_KEYS: usize = 2_000;

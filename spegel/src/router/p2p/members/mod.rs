@@ -68,6 +68,12 @@ const MAX_FAILURES: u8 = 2;
 /// How long news is waited for before another neighbour is asked for it.
 const WANT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How much the clocks of those who speak of the dead may be apart, in milliseconds.
+const AHEAD_MS: u64 = 600_000;
+
+/// By how much a node's own clock may ever have been wrong: ten years, in milliseconds.
+const AGES_MS: u64 = 10 * 365 * 86_400_000;
+
 /// How often a member that is said to be gone says otherwise.
 const DEFENCE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -315,11 +321,17 @@ impl Membership {
         for (tag, stamp) in deaths.map(|rumour| (rumour.tag, rumour.stamp)).collect::<BTreeSet<_>>().into_iter().rev() {
             self.hear_of_death(now, from, &Rumour { tag, stamp, gone: true });
         }
+        let had_cards = !message.cards.is_empty();
         for signed in message.cards {
             let size = signed.size();
             if !self.neighbour(now, from).heard.spend(now, size) || !self.take_card(now, signed, !message.old_news) {
                 break;
             }
+        }
+        // It is there, and does not know what is said of it: only a newer card of its own makes it a member again.
+        let sender = Tag::of(&Position::of_peer(&from));
+        if let Some(stamp) = self.list.gone(sender).filter(|_| had_cards) {
+            answer.rumours.push(Rumour { tag: sender.0, stamp, gone: true });
         }
         let mut cards = Vec::new();
         let wanted: BTreeSet<NewsId> = message.wanted.into_iter().take(MAX_ASKED).map(NewsId).collect();
@@ -370,7 +382,7 @@ impl Membership {
 
     fn announce(&mut self, now: Instant, at_least: u64) {
         let before = self.list.stamp(self.own_tag).unwrap_or(0);
-        let stamp = self.unix(now).max(before + 1).max(at_least);
+        let stamp = self.unix(now).max(before.saturating_add(1)).max(at_least);
         let Own { addresses, zone, load, storms } = self.own.clone();
         (self.told_load, self.announced, self.doubted) = (load, now, None);
         let version = if storms { VERSION_WITH_STORMS } else { VERSION };
@@ -452,7 +464,9 @@ impl Membership {
         let tag = Tag(rumour.tag);
         self.asked.remove(&tag.news(rumour.stamp, true));
         let Some(known) = self.list.get(tag) else {
-            if self.list.gone(tag).is_none_or(|stamp| stamp < rumour.stamp) {
+            // A time that has not come is nobody's, and would keep its member away until it has.
+            let is_of_use = rumour.stamp <= self.unix(now).saturating_add(AHEAD_MS);
+            if is_of_use && self.list.gone(tag).is_none_or(|stamp| stamp < rumour.stamp) {
                 self.list.bury(now, tag, rumour.stamp);
             }
             return;
@@ -461,10 +475,15 @@ impl Membership {
         if rumour.stamp < stamp {
             return;
         }
+        // Of a newer card than it has nobody can say here that its member is gone.
+        let rumour = &Rumour { stamp: if tag == self.own_tag { rumour.stamp } else { stamp }, ..*rumour };
         if tag == self.own_tag {
-            // A member that is said to be gone says otherwise.
-            self.doubted = Some(rumour.stamp);
-            self.defend(now);
+            // A member that is said to be gone says otherwise; of a card that it cannot have made only by chance, before a restart and with a clock
+            // that was wrong. There must be later times left.
+            if rumour.stamp == stamp || rumour.stamp < self.unix(now).saturating_add(AGES_MS) {
+                self.doubted = Some(rumour.stamp);
+                self.defend(now);
+            }
         } else if self.neighbours.contains_key(&peer) {
             // We know better, and it should know what is said of it.
             if peer != from {

@@ -1,0 +1,85 @@
+//! `doctor`, and the cheap ones of its checks at the start of `registry`.
+
+use std::net::{Ipv6Addr, SocketAddr};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use tracing::{info, warn};
+
+use crate::cli::{Content, DoctorSettings, RegistrySettings};
+use crate::doctor::{self, Containerd, DoctorMetrics, Ebpf, Outside, Port, State};
+use crate::ebpf::Watch;
+use crate::serve::ListenAddr;
+
+fn port(addr: ListenAddr) -> Port {
+    let listen = match addr {
+        ListenAddr::One(addr) => addr,
+        ListenAddr::Any(port) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
+    };
+    Port { listen }
+}
+
+/// Examines the node and prints what was found.
+pub(super) async fn examine(settings: DoctorSettings) -> anyhow::Result<ExitCode> {
+    let outside = Outside {
+        registry: port(settings.registry_addr),
+        router: port(settings.router_addr),
+        metrics: port(settings.metrics_addr),
+        bootstrap: settings.bootstrap_endpoint.map(|endpoint| port(endpoint.addr)),
+        sources: super::sources(&settings.bootstrap),
+        pull: settings.pull,
+    };
+    let report = doctor::examine(&doctor::Settings {
+        containerd: containerd(&settings.content, settings.containerd_config),
+        config_path: settings.config_path,
+        node_name: settings.node_name,
+        ebpf: Ebpf::Untold,
+        outside: Some(outside),
+    })
+    .await;
+    if settings.json {
+        println!("{}", serde_json::to_string_pretty(&report).context("write the report")?);
+    } else {
+        print!("{report}");
+    }
+    Ok(if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn containerd(content: &Content, config: Option<std::path::PathBuf>) -> Option<Containerd> {
+    match content {
+        Content::OciLayouts(_) => None,
+        Content::Containerd { socket, namespace, content_path } => {
+            let (socket, namespace, content_path) = (socket.clone(), namespace.clone(), content_path.clone());
+            Some(Containerd { socket, namespace, content_path, config })
+        }
+    }
+}
+
+/// What the process that starts looks at itself.
+pub(super) fn settings_at_start(settings: &RegistrySettings, watch: &Watch) -> doctor::Settings {
+    let counted = watch.report();
+    let ebpf = if counted.source == "ebpf" { Ebpf::Kernel } else { Ebpf::Sockets(counted.reason.unwrap_or_default()) };
+    doctor::Settings {
+        containerd: containerd(&settings.content, None),
+        config_path: settings.config_path.clone(),
+        node_name: settings.node_name.clone(),
+        ebpf,
+        outside: None,
+    }
+}
+
+/// Examines once, and tells it in one line and a metric.
+pub(super) async fn at_start(settings: doctor::Settings, metrics: DoctorMetrics) {
+    if settings.containerd.is_none() {
+        return;
+    }
+    let report = doctor::examine(&settings).await;
+    metrics.set(&report);
+    let (good, unknown) = (report.count(State::Good), report.count(State::Unknown));
+    let (failures, warnings) = (report.line(State::Failure), report.line(State::Warning));
+    if failures.is_some() || warnings.is_some() {
+        warn!(good, unknown, failures, warnings, "this node was examined: see `spegel doctor`");
+    } else {
+        info!(good, unknown, "this node was examined, and nothing found that keeps pulls from the mirror");
+    }
+}
