@@ -45,7 +45,7 @@ pub(super) struct Ended<'a>(pub(super) Option<&'a Pull>);
 /// What a coordinator's word came to.
 pub(in crate::mirror) enum Offer {
     /// Somebody gives it, and the body's end is to be told here.
-    Taken(Peer, Taken, Line),
+    Taken(Peer, Box<Taken>, Line),
     /// Nobody was asked, or nobody gives it: whoever has it may, and else upstream.
     Nobody(Option<Line>),
 }
@@ -188,7 +188,7 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     match taken {
         Some((peer, taken)) => {
             debug!(%digest, outcome, peer = %peer.id, ms = took.as_secs_f64() * 1e3, "asked who has it");
-            Offer::Taken(peer, taken, line)
+            Offer::Taken(peer, Box::new(taken), line)
         }
         None => {
             info!(%digest, outcome, ms = took.as_secs_f64() * 1e3, "asked who has it");
