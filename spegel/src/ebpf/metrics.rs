@@ -138,22 +138,21 @@ impl PeersCollector {
         Ok(())
     }
 
-    /// The offload ratio is `1 - upstream / (local + peer + upstream)`; where upstream is not seen there is none.
     fn encode_pulls(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let help = "Bytes that this node's containerd got, by where from; upstream's as the kernel counts them, with their TLS and HTTP";
         let mut family = encoder.encode_descriptor("spegel_pull_bytes", help, None, MetricType::Counter)?;
         let upstream = self.watch.shared.source.sees(Role::Upstream);
         let upstream = upstream.then(|| self.watch.table().total(Role::Upstream).received);
-        let (local, peer) = (&self.pulled.local, &self.pulled.peer);
-        let sources = [
-            ("local", Some(local.load(Ordering::Relaxed))),
-            ("peer", Some(peer.load(Ordering::Relaxed))),
-            ("upstream", upstream),
-        ];
-        for (source, bytes) in sources {
+        let (local, peer) = (self.pulled.local.load(Ordering::Relaxed), self.pulled.peer.load(Ordering::Relaxed));
+        for (source, bytes) in [("local", Some(local)), ("peer", Some(peer)), ("upstream", upstream)] {
             if let Some(bytes) = bytes {
                 ConstCounter::new(bytes).encode(family.encode_family(&[("source", source)])?)?;
             }
+        }
+        if let Some(ratio) = upstream.and_then(|upstream| offload(local.saturating_add(peer), upstream)) {
+            let help = "The share of what this node's containerd got that did not come from upstream, since the start";
+            let gauge = ConstGauge::new(ratio);
+            gauge.encode(encoder.encode_descriptor("spegel_pull_offload_ratio", help, None, MetricType::Gauge)?)?;
         }
         Ok(())
     }
@@ -176,12 +175,23 @@ impl PeersCollector {
     }
 }
 
+/// The share of all bytes that were `saved`; none of nothing.
+fn offload(saved: u64, upstream: u64) -> Option<f64> {
+    let all = saved as f64 + upstream as f64;
+    (all > 0.0).then(|| saved as f64 / all)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::zerocopy::TcpInfo;
     use std::net::IpAddr;
+
+    #[test]
+    fn the_ratio_is_that_of_bytes() {
+        assert_eq!((offload(0, 0), offload(0, 5), offload(30, 10)), (None, Some(0.0), Some(0.75)));
+    }
 
     #[test]
     fn cardinality_is_bounded_and_unknown_figures_are_absent() {

@@ -150,11 +150,11 @@ impl Watch {
         match &self.shared.source {
             Source::Kernel(Attached { own, containerd, kept }) => {
                 let (upstream, why) = match containerd {
-                    Ok(group) => (group.display().to_string(), None),
-                    Err(why) => (String::new(), Some(why)),
+                    Ok(group) => (Some(group.display().to_string()), None),
+                    Err(why) => (None, Some(why)),
                 };
-                let own = own.display();
-                tracing::info!(%own, containerd = upstream, not_seen = why, kept, "eBPF is attached");
+                let (own, kept) = (own.display(), (!kept.is_empty()).then_some(kept));
+                tracing::info!(%own, containerd = upstream, upstream_unseen = why, kept, "eBPF is attached");
             }
             Source::Sockets(Refusal::Off) => tracing::info!("eBPF is off: only our own sockets are seen"),
             Source::Sockets(refusal) => {

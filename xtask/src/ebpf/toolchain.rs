@@ -150,10 +150,9 @@ impl Toolchain {
 fn prune(sources: &Path) -> Result<()> {
     for entry in fs::read_dir(sources)? {
         let version = entry?.path();
-        for part in ["src", "compiler", "vendor", "tests"] {
+        for part in ["src", "compiler", "tests"] {
             let part = version.join(part);
-            // The library's own dependencies are vendored beside it, below `library` or at the top.
-            if part.is_dir() && !part.ends_with("vendor") {
+            if part.is_dir() {
                 fs::remove_dir_all(part)?;
             }
         }
