@@ -116,12 +116,16 @@ impl Lab {
     /// # Errors
     /// What `tc` says.
     pub fn limit(&self, node: &Node, mbit: u32) -> Result<()> {
-        let rate = format!("{mbit}mbit");
-        for (namespace, device) in [(node.namespace.as_str(), "eth0"), (self.switch().as_str(), node.port.as_str())] {
-            let arguments = ["-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", "rate", &rate];
-            output(Command::new("tc").args(arguments).args(["burst", "256kb", "latency", "50ms"]))?;
-        }
-        Ok(())
+        self.limit_upload(node, mbit)?;
+        bucket(&self.switch(), &node.port, mbit)
+    }
+
+    /// Limits what a node sends only.
+    ///
+    /// # Errors
+    /// What `tc` says.
+    pub fn limit_upload(&self, node: &Node, mbit: u32) -> Result<()> {
+        bucket(&node.namespace, "eth0", mbit)
     }
 
     /// Takes the limits of [`Lab::limit`] back.
@@ -165,6 +169,13 @@ impl Drop for Lab {
         let _ = ip(&["link", "del", &self.prefix]);
         let _ = ip(&["netns", "del", &self.switch()]);
     }
+}
+
+/// A token bucket on what leaves by a device.
+fn bucket(namespace: &str, device: &str, mbit: u32) -> Result<()> {
+    let rate = format!("{mbit}mbit");
+    let arguments = ["-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", "rate", &rate];
+    output(Command::new("tc").args(arguments).args(["burst", "256kb", "latency", "50ms"])).map(|_| ())
 }
 
 // === impl Node ===

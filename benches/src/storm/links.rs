@@ -8,6 +8,9 @@ use super::Victim;
 use crate::daemon::output;
 use crate::netns::Node;
 
+/// The first four bytes of a request for content.
+const GET: u32 = u32::from_be_bytes(*b"GET ");
+
 /// The node to be killed, by its number.
 pub(super) fn find(victim: Victim, nodes: &[Node], upstream: &Node) -> Option<usize> {
     let from_upstream = |node: &Node| received(node, upstream.address());
@@ -30,12 +33,13 @@ fn received(node: &Node, from: Ipv4Addr) -> u64 {
     counts.filter_map(|count| count.parse::<u64>().ok()).sum()
 }
 
-/// Upstream's port is closed for these nodes, as by a firewall that says so.
+/// Upstream answers a GET of these nodes with a reset, and a HEAD as ever: as a registry that limits how much a node pulls, which counts
+/// no HEADs, or does not give it content.
 pub(super) fn refuse(upstream: &Node, nodes: &[&Node]) -> Result<()> {
     let list = nodes.iter().map(|node| node.address().to_string()).collect::<Vec<_>>().join(", ");
     let rules = format!(
         "add table ip storm; add chain ip storm in {{ type filter hook input priority 0; }}; \
-         add rule ip storm in ip saddr {{ {list} }} tcp dport 5000 reject with tcp reset"
+         add rule ip storm in ip saddr {{ {list} }} tcp dport 5000 @ih,0,32 0x{GET:x} reject with tcp reset"
     );
     upstream.nft(&rules)
 }

@@ -64,7 +64,7 @@ pub struct Storm {
     pub node: u32,
     /// The time over which the pulls start, evenly.
     pub stagger: Duration,
-    /// The first node's link carries a tenth of the others'.
+    /// The first node sends a tenth as fast as the others.
     pub slow_node: bool,
     /// Dies when half of the bytes are there.
     pub kill: Option<Victim>,
@@ -141,7 +141,10 @@ impl Storm {
             self.fetch(&members[0], &image)?;
         }
         for (number, node) in nodes.iter().enumerate() {
-            lab.limit(node, if self.slow_node && number == 0 { self.node / 10 } else { self.node })?;
+            lab.limit(node, self.node)?;
+            if self.slow_node && number == 0 {
+                lab.limit_upload(node, (self.node / 10).max(1))?;
+            }
         }
         lab.limit(upstream.node(), self.upstream)?;
         if self.refuse > 0 {

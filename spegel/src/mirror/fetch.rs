@@ -98,7 +98,7 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
     let _sought = shared.seek(wanted, wanted.first_byte());
     let (peer, taken, line) = match shared.storms.as_ref().filter(|storms| storms.concern(wanted)) {
         Some(storms) => match storms::hold(shared, storms, wanted).await {
-            Offer::Taken(peer, taken, line) => (peer, taken, Some(line)),
+            Offer::Taken(peer, taken, line) => (peer, *taken, Some(line)),
             Offer::Nobody(line) => {
                 let (peer, taken) = race_once(shared, wanted).await?;
                 let line = line.map(|mut line| {

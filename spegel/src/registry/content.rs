@@ -13,19 +13,13 @@ use tracing::warn;
 use super::metrics::ClientKind;
 use super::promises::{Client, Refusal as Refused};
 use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Asker, Chain, Content, Feed, Found, Gate, Kind, NodeId, Served, Tie, Verified, Wanted};
+use crate::mirror::{Asker, Chain, Content, Found, Gate, Kind, NodeId, Tie, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
-use crate::store::{Blob, Found as Local, Receiving, StoreError};
+use crate::store::{Blob, Found as Local, Receiving};
 use crate::storm::{Rank, Refusal};
-use crate::zerocopy::{Body, BodyEnd, Growing};
-
-/// The longest that a peer is made to wait for what is about to be received.
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
-
-/// How often it is looked whether a blob has come that the store does not see coming.
-const LOOK: Duration = Duration::from_millis(10);
+use crate::zerocopy::{Body, BodyEnd};
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -70,7 +64,7 @@ impl Ask {
     }
 
     /// The offset of the first byte that is asked for; unknown of a suffix, as long as the length is.
-    fn first_byte(&self) -> Option<u64> {
+    pub(super) fn first_byte(&self) -> Option<u64> {
         match self.range {
             Some(RangeSpec::From { first, .. }) => Some(first),
             Some(RangeSpec::Suffix(_)) => None,
@@ -189,40 +183,6 @@ impl Registry {
         Ok(Answer::from(respond::manifest(&digest, &media_type, Body::bytes(bytes)), source))
     }
 
-    /// Waits for a manifest that this node's containerd is about to receive, if a coordinator sent a peer here for it; true if it is here then.
-    async fn comes(&self, ask: &Ask, digest: &Digest) -> bool {
-        let Some(wait) = ask.wait.filter(|_| ask.mirrored && ask.rank.is_some() && !ask.excluded) else { return false };
-        let Ok(feed) = self.serve(ask, digest, None, 0) else { return false };
-        let end = Instant::now() + wait.min(LONGEST_WAIT);
-        while !self.declines(ask, digest) && Instant::now() < end {
-            let left = end.saturating_duration_since(Instant::now());
-            match self.wait_in_line(ask, digest, left).await {
-                // It counts once all of it is there.
-                Ok(Some(Local::Receiving(_))) => tokio::time::sleep(LOOK.min(left)).await,
-                Ok(Some(Local::Complete(_))) => return true,
-                Ok(None) | Err(_) => break,
-            }
-        }
-        drop(feed);
-        // It may have come as the wait ended.
-        self.open(ask, digest).await.is_some()
-    }
-
-    /// Takes the asker as one who is given a blob, of which this node has these bytes as yet, or all of `total`.
-    fn serve(
-        &self,
-        ask: &Ask,
-        digest: &Digest,
-        growing: Option<&Growing>,
-        total: u64,
-    ) -> Result<Option<Feed>, Refusal> {
-        let first = match ask.range.map(|range| range.resolve(total.max(1))) {
-            Some(RangeOutcome::Part { start, .. }) => start,
-            _ => ask.first_byte().unwrap_or(0),
-        };
-        self.settings.mirror.serve(&Served { digest, growing, total, first, rank: ask.rank })
-    }
-
     async fn local_manifest(&self, ask: &Ask, digest: &Digest) -> Result<Option<Answer>, OciError> {
         let Some(blob) = self.open(ask, digest).await else { return Ok(None) };
         if blob.size > MAX_MANIFEST_BYTES as u64 {
@@ -246,7 +206,7 @@ impl Registry {
     }
 
     /// What this node has. A store that fails is told in the log, and then peers are as good.
-    async fn open(&self, ask: &Ask, digest: &Digest) -> Option<Blob> {
+    pub(super) async fn open(&self, ask: &Ask, digest: &Digest) -> Option<Blob> {
         if self.audits.is_spoiled(digest) {
             return None;
         }
@@ -378,64 +338,6 @@ impl Registry {
         self.settings.metrics.refused_upload();
         let holders = self.settings.mirror.holders(&Key::Digest(digest.clone()), ask.remote);
         Answer { response: respond::busy(&holders), source: Source::Nobody, held: None }
-    }
-
-    /// What this node has, receives, or is about to receive if the asker would wait for that.
-    async fn find(&self, ask: &Ask, digest: &Digest, feed: &mut Option<Feed>) -> Option<Local> {
-        if self.audits.is_spoiled(digest) {
-            return None;
-        }
-        let store = &self.settings.store;
-        let found = match store.find(digest, ask.repository.as_ref()).await {
-            Ok(None) => match ask.wait.filter(|_| !self.declines(ask, digest)) {
-                Some(wait) if ask.rank.is_some() => match self.serve(ask, digest, None, 0) {
-                    Ok(taken) => {
-                        *feed = taken;
-                        self.wait_in_line(ask, digest, wait.min(LONGEST_WAIT)).await
-                    }
-                    Err(_) => Ok(None),
-                },
-                Some(wait) => store.expect(digest, ask.repository.as_ref(), wait.min(LONGEST_WAIT)).await,
-                None => Ok(None),
-            },
-            found => found,
-        };
-        found.unwrap_or_else(|error| {
-            warn!(%digest, %error, "cannot open content of this node, asking peers");
-            None
-        })
-    }
-
-    /// Waits for the first bytes of what our containerd has asked for, as long as we may be above the asker. They may come though the store
-    /// sees nothing on its way.
-    async fn wait_in_line(&self, ask: &Ask, digest: &Digest, wait: Duration) -> Result<Option<Local>, StoreError> {
-        let end = Instant::now() + wait;
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            let found = tokio::select! {
-                found = self.settings.store.expect(digest, ask.repository.as_ref(), left) => found?,
-                () = self.settings.mirror.sent_away(digest) => return Ok(None),
-            };
-            if found.is_some() || Instant::now() >= end {
-                return Ok(found);
-            }
-            if self.declines(ask, digest) {
-                // Its own pull may have ended because all of it has come.
-                return self.settings.store.find(digest, ask.repository.as_ref()).await;
-            }
-            tokio::time::sleep(LOOK.min(left)).await;
-        }
-    }
-
-    /// Whether the asker would wait for us while we wait for others.
-    fn declines(&self, ask: &Ask, digest: &Digest) -> bool {
-        if let Some(rank) = ask.rank {
-            return !self.settings.mirror.may_wait(digest, rank);
-        }
-        match (&ask.client, self.settings.node_name.as_deref()) {
-            (Client::Node(name), Some(own)) => self.settings.mirror.declines(digest, NodeId::of(own), NodeId::of(name)),
-            _ => true,
-        }
     }
 
     /// Whether the asker gives it to us, so that there is no point in waiting for anything.

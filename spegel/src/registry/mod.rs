@@ -14,6 +14,7 @@ mod respond;
 mod strain;
 mod turns;
 mod uploads;
+mod waiting;
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -121,7 +121,7 @@ async fn changed(mut progress: watch::Receiver<Progress>, mut away: Option<watch
         };
         // Who could send it away may have ended: nobody does any more.
         if !is_sent {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     };
     let told = tokio::select! {

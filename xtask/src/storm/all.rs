@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use spegel_benches::storm::{Storm as Lab, Stormed, Victim};
 
 use super::Storm;
-use super::lab;
 use super::report::Outcome;
 use super::scenario::{Kill, Scenario};
+use super::{lab, model};
 
 /// How the figures come about.
 const METHOD: &str = "Each node is a network namespace with a containerd 2.2 and the mirror of its own; upstream is a docker-registry behind \
@@ -103,7 +103,7 @@ impl Row {
 /// Runs the scenarios, those of `--rows` if that is given, and prints and writes down what came of them; false if a pull failed or an aim
 /// was missed in a run that is not void.
 pub(super) fn run(storm: &Storm) -> Result<bool> {
-    let mut lines: Vec<Value> = storm.from.iter().map(|file| read(file)).collect::<Result<Vec<_>>>()?.concat();
+    let mut lines: Vec<Value> = storm.from.iter().map(read).collect::<Result<Vec<_>>>()?.concat();
     for (number, row) in ROWS.iter().enumerate() {
         let is_wanted = if storm.rows.is_empty() { storm.from.is_empty() } else { storm.rows.contains(&(number + 1)) };
         for variant in Variant::ALL.into_iter().filter(|variant| is_wanted && row.is_run(number, *variant)) {
@@ -144,13 +144,13 @@ fn line(row: usize, variant: Variant, lab: &Lab, stormed: &Stormed) -> Value {
     let time = if lab.stagger.is_zero() { stormed.last() } else { stormed.slowest() };
     let slowest = stormed.pulls.iter().filter(|pull| !pull.killed).max_by(|a, b| a.seconds.total_cmp(&b.seconds));
     // It has no pulls that share nothing at all.
-    let model = (variant != Variant::NoMirror).then(|| modelled(&ROWS[row], variant, lab));
-    if let Some((of_solo, bytes)) = model {
-        let off = 100.0 * (of_solo * stormed.solo / time - 1.0);
-        println!(
-            "the model says {of_solo:.2} times solo ({off:+.0} % of what was measured) and {bytes:.2} times the bytes"
-        );
-    }
+    let model = (variant != Variant::NoMirror).then(|| {
+        let scenario = scenario(&ROWS[row], variant, lab);
+        print!("{}", model::beside(scenario.clone(), stormed));
+        let outcome = Outcome::of(scenario);
+        let time = if lab.stagger.is_zero() { outcome.last_of_solo() } else { outcome.worst_of_solo() };
+        (time, outcome.upstream)
+    });
     let why = slowest.and_then(|pull| pull.told.why_slow());
     json!({
         "row": row,
@@ -173,10 +173,10 @@ fn line(row: usize, variant: Variant, lab: &Lab, stormed: &Stormed) -> Value {
     })
 }
 
-/// What the model of `--simulate` makes of the same: the last node's end as a multiple of solo, and the share of the bytes that upstream sent.
-fn modelled(row: &Row, variant: Variant, lab: &Lab) -> (f64, f64) {
+/// The same for the model of `--simulate`.
+fn scenario(row: &Row, variant: Variant, lab: &Lab) -> Scenario {
     let bytes = |mbit: u32| f64::from(mbit) * 125e3;
-    let outcome = Outcome::of(Scenario {
+    Scenario {
         name: row.name.to_owned(),
         nodes: lab.nodes - usize::from(lab.seeded),
         upstream: bytes(lab.upstream),
@@ -195,9 +195,7 @@ fn modelled(row: &Row, variant: Variant, lab: &Lab) -> (f64, f64) {
         first_byte: FIRST_BYTE,
         storm: (variant == Variant::On).then_some(MAX_WAIT),
         ..Scenario::default()
-    });
-    let time = if lab.stagger.is_zero() { outcome.last_of_solo() } else { outcome.worst_of_solo() };
-    (time, outcome.upstream)
+    }
 }
 
 /// Pulls that failed, but for those that upstream refuses: they may get it from others, or not.
@@ -226,7 +224,8 @@ fn is_good(line: &Value) -> bool {
     let has_failed = line["failed"].as_u64() != Some(0) || line["error"].is_string();
     let has_missed = number(line, "bytes") > row.most_bytes + 0.01 || number(line, "time") > row.most_time;
     let is_on = line["variant"] == Variant::On.name();
-    !has_failed && !(is_on && has_missed && line["void"] != true)
+    let counts = is_on && line["void"] != true;
+    !has_failed && !(counts && has_missed)
 }
 
 fn table(lines: &[Value]) -> String {

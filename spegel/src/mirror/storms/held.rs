@@ -25,6 +25,8 @@ use crate::storm::{Child, Failure, Hold, HoldEnd, Node, Rank, Wish};
 const USUAL: Duration = Duration::from_millis(300);
 /// How long a parent is asked to hold a request for which it has no byte itself. What is left of the budget bounds it before.
 const WAIT: Duration = Duration::from_secs(5);
+/// How long a parent may give nothing until those are asked as well that were found without a coordinator.
+const SILENT: Duration = Duration::from_secs(2);
 /// How long after its bound a request is held that nobody has told anything.
 const BEYOND: Duration = Duration::from_millis(100);
 
@@ -43,7 +45,7 @@ pub(super) struct Ended<'a>(pub(super) Option<&'a Pull>);
 /// What a coordinator's word came to.
 pub(in crate::mirror) enum Offer {
     /// Somebody gives it, and the body's end is to be told here.
-    Taken(Peer, Taken, Line),
+    Taken(Peer, Box<Taken>, Line),
     /// Nobody was asked, or nobody gives it: whoever has it may, and else upstream.
     Nobody(Option<Line>),
 }
@@ -186,7 +188,7 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     match taken {
         Some((peer, taken)) => {
             debug!(%digest, outcome, peer = %peer.id, ms = took.as_secs_f64() * 1e3, "asked who has it");
-            Offer::Taken(peer, taken, line)
+            Offer::Taken(peer, Box::new(taken), line)
         }
         None => {
             info!(%digest, outcome, ms = took.as_secs_f64() * 1e3, "asked who has it");
@@ -237,7 +239,7 @@ async fn obey(
     let mut beside: Option<Asked> = None;
     let mut found: Vec<Peer> = Vec::new();
     let began = Instant::now();
-    let (listen, hedge) = (began + shared.settings.resolve_timeout, began + shared.settings.hedge);
+    let listen = began + shared.settings.resolve_timeout;
     loop {
         if line.is_moved() {
             match *line.orders.borrow_and_update() {
@@ -252,6 +254,7 @@ async fn obey(
             }
         }
         let bound = held.deadline(Instant::now()) + BEYOND;
+        let beside_at = began + if asked.is_some() { SILENT } else { shared.settings.hedge };
         tokio::select! {
             biased;
             (peer, result) = ready(&mut asked) => {
@@ -291,8 +294,11 @@ async fn obey(
                 // Seen above.
                 line.orders.mark_changed();
             }
-            // They had it before we asked: a parent that is silent must not cost more than one that is found.
-            () = sleep_until(hedge.into()), if !found.is_empty() && beside.is_none() => {
+            // They had it before we asked. A parent may wait for first bytes itself, and whether it is there is asked apart: to leave it for them
+            // at once would bring all to the few that had it.
+            () = sleep_until(beside_at.into()),
+                if !found.is_empty() && beside.is_none() =>
+            {
                 let (shared, wanted, among) = (Arc::clone(shared), wanted.clone(), std::mem::take(&mut found));
                 beside = Some(Box::pin(async move { race_among(&shared, &wanted, among).await }));
             }
