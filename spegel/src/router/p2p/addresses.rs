@@ -117,7 +117,9 @@ fn speaks_from(own: impl ToSocketAddrs, other: impl ToSocketAddrs) -> Option<IpA
 /// all hosts may have one for their containers, it would ask itself.
 pub(super) fn registries(router: &[SocketAddr], own: &[SocketAddr], port: u16) -> Vec<SocketAddr> {
     let mut found = Vec::with_capacity(router.len());
-    for address in router.iter().filter(|address| own.iter().all(|own| own.ip() != address.ip())) {
+    // On loopback all are on this host anyway, and there is one address of the sixth version only.
+    let is_ours = |ip: IpAddr| !ip.is_loopback() && own.iter().any(|own| own.ip() == ip);
+    for address in router.iter().filter(|address| !is_ours(address.ip())) {
         let registry = SocketAddr::new(address.ip(), port);
         if !found.contains(&registry) {
             found.push(registry);
