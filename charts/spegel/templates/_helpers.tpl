@@ -133,7 +133,7 @@ hostPort
 {{- $context := include "spegel.securityContext" . | fromYaml -}}
 {{- if and .Values.spegel.ebpf.enabled (not $context.privileged) -}}
 {{- $capabilities := $context.capabilities | default dict -}}
-{{- $added := concat ($capabilities.add | default list) (list "BPF" "NET_ADMIN") | uniq -}}
+{{- $added := concat ($capabilities.add | default list) (list "BPF" "NET_ADMIN" "PERFMON") | uniq -}}
 {{- $context = set $context "capabilities" (set (deepCopy $capabilities) "add" $added) -}}
 {{- end -}}
 {{- toYaml $context -}}

@@ -21,7 +21,7 @@ pub(super) enum EbpfMode {
 
 #[derive(Debug, Args)]
 pub(super) struct EbpfArgs {
-    /// Whether the kernel counts what goes to which peer, and what containerd gets from upstream. Needs CAP_BPF and CAP_NET_ADMIN, which are
+    /// Whether the kernel counts what goes to which peer, and what containerd gets from upstream. Needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, which are
     /// given up once that is set up; without, only our own sockets are seen
     #[arg(long, env, default_value = "auto")]
     pub(super) ebpf: EbpfMode,

@@ -45,7 +45,7 @@ pub(super) fn judge(running: Option<&Running>, ebpf: &Ebpf) -> Vec<Finding> {
         Some(Ebpf::Sockets(why)) => Finding::note(
             "ebpf",
             format!(
-                "no program in the kernel counts what containerd gets from registries ({why}): it takes CAP_BPF and CAP_NET_ADMIN; everything else works without"
+                "no program in the kernel counts what containerd gets from registries ({why}): it takes CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN; everything else works without"
             ),
         ),
         Some(Ebpf::Untold) | None => Finding::note(

@@ -1,19 +1,22 @@
-//! What this process may do, as far as eBPF needs it: `CAP_BPF` to load, `CAP_NET_ADMIN` for programs of this kind. Nothing of that is needed once
-//! they are attached.
+//! What this process may do, as far as eBPF needs it: `CAP_BPF` to load, `CAP_NET_ADMIN` for programs of this kind, and
+//! `CAP_PERFMON`, without which the verifier guards against speculation and refuses loops over the stack that are fine otherwise. Nothing of that
+//! is needed once they are attached.
 
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 /// What loading and attaching need.
-pub(super) const NEEDED: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::NET_ADMIN);
+pub(super) const NEEDED: CapabilitySet =
+    CapabilitySet::BPF.union(CapabilitySet::NET_ADMIN).union(CapabilitySet::PERFMON);
 
 /// What is given up: what was needed, and what includes it.
-const DROPPED: CapabilitySet = NEEDED.union(CapabilitySet::PERFMON).union(CapabilitySet::SYS_ADMIN);
+const DROPPED: CapabilitySet = NEEDED.union(CapabilitySet::SYS_ADMIN);
 
 /// Whether this thread may load and attach.
 pub(super) fn suffices() -> bool {
     capabilities(None).is_ok_and(|sets| {
-        let has_bpf = sets.effective.intersects(CapabilitySet::BPF | CapabilitySet::SYS_ADMIN);
-        has_bpf && sets.effective.contains(CapabilitySet::NET_ADMIN)
+        let is_admin = sets.effective.contains(CapabilitySet::SYS_ADMIN);
+        let may_load = sets.effective.contains(CapabilitySet::BPF | CapabilitySet::PERFMON);
+        (is_admin || may_load) && sets.effective.contains(CapabilitySet::NET_ADMIN)
     })
 }
 

@@ -18,7 +18,7 @@ pub enum Refusal {
     #[error("no control group of version 2 of this process is mounted here ({0})")]
     NoCgroup2(String),
     /// This process may not.
-    #[error("CAP_BPF and CAP_NET_ADMIN are needed{0}")]
+    #[error("CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are needed{0}")]
     NoPrivilege(String),
     /// It has the capabilities, and may not all the same.
     #[error("bpf(2) is refused in spite of the capabilities: {0}")]

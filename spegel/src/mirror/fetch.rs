@@ -99,13 +99,15 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
     let (peer, taken, line) = match shared.storms.as_ref().filter(|storms| storms.concern(wanted)) {
         Some(storms) => match storms::hold(shared, storms, wanted).await {
             Offer::Taken(peer, taken, line) => (peer, *taken, Some(line)),
-            Offer::Nobody(line) => {
+            // Nobody coordinates it, so it is as without storms.
+            Offer::Nobody(None) => {
+                let (peer, taken) = race_or_wait(shared, wanted).await?;
+                (peer, taken, None)
+            }
+            Offer::Nobody(Some(mut line)) => {
                 let (peer, taken) = race_once(shared, wanted).await?;
-                let line = line.map(|mut line| {
-                    line.is_given_elsewhere();
-                    line
-                });
-                (peer, taken, line)
+                line.is_given_elsewhere();
+                (peer, taken, Some(line))
             }
         },
         None => {

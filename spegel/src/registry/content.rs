@@ -60,7 +60,9 @@ impl Ask {
 
     /// What the request is a part of.
     fn pull(&self) -> Option<Arc<str>> {
-        Some(format!("{}/{}", self.registry.as_deref()?, self.repository.as_ref()?).into())
+        // A repository's name begins with its registry.
+        self.registry.as_deref()?;
+        Some(self.repository.as_ref()?.to_string().into())
     }
 
     /// The offset of the first byte that is asked for; unknown of a suffix, as long as the length is.

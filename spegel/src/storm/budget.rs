@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// How long after its last hold a pull's next one counts as another pull's.
+/// How long after it was last held, or got anything, what a pull asks for counts as another pull's.
 const GAP: Duration = Duration::from_secs(10);
 /// How many pulls are remembered.
 const PULLS: usize = 1024;
@@ -103,8 +103,14 @@ impl Budget {
         Some(first + (self.max + self.forgiven).saturating_sub(self.spent).saturating_sub(before))
     }
 
+    /// The pull has just got bytes: what it asks for from now on is still the same pull.
+    pub fn goes_on(&mut self, now: Instant) {
+        self.used = now;
+    }
+
     /// Another part of the pull has just got bytes.
     pub fn arrives(&mut self, now: Instant) {
+        self.used = now;
         if let Some(first) = self.held.iter().map(|(_, since)| *since).min() {
             let from = self.arrived.max(first).max(now.checked_sub(NEWS).unwrap_or(now));
             let bound = self.max * (WHILE_IT_ARRIVES - 1);
@@ -131,6 +137,8 @@ impl Budget {
         if self.held.is_empty() {
             self.spent += union(&self.charged, None);
             self.charged.clear();
+            // What cost nothing is not forgiven: it would be time for later.
+            self.forgiven = self.forgiven.min(self.spent);
         }
     }
 
@@ -268,6 +276,34 @@ mod tests {
         assert!(budgets.of("other", start).unwrap().begin(start).is_some());
         let later = deadline + GAP / 2 + GAP;
         assert!(budgets.of("app", later).unwrap().begin(later).is_some());
+    }
+
+    #[test]
+    fn what_cost_nothing_is_no_credit() {
+        let start = Instant::now();
+        let mut budget = Budget::new(MAX, start);
+        let mut now = start;
+        for _ in 0..8 {
+            let (hold, _) = budget.begin(now).unwrap();
+            (1..=10).for_each(|n| budget.arrives(now + ms(100 * n)));
+            now += ms(1000);
+            budget.end(hold, HoldEnd::Fed { usual: ms(1000) }, now);
+        }
+        now += ms(3000);
+        let (_, deadline) = budget.begin(now).unwrap();
+        assert_eq!((budget.spent(), deadline), (ms(0), now + MAX));
+    }
+
+    #[test]
+    fn a_pull_that_goes_on_for_long_is_one() {
+        let start = Instant::now();
+        let mut budgets = Budgets::new(MAX);
+        let (hold, deadline) = budgets.of("app", start).unwrap().begin(start).unwrap();
+        budgets.of("app", start).unwrap().end(hold, HoldEnd::InVain, deadline);
+        for n in 1..30 {
+            budgets.of("app", start + ms(2000 + n * 1000)).unwrap().goes_on(start + ms(2000 + n * 1000));
+        }
+        assert!(budgets.of("app", start + ms(32_000)).unwrap().begin(start + ms(32_000)).is_none());
     }
 
     #[test]

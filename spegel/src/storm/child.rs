@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::{
-    ANSWER, EXCUSED, Have, Holding, Key, MAX_AVOIDED, NOTHING, Node, PROBE, REPORT, Rank, Request, Response, STILL,
-    Want, Why, mix,
+    ANSWER, EXCUSED, Have, Holding, Key, LEASE, MAX_AVOIDED, NOTHING, Node, PROBE, REPORT, Rank, Request, Response,
+    STILL, Want, Why, mix,
 };
 
 /// What a parent may have that it has not delivered yet, and for how long it may have more without half of that being made up, before another
@@ -489,6 +489,8 @@ impl Child {
     fn acknowledged(&mut self, again: Duration) {
         match self.source {
             Source::Over => self.to_report = false,
+            // Others need to hear of a root, whatever one of them says.
+            Source::Upstream => self.report_from = self.report_from.max(self.reported + again.min(LEASE / 2)),
             _ => self.report_from = self.report_from.max(self.reported + again),
         }
     }

@@ -65,7 +65,7 @@ pub struct Coordinator {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { blobs: 4096, places: 131_072, messages: (20_000, 40_000), messages_of_node: (20, 100) }
+        Self { blobs: 4096, places: 131_072, messages: (20_000, 40_000), messages_of_node: (200, 400) }
     }
 }
 

@@ -325,6 +325,10 @@ impl Driver {
         }
         let more = position - self.position;
         self.storms.feeds.received(more);
+        self.storms.with_budget(&self.pull.image, now, |budget| {
+            budget.goes_on(now);
+            None::<()>
+        });
         self.storms.figures.came(&self.pull.image, from, more);
         self.depth = self.depth.max(self.shared.lineage.of(&self.pull.digest).len());
         (self.position, self.grown) = (position, now);

@@ -238,8 +238,9 @@ impl Driver {
                     self.membership.parted(&old);
                     self.links.forget(&old);
                 }
-                // One that waited for a place in its bucket; who gets one at once has been entered already.
-                if is_new_peer && self.swarm.is_connected(&peer) {
+                // One that waited for a place in its bucket; who gets one at once has been entered already, and with all its addresses.
+                let is_known = self.table.read().contains(&peer);
+                if is_new_peer && !is_known && self.swarm.is_connected(&peer) {
                     let addresses = self.scope.filter(addresses.iter());
                     self.enter_table(peer, addresses);
                 }

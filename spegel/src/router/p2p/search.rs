@@ -199,10 +199,18 @@ pub(super) fn contacts(scope: &Scope, named: &[WirePeer]) -> Vec<Contact> {
     named.iter().take(MAX_NAMED).filter_map(contact).collect()
 }
 
-/// Where we know a peer to be is where it is, whatever others say of it.
+/// Where we know a peer to be is where it is, whatever others say of it; who says that and more may know more, and is believed last.
 fn as_known(table: &Table, named: Vec<Contact>) -> Vec<Contact> {
-    let known = |contact: Contact| table.find(&contact.peer()).cloned().unwrap_or(contact);
-    named.into_iter().map(known).collect()
+    let corrected = |contact: Contact| {
+        let Some(known) = table.find(&contact.peer()) else { return contact };
+        let is_more = |address: &&SocketAddr| !known.addresses().contains(address);
+        let more: Vec<SocketAddr> = contact.addresses().iter().filter(is_more).copied().collect();
+        if more.is_empty() || !known.addresses().iter().all(|address| contact.addresses().contains(address)) {
+            return known.clone();
+        }
+        Contact::new(contact.peer(), &[known.addresses(), &more].concat())
+    };
+    named.into_iter().map(corrected).collect()
 }
 
 /// The same, and of those whom we do not know a bounded number.

@@ -74,7 +74,9 @@ fn a_killed_process_leaves_nothing_in_the_kernel_and_a_running_one_has_no_privil
         return;
     }
     let (folder, port) = (tempfile::tempdir().unwrap(), ports());
-    let mut daemon = start(folder.path(), port, &[], &["--ebpf", "on"]);
+    // With what the chart and the unit give it, and nothing more.
+    let just_enough = ["setpriv", "--bounding-set", "-all,+bpf,+net_admin,+perfmon", "--inh-caps=-all"];
+    let mut daemon = start(folder.path(), port, &just_enough, &["--ebpf", "on"]);
     daemon
         .wait_until(SOON, "its metrics", || metrics(port).contains("spegel_ebpf_state{source=\"ebpf\",reason=\"\"} 1"))
         .unwrap();
@@ -127,7 +129,7 @@ fn without_privileges_it_says_so_and_looks_at_its_own_sockets() {
     let mut daemon = start(folder.path(), port, &dropped, &["--ebpf", "on"]);
     let status = daemon.wait_exit(SOON).unwrap();
     assert!(!status.success());
-    assert!(daemon.log().contains("--ebpf on: CAP_BPF and CAP_NET_ADMIN are needed"), "{}", daemon.log());
+    assert!(daemon.log().contains("--ebpf on: CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are needed"), "{}", daemon.log());
 }
 
 /// A node where only the first version of control groups is mounted.
