@@ -1,14 +1,12 @@
 //! What only a try shows: whether mirrors answer, whether a blob comes, and whether containerd asks.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use hyper_util::rt::TokioIo;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::{ImageSpec, PullImageRequest};
 use sha2::{Digest as _, Sha256};
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::Channel;
 
 use super::certs::Certs;
 use super::config::Version;
@@ -163,11 +161,6 @@ async fn pull(socket: &Path, image: &str) -> Result<(), String> {
 }
 
 async fn connect(socket: &Path) -> Result<ImageServiceClient<Channel>, String> {
-    let socket = PathBuf::from(socket);
-    let connector = tower::service_fn(move |_: Uri| {
-        let socket = socket.clone();
-        async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
-    });
-    let channel = Endpoint::from_static("http://containerd").connect_with_connector(connector).await;
+    let channel = containerd_client::connect(socket).await;
     channel.map(ImageServiceClient::new).map_err(|error| format!("containerd's socket: {error}"))
 }

@@ -1,13 +1,11 @@
 //! The kubelet's way to pull: `ImageService.PullImage` over containerd's socket.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use hyper_util::rt::TokioIo;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::{ImageSpec, PullImageRequest};
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::Channel;
 
 /// Longer than any pull of a test takes.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -49,11 +47,6 @@ pub(super) fn pull_unless(socket: &Path, reference: &str, cancelled: impl Future
 }
 
 async fn connect(socket: &Path) -> Result<ImageServiceClient<Channel>, String> {
-    let socket = PathBuf::from(socket);
-    let connector = tower::service_fn(move |_: Uri| {
-        let socket = socket.clone();
-        async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
-    });
-    let channel = Endpoint::from_static("http://containerd").connect_with_connector(connector).await;
+    let channel = containerd_client::connect(socket).await;
     channel.map(ImageServiceClient::new).map_err(|error| format!("containerd's socket: {error}"))
 }
