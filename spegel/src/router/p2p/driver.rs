@@ -458,11 +458,11 @@ impl Driver {
     fn show_members(&mut self, changes: BTreeMap<PeerId, Option<Arc<Believed>>>) {
         let mut table = self.table.write();
         let mut records = self.records.lock();
-        let own = records.own_addresses().to_vec();
         for (peer, change) in changes {
             if let Some(card) = change {
                 table.set_member(card.contact.clone(), Arc::clone(&card.traits));
-                if self.shown.insert(peer, self.show(&card, &own)).is_none() {
+                let member = self.show(&card, records.own_addresses());
+                if self.shown.insert(peer, member).is_none() {
                     records.recall(&peer);
                 }
             } else {

@@ -9,7 +9,7 @@ use libp2p::swarm::ConnectionId;
 use super::behaviour::{PING_INTERVAL, PING_TIMEOUT};
 
 /// How long a connection may be silent: one ping that is not answered in time.
-const SILENCE: Duration = PING_INTERVAL.saturating_add(PING_TIMEOUT);
+pub(super) const SILENCE: Duration = PING_INTERVAL.saturating_add(PING_TIMEOUT);
 
 /// If so long nobody looked, it was this process that stood still, and nothing is concluded from what it did not hear.
 const STOOD_STILL: Duration = Duration::from_secs(3);

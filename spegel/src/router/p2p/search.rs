@@ -245,8 +245,7 @@ impl Context {
         if peer == self.local {
             return None;
         }
-        let own = self.records.lock().own_addresses().to_vec();
-        let addresses = registries(router, &own, self.registry_port);
+        let addresses = registries(router, self.records.lock().own_addresses(), self.registry_port);
         let Traits { zone, load, .. } = self.table.read().traits(&peer);
         (!addresses.is_empty()).then(|| Peer { id: peer.to_base58().into(), addresses, zone, load })
     }

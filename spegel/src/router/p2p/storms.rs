@@ -154,8 +154,7 @@ impl router::Storms for Storms {
     fn peer(&self, wanted: Node) -> Option<Peer> {
         let table = self.0.table.read();
         let contact = table.with_prefix(wanted.0)?;
-        let own = self.0.records.lock().own_addresses().to_vec();
-        let addresses = registries(contact.addresses(), &own, self.0.registry_port);
+        let addresses = registries(contact.addresses(), self.0.records.lock().own_addresses(), self.0.registry_port);
         let traits = table.traits(&contact.peer());
         let id = contact.peer().to_base58().into();
         (!addresses.is_empty()).then_some(Peer { id, addresses, zone: traits.zone, load: traits.load })

@@ -3,7 +3,8 @@
 use libp2p::identity::Keypair;
 use proptest::prelude::*;
 
-use super::super::simulation::{Aim, Kind, Network, NoSigner, Report, SILENCE, scope};
+use super::super::pulse::SILENCE;
+use super::super::simulation::{Aim, Kind, Network, NoSigner, Report, scope};
 use super::list::{ON_ITS_WAY, PARTS};
 use super::message::{Card, SignedCard};
 use super::*;

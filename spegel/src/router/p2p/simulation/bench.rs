@@ -9,11 +9,12 @@ use rand::Rng as _;
 use rand::seq::IteratorRandom as _;
 
 use super::super::keys::ContentId;
+use super::super::pulse::SILENCE;
 use super::super::table::REPLICAS;
 use super::super::wire::{Kind as WireKind, Message as WireMessage};
 use super::lookups::{Connections, Outcomes};
 use super::report::{Aim, Report};
-use super::{CONNECTION, FRAMING, Kind, Network, SILENCE, STREAM, id};
+use super::{CONNECTION, FRAMING, Kind, Network, STREAM, id};
 
 const SEED: u64 = 20_260_801;
 /// How many nodes have each key.

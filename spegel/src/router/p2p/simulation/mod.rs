@@ -43,8 +43,6 @@ const REFRESH: Duration = Duration::from_secs(60);
 const SWEEP: Duration = Duration::from_secs(2);
 /// How long an unused connection to a peer outside of the table stays open.
 const IDLE: Duration = Duration::from_secs(60);
-/// How long until the peers of a node that vanished without a word notice: ping's interval and timeout.
-pub(super) const SILENCE: Duration = Duration::from_secs(15);
 
 /// TCP, IP, noise and yamux around one message, with the acknowledgement; a stream's opening, end and negotiation; a new connection.
 const FRAMING: usize = 134;
