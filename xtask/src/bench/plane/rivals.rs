@@ -68,9 +68,17 @@ impl Rival {
     /// A program that is missing, or does not answer.
     pub(crate) fn serve(self, plane: &Plane, number: u16) -> Result<Running> {
         match self {
-            Self::Spegel { engine, transfer } => {
-                start_spegel(plane, self, engine, transfer, number, &plane.layout(), None, SERVER_CORE)
-            }
+            Self::Spegel { engine, transfer } => start_spegel(
+                &plane.settings.program,
+                plane,
+                self,
+                engine,
+                transfer,
+                number,
+                &plane.layout(),
+                None,
+                SERVER_CORE,
+            ),
             Self::Nginx => {
                 let server = format!("listen {}; root {};", socket(plane.address(), NGINX), plane.layout().display());
                 start_nginx(plane, self, &server, NGINX)
@@ -94,7 +102,7 @@ impl Rival {
     /// It is no spegel, or does not answer.
     pub(crate) fn serve_by(self, plane: &Plane, number: u16, program: &Path) -> Result<Running> {
         let Self::Spegel { engine, transfer } = self else { anyhow::bail!("{} is not spegel", self.name()) };
-        start_spegel_by(program, plane, self, engine, transfer, number, &plane.layout(), None, SERVER_CORE)
+        start_spegel(program, plane, self, engine, transfer, number, &plane.layout(), None, SERVER_CORE)
     }
 
     /// Starts it on the servers' core, to relay from `upstream`.
@@ -105,7 +113,17 @@ impl Rival {
         match self {
             Self::Spegel { engine, transfer } => {
                 let empty = plane.folder.path().join("empty");
-                start_spegel(plane, self, engine, transfer, number, &empty, Some(upstream), SERVER_CORE)
+                start_spegel(
+                    &plane.settings.program,
+                    plane,
+                    self,
+                    engine,
+                    transfer,
+                    number,
+                    &empty,
+                    Some(upstream),
+                    SERVER_CORE,
+                )
             }
             Self::NginxProxy => {
                 let server = format!(
@@ -130,25 +148,21 @@ impl Rival {
 /// # Errors
 /// It does not come up.
 pub(super) fn upstream(plane: &Plane) -> Result<Running> {
-    start_spegel(plane, Rival::TOKIO, "tokio", "zerocopy", 9, &plane.layout(), None, CLIENT_CORE)
+    start_spegel(
+        &plane.settings.program,
+        plane,
+        Rival::TOKIO,
+        "tokio",
+        "zerocopy",
+        9,
+        &plane.layout(),
+        None,
+        CLIENT_CORE,
+    )
 }
 
 #[allow(clippy::too_many_arguments)]
 fn start_spegel(
-    plane: &Plane,
-    rival: Rival,
-    engine: &str,
-    transfer: &str,
-    number: u16,
-    layout: &Path,
-    upstream: Option<SocketAddr>,
-    core: usize,
-) -> Result<Running> {
-    start_spegel_by(&plane.settings.program, plane, rival, engine, transfer, number, layout, upstream, core)
-}
-
-#[allow(clippy::too_many_arguments)]
-fn start_spegel_by(
     program: &Path,
     plane: &Plane,
     rival: Rival,
