@@ -162,6 +162,11 @@ impl Storm {
         Ok(outcomes.iter().all(|outcome| outcome.finished))
     }
 
+    /// For how long a pull may be held; nothing without the protocol.
+    fn held(&self) -> Option<Duration> {
+        (!self.off).then(|| Duration::from_secs_f64(self.max_wait.max(0.0)))
+    }
+
     fn scenario(&self, nodes: usize, seed: u64) -> Scenario {
         Scenario {
             name: format!("layers: {}, deaths: {} %/min", self.layers, self.churn),
@@ -181,7 +186,7 @@ impl Storm {
             seeds: self.seeds,
             zones: self.zones,
             first_byte: Duration::from_millis(self.first_byte),
-            storm: (!self.off).then(|| Duration::from_secs_f64(self.max_wait.max(0.0))),
+            storm: self.held(),
             seed,
             ..Scenario::default()
         }

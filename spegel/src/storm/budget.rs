@@ -5,7 +5,7 @@ use std::hash::Hash;
 use std::time::{Duration, Instant};
 
 /// How long after it was last held, or got anything, what a pull asks for counts as another pull's.
-const GAP: Duration = Duration::from_secs(10);
+pub const GAP: Duration = Duration::from_secs(10);
 /// How many pulls are remembered.
 const PULLS: usize = 1024;
 /// How many past holds of one busy time are told apart.

@@ -14,7 +14,7 @@ mod tree;
 
 use std::time::Duration;
 
-pub use budget::{Budget, Budgets, Hold, HoldEnd};
+pub use budget::{Budget, Budgets, GAP, Hold, HoldEnd};
 pub use child::{Action, Child, Failure, Source, Wish};
 pub use coordinator::{Coordinator, Limits};
 pub use message::{

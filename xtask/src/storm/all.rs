@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
@@ -10,7 +9,7 @@ use spegel_benches::storm::{Storm as Lab, Stormed, Victim};
 
 use super::Storm;
 use super::report::Outcome;
-use super::scenario::{Kill, Scenario};
+
 use super::{lab, model};
 
 /// How the figures come about.
@@ -21,10 +20,6 @@ const METHOD: &str = "Each node is a network namespace with a containerd 2.2 and
     over time the longest single pull. Depth, what nodes waited for and who went upstream are from the nodes' own metrics. Void: the cores \
     were busy all the time, so that they, and no link, may have been the limit. \
     Model: what the simulator makes of last / solo";
-
-/// What the model is told of upstream here, which is no further away than the nodes, and the bound of what a pull may be held.
-const FIRST_BYTE: Duration = Duration::from_millis(20);
-const MAX_WAIT: Duration = Duration::from_secs(2);
 
 /// A line of the table of aims: what is different in it, and what is to be reached.
 struct Row {
@@ -113,7 +108,7 @@ pub(super) fn run(storm: &Storm) -> Result<bool> {
             let mut lab = lab::lab(&asked)?;
             (row.change)(&mut lab);
             match lab::show(&lab) {
-                Ok(stormed) => lines.push(line(number, variant, &lab, &stormed)),
+                Ok(stormed) => lines.push(line(number, variant, &asked, &lab, &stormed)),
                 Err(error) => {
                     println!("{error:#}");
                     lines.push(json!({ "row": number, "variant": variant.name(), "error": format!("{error:#}") }));
@@ -140,14 +135,13 @@ fn read(file: &PathBuf) -> Result<Vec<Value>> {
 }
 
 /// A run's figures.
-fn line(row: usize, variant: Variant, lab: &Lab, stormed: &Stormed) -> Value {
+fn line(row: usize, variant: Variant, storm: &Storm, lab: &Lab, stormed: &Stormed) -> Value {
     let time = if lab.stagger.is_zero() { stormed.last() } else { stormed.slowest() };
     let slowest = stormed.pulls.iter().filter(|pull| !pull.killed).max_by(|a, b| a.seconds.total_cmp(&b.seconds));
     // It has no pulls that share nothing at all.
     let model = (variant != Variant::NoMirror).then(|| {
-        let scenario = scenario(&ROWS[row], variant, lab);
-        print!("{}", model::beside(scenario.clone(), stormed));
-        let outcome = Outcome::of(scenario);
+        let outcome = Outcome::of(model::scenario(ROWS[row].name, storm, lab));
+        print!("{}", model::beside(&outcome, stormed));
         let time = if lab.stagger.is_zero() { outcome.last_of_solo() } else { outcome.worst_of_solo() };
         (time, outcome.upstream)
     });
@@ -171,31 +165,6 @@ fn line(row: usize, variant: Variant, lab: &Lab, stormed: &Stormed) -> Value {
         "void": stormed.is_void(),
         "busy": stormed.busy,
     })
-}
-
-/// The same for the model of `--simulate`.
-fn scenario(row: &Row, variant: Variant, lab: &Lab) -> Scenario {
-    let bytes = |mbit: u32| f64::from(mbit) * 125e3;
-    Scenario {
-        name: row.name.to_owned(),
-        nodes: lab.nodes - usize::from(lab.seeded),
-        upstream: bytes(lab.upstream),
-        node: bytes(lab.node),
-        layers: lab.layers,
-        size: lab.size,
-        stagger: lab.stagger,
-        kill: lab.kill.map(|victim| match victim {
-            Victim::Root => Kill::Root,
-            Victim::Inner => Kill::Inner,
-        }),
-        slow: usize::from(lab.slow_node),
-        refuse: lab.refuse,
-        mute: usize::from(row.mixed) * lab.nodes / 2,
-        seeds: usize::from(lab.seeded),
-        first_byte: FIRST_BYTE,
-        storm: (variant == Variant::On).then_some(MAX_WAIT),
-        ..Scenario::default()
-    }
 }
 
 /// Pulls that failed, but for those that upstream refuses: they may get it from others, or not.

@@ -9,14 +9,16 @@ use spegel_benches::storm::{Pulled, Sample, Storm as Lab, Stormed, Victim};
 use super::Storm;
 use super::chart;
 use super::model;
+use super::report::Outcome;
 use super::scenario::Kill;
 
 /// Makes a storm, shows it, and tells what came of it; false if a pull failed or the cores were the limit.
 pub(super) fn run(storm: &Storm) -> Result<bool> {
-    let stormed = show(&lab(storm)?)?;
+    let lab = lab(storm)?;
+    let stormed = show(&lab)?;
     // It knows no other program, and none at all.
     if storm.binary.is_none() && !storm.no_mirror {
-        print!("{}", model::beside(storm.scenario(storm.nodes, 1), &stormed));
+        print!("{}", model::beside(&Outcome::of(model::scenario("", storm, &lab)), &stormed));
     }
     if let Some(file) = &storm.svg {
         std::fs::write(file, chart::draw(&stormed))?;

@@ -1,9 +1,12 @@
 //! The model beside what really happened: the same scenario, simulated.
 
-use spegel_benches::storm::Stormed;
+use std::time::Duration;
 
+use spegel_benches::storm::{Storm as Lab, Stormed, Victim};
+
+use super::Storm;
 use super::report::Outcome;
-use super::scenario::Scenario;
+use super::scenario::{Kill, Scenario};
 
 /// How far the model may be off.
 const CLOSE: f64 = 0.2;
@@ -15,9 +18,36 @@ struct Figure {
     model: f64,
 }
 
-/// Simulates the scenario, and says how far it is off. It takes chance's first number, and milliseconds.
-pub(super) fn beside(scenario: Scenario, stormed: &Stormed) -> String {
-    let model = Outcome::of(scenario);
+/// What upstream's first byte takes in the lab, where it is no further away than the nodes.
+const FIRST_BYTE: Duration = Duration::from_millis(20);
+
+/// What was made with real nodes, for the model.
+pub(super) fn scenario(name: &str, storm: &Storm, lab: &Lab) -> Scenario {
+    let bytes = |mbit: u32| f64::from(mbit) * 125e3;
+    Scenario {
+        name: name.to_owned(),
+        nodes: lab.nodes - usize::from(lab.seeded),
+        upstream: bytes(lab.upstream),
+        node: bytes(lab.node),
+        layers: lab.layers,
+        size: lab.size,
+        stagger: lab.stagger,
+        kill: lab.kill.map(|victim| match victim {
+            Victim::Root => Kill::Root,
+            Victim::Inner => Kill::Inner,
+        }),
+        slow: usize::from(lab.slow_node),
+        refuse: lab.refuse,
+        mute: usize::from(storm.mixed) * lab.nodes / 2,
+        seeds: usize::from(lab.seeded),
+        first_byte: FIRST_BYTE,
+        storm: storm.held(),
+        ..Scenario::default()
+    }
+}
+
+/// How far the model is off.
+pub(super) fn beside(model: &Outcome, stormed: &Stormed) -> String {
     let figures = [
         Figure { what: "one pull alone (s)", real: stormed.solo, model: model.solo.as_secs_f64() },
         Figure { what: "the last node (s)", real: stormed.last(), model: model.last.as_secs_f64() },

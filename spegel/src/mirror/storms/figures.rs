@@ -12,14 +12,12 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::storm::Why;
+use crate::storm::{GAP, Why};
 
 /// How many images are told apart: the latest. Their repositories are named by our own containerd.
 const IMAGES: usize = 32;
 /// The longest name of one.
 const LONGEST: usize = 255;
-/// After how long without a request the next one is of another pull.
-const GAP: Duration = Duration::from_secs(10);
 
 /// The figures of storms.
 #[derive(Clone, Debug, Default)]
