@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use sha2::{Digest as _, Sha256};
+
 use super::{Digest, ParseReferenceError, TagName};
 
 /// A name under which a node can be found as a source: a digest, or a tag with its full name.
@@ -14,6 +16,13 @@ pub enum Key {
     Digest(Digest),
     /// A tag, which names the digest of a manifest.
     Tag(TagName),
+}
+
+impl Key {
+    /// The SHA-256 of its text, by which the network knows it.
+    pub fn sha256(&self) -> [u8; 32] {
+        Sha256::digest(self.to_string()).into()
+    }
 }
 
 impl From<Digest> for Key {

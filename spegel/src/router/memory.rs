@@ -198,7 +198,7 @@ impl Storms for MemoryStorms {
         let mut nearest: Vec<u64> = self.network.lock().nodes.keys().map(|id| number(id)).collect();
         nearest.sort_unstable_by_key(|node| node ^ target);
         let nodes = nearest.into_iter().take(COORDINATORS).map(storm::Node).collect();
-        (storm::Key(Sha256::digest(text).into()), nodes)
+        (storm::Key(key.sha256()), nodes)
     }
 
     fn ask(&self, to: storm::Node, request: Request) -> oneshot::Receiver<Response> {

@@ -5,12 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::Storms;
-use crate::oci::Digest;
+use crate::oci::{self, Digest};
 use crate::storm::{Asker, Key, MAX_SLOTS, Parent, Refusal, Standing};
 use crate::zerocopy::Growing;
 
@@ -115,7 +114,7 @@ impl Storms {
     /// # Errors
     /// Why it is not taken.
     pub(crate) fn serve(self: &Arc<Self>, served: &Served<'_>, now: Instant) -> Result<Feed, Refusal> {
-        let key = Key(Sha256::digest(served.digest.to_string()).into());
+        let key = Key(oci::Key::from(served.digest.clone()).sha256());
         let asker = Asker { position: served.first, rank: served.rank };
         let (away, seen) = watch::channel(false);
         let sent = Arc::new(AtomicU64::new(0));

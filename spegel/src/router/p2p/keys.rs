@@ -28,7 +28,7 @@ pub(super) struct Distance([u64; 4]);
 
 impl ContentId {
     pub(super) fn of(key: &Key) -> Self {
-        Self(Sha256::digest(key.to_string()).into())
+        Self(key.sha256())
     }
 
     /// The id in a record's key; other kinds of keys are not of this network.
