@@ -103,7 +103,7 @@ fn registry(folder: &tempfile::TempDir) -> (Registry, String) {
     std::fs::write(folder.path().join("index.json"), index.to_string()).unwrap();
     let filters = || Filters::new(&[], &[]).unwrap();
     let router = MemoryNetwork::new().join("a", (Ipv4Addr::LOCALHOST, 1).into());
-    let mut figures = prometheus_client::registry::Registry::default();
+    let mut figures = spegel::metrics::Figures::default();
     let registry = Registry::new(Settings {
         store: OciLayout::open(vec![folder.path().to_owned()], filters()).unwrap(),
         mirror: Mirror::new(router.clone(), MirrorSettings::default(), MirrorMetrics::register(&mut figures)),

@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod doctor;
+mod figures;
 mod handler;
 mod node;
 mod peers;
@@ -24,15 +25,16 @@ use tracing::{info, warn};
 
 use crate::bootstrap::{Bootstrap, DnsBootstrap, HttpEndpoint, RememberedPeers};
 use crate::cli::{self, Command, Content, RegistrySettings, VersionFormat};
-use crate::doctor::DoctorMetrics;
-use crate::mirror::{self, Mirror, MirrorMetrics};
-use crate::registry::{Registry, RegistryMetrics};
+use crate::mirror::{self, Mirror};
+use crate::registry::{ReadyCollector, Registry};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router, RouterMetrics};
-use crate::serve::{ListenAddr, Options, ServeMetrics, Server};
-use crate::store::{Containerd, ContainerdSettings, OciLayout, OfferedCollector, Outcome, Store, StoreError};
+use crate::serve::{ListenAddr, Options, Server};
+use crate::store::{Containerd, ContainerdSettings, OciLayout, Outcome, Store, StoreError};
 use crate::web::Web;
-use crate::{ebpf, hosts, metrics};
+use crate::{ebpf, hosts};
+use figures::Shown;
 
+pub use figures::catalogue;
 pub use trace::{trace, write_out};
 
 /// How often it is looked whether responses are still under way.
@@ -135,13 +137,11 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
     let _stop_all = stop.clone().drop_guard();
     let mut stop_signal = StopSignal::listen()?;
     let open_files = limit_open_files(settings.serve.open_files);
-    let mut figures = metrics::registry();
     let zone = node::zone(&settings.zone, &settings.node_name).await;
-    figures.register_collector(Box::new(trace::DroppedLines));
-    metrics::register_node(&mut figures, &settings.node_name, zone.as_deref());
 
     let (store, mut store_task) = open_store(&settings, &stop)?;
-    let router = start_router(&settings, zone.clone(), RouterMetrics::register(&mut figures), &stop)?;
+    let mut figures = Shown::register(&settings.node_name, zone.as_deref(), &watch, Arc::downgrade(&store));
+    let router = start_router(&settings, zone.clone(), figures.router.clone(), &stop)?;
     if let Some(endpoint) = &settings.bootstrap_endpoint {
         serve_bootstrap(endpoint, &router, &stop)?;
     }
@@ -150,9 +150,7 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         watch: Some(watch.clone()),
         ..settings.mirror.clone()
     };
-    let mirror = Mirror::new(router.clone(), patience, MirrorMetrics::register(&mut figures));
-    let registry_metrics = RegistryMetrics::register(&mut figures);
-    watch.register(&mut figures, registry_metrics.pulled());
+    let mirror = Mirror::new(router.clone(), patience, figures.mirror.clone());
     let registry = Arc::new(Registry::new(crate::registry::Settings {
         store: store.clone(),
         mirror,
@@ -161,17 +159,19 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         basic_auth: settings.basic_auth.clone(),
         node_name: Some(settings.node_name.clone()),
         uploads: settings.uploads,
-        metrics: registry_metrics,
+        metrics: figures.registry.clone(),
     }));
-    figures.register_collector(Box::new(OfferedCollector::new(store.clone())));
-    let examination =
-        doctor::at_start(doctor::settings_at_start(&settings, &watch), DoctorMetrics::register(&mut figures));
-    let serve_metrics = ServeMetrics::register(&mut figures);
-    serve_metrics.set_open_files(open_files);
-    let mut options = Options { metrics: serve_metrics, watch: Some(watch.clone()), ..settings.serve.options.clone() };
+    ReadyCollector::register(&mut figures.all, Arc::downgrade(&registry));
+    let examination = doctor::at_start(doctor::settings_at_start(&settings, &watch), figures.doctor.clone());
+    figures.serve.set_open_files(open_files);
+    if let Some(bytes) = strain::memory_limit() {
+        figures.serve.set_memory(bytes);
+    }
+    let mut options =
+        Options { metrics: figures.serve.clone(), watch: Some(watch.clone()), ..settings.serve.options.clone() };
     options.limits.connections = affordable(options.limits.connections, open_files);
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
-    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures, watch)?;
+    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures.all, watch)?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(tell_outcomes(store.outcomes(), Arc::clone(&registry)));
     tokio::spawn(announce(store, router.clone()));

@@ -7,10 +7,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::metrics::Figures;
 use async_trait::async_trait;
 use http::Method;
 use http::request::Parts;
-use prometheus_client::registry::Registry as Figures;
 use tokio::sync::watch;
 
 use crate::mirror::{self, Mirror, MirrorMetrics};

@@ -1,16 +1,41 @@
 //! The metrics registry that every room adds its own figures to, the process's own figures, and the text form.
 
 mod classic;
+mod figures;
 
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
-use prometheus_client::registry::{Registry, Unit};
+
+pub use figures::{Bound, Described, Figures, Label};
+
+static CPU: Described = Described::counter("process_cpu_seconds", "User and system time spent").as_in_go();
+static RESIDENT: Described =
+    Described::gauge("process_resident_memory_bytes", "Resident memory, pages of files that are mapped included")
+        .as_in_go();
+static VIRTUAL: Described = Described::gauge("process_virtual_memory_bytes", "Virtual memory").as_in_go();
+static THREADS: Described = Described::gauge("process_threads", "Operating system threads");
+static START: Described =
+    Described::gauge("process_start_time_seconds", "Start of the process, seconds since the Unix epoch").as_in_go();
+static OPEN_FILES: Described = Described::gauge("process_open_fds", "Open file descriptors").as_in_go();
+static MAX_FILES: Described = Described::gauge("process_max_fds", "Bound of open file descriptors").as_in_go();
+static OWN_MEMORY: Described = Described::gauge(
+    "spegel_cgroup_own_memory_bytes",
+    "What this process and its like hold themselves, of the memory that its control group is charged for",
+);
+static PAGE_CACHE: Described = Described::gauge(
+    "spegel_cgroup_page_cache_bytes",
+    "Pages of files, which the kernel takes back at need, of the memory that the control group is charged for",
+);
+static NODE: Described = Described::info("spegel_node", "This node's name and zone").labels(&[
+    Label::at_most("node", 1, "this node's name, `--node-name`"),
+    Label::at_most("zone", 1, "its zone, empty if it has none"),
+]);
 
 /// How the figures are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,26 +63,27 @@ impl Format {
     }
 }
 
-/// A registry that already holds the figures of this process.
-pub fn registry() -> Registry {
-    let mut registry = Registry::default();
-    registry.register_collector(Box::new(Process));
-    registry
+/// Figures that already hold those of this process.
+pub fn figures() -> Figures {
+    let mut figures = Figures::default();
+    let described = [&CPU, &RESIDENT, &VIRTUAL, &THREADS, &START, &OPEN_FILES, &MAX_FILES, &OWN_MEMORY, &PAGE_CACHE];
+    figures.collect(described, Process);
+    figures
 }
 
 /// Adds the metric that says which node and which zone the other figures are of, for sums by zone.
-pub fn register_node(registry: &mut Registry, node: &str, zone: Option<&str>) {
+pub fn register_node(figures: &mut Figures, node: &str, zone: Option<&str>) {
     let labels = vec![("node", node.to_owned()), ("zone", zone.unwrap_or_default().to_owned())];
-    registry.register("spegel_node", "This node's name and zone", Info::new(labels));
+    figures.register(&NODE, Info::new(labels));
 }
 
 /// The text that a scraper reads.
 ///
 /// # Errors
 /// Only when a metric's own encoding fails.
-pub fn encode(registry: &Registry, format: Format) -> Result<String, std::fmt::Error> {
+pub fn encode(figures: &Figures, format: Format) -> Result<String, std::fmt::Error> {
     let mut text = String::new();
-    prometheus_client::encoding::text::encode(&mut text, registry)?;
+    prometheus_client::encoding::text::encode(&mut text, figures.registry())?;
     Ok(match format {
         Format::OpenMetrics => text,
         Format::Classic => classic::from_openmetrics(&text),
@@ -68,64 +94,33 @@ pub fn encode(registry: &Registry, format: Format) -> Result<String, std::fmt::E
 #[derive(Debug)]
 struct Process;
 
-impl Process {
-    fn metric<M: EncodeMetric>(
-        encoder: &mut DescriptorEncoder<'_>,
-        name: &str,
-        help: &str,
-        unit: Option<&Unit>,
-        metric: &M,
-    ) -> Result<(), std::fmt::Error> {
-        metric.encode(encoder.encode_descriptor(name, help, unit, metric.metric_type())?)
-    }
-}
-
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         use procfs::WithCurrentSystemInfo as _;
         let Ok(process) = procfs::process::Process::myself() else { return Ok(()) };
         let encoder = &mut encoder;
+        let whole = |number: u64| ConstGauge::new(i64::try_from(number).unwrap_or(i64::MAX));
         if let Ok(stat) = process.stat() {
             let ticks = procfs::ticks_per_second().max(1);
-            let cpu = (stat.utime + stat.stime) as f64 / ticks as f64;
-            let rss = stat.rss_bytes().get();
-            let seconds = Unit::Seconds;
-            Self::metric(
-                encoder,
-                "process_cpu",
-                "User and system time spent",
-                Some(&seconds),
-                &ConstCounter::new(cpu),
-            )?;
-            let resident = ConstGauge::new(i64::try_from(rss).unwrap_or(i64::MAX));
-            Self::metric(encoder, "process_resident_memory", "Resident memory", Some(&Unit::Bytes), &resident)?;
-            let virtual_ = ConstGauge::new(i64::try_from(stat.vsize).unwrap_or(i64::MAX));
-            Self::metric(encoder, "process_virtual_memory", "Virtual memory", Some(&Unit::Bytes), &virtual_)?;
-            let threads = ConstGauge::new(stat.num_threads);
-            Self::metric(encoder, "process_threads", "Operating system threads", None, &threads)?;
+            CPU.encode(encoder, &ConstCounter::new((stat.utime + stat.stime) as f64 / ticks as f64))?;
+            RESIDENT.encode(encoder, &whole(stat.rss_bytes().get()))?;
+            VIRTUAL.encode(encoder, &whole(stat.vsize))?;
+            THREADS.encode(encoder, &ConstGauge::new(stat.num_threads))?;
             if let Ok(boot) = procfs::boot_time_secs() {
-                let start = ConstGauge::new(boot as f64 + stat.starttime as f64 / ticks as f64);
-                let help = "Start of the process, seconds since the Unix epoch";
-                Self::metric(encoder, "process_start_time", help, Some(&seconds), &start)?;
+                START.encode(encoder, &ConstGauge::new(boot as f64 + stat.starttime as f64 / ticks as f64))?;
             }
         }
         if let Ok(count) = process.fd_count() {
-            let open = ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
-            Self::metric(encoder, "process_open_fds", "Open file descriptors", None, &open)?;
+            OPEN_FILES.encode(encoder, &whole(count as u64))?;
         }
         if let Ok(limits) = process.limits()
             && let procfs::process::LimitValue::Value(max) = limits.max_open_files.soft_limit
         {
-            let max = ConstGauge::new(i64::try_from(max).unwrap_or(i64::MAX));
-            Self::metric(encoder, "process_max_fds", "Bound of open file descriptors", None, &max)?;
+            MAX_FILES.encode(encoder, &whole(max))?;
         }
         if let Some(memory) = GroupMemory::read() {
-            let bytes = |bytes| ConstGauge::new(i64::try_from(bytes).unwrap_or(i64::MAX));
-            let help =
-                "What this process and its like hold themselves, of the memory that its control group is charged for";
-            Self::metric(encoder, "spegel_cgroup_own_memory", help, Some(&Unit::Bytes), &bytes(memory.own))?;
-            let help = "Pages of files, which the kernel takes back at need, of the memory that the control group is charged for";
-            Self::metric(encoder, "spegel_cgroup_page_cache", help, Some(&Unit::Bytes), &bytes(memory.cache))?;
+            OWN_MEMORY.encode(encoder, &whole(memory.own))?;
+            PAGE_CACHE.encode(encoder, &whole(memory.cache))?;
         }
         Ok(())
     }
@@ -202,7 +197,7 @@ mod tests {
 
     #[test]
     fn process_figures_have_the_names_that_dashboards_use() {
-        let text = encode(&registry(), Format::OpenMetrics).unwrap();
+        let text = encode(&figures(), Format::OpenMetrics).unwrap();
         for name in [
             "process_cpu_seconds_total ",
             "process_resident_memory_bytes ",

@@ -1,6 +1,8 @@
 //! The chart's `values.yaml` and the table in its README, both made from `values.schema.json`, so that a value is described in one place.
 
 #[cfg(test)]
+mod monitoring;
+#[cfg(test)]
 mod rendered;
 
 use std::fmt::Write as _;

@@ -109,6 +109,25 @@ impl Docs {
     }
 }
 
+/// Writes `docs/metrics.md`. The test that fails when it is stale knows how, since this crate does not depend on the program.
+///
+/// # Errors
+/// cargo cannot be started.
+pub(crate) fn write_metrics() -> Result<bool> {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args([
+        "test",
+        "--quiet",
+        "-p",
+        "spegel",
+        "--test",
+        "it",
+        "--",
+        "metrics::the_page_says_what_the_code_counts",
+    ]);
+    Ok(cargo.current_dir(crate::root()).env("UPDATE_SNAPSHOTS", "1").status()?.success())
+}
+
 /// What is declared first ends first.
 struct Page {
     host: Host,

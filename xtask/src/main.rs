@@ -1,5 +1,5 @@
 //! spegel's own commands: `cargo xtask build`, `test`, `demo`, `bench`, `chart`, `image`, `dist`,
-//! `cluster-test`, `hosts-test`, `docs`, `audit`, `bench-cluster`, `storm`, `ebpf`, `tidy`.
+//! `cluster-test`, `hosts-test`, `docs`, `metrics-docs`, `audit`, `bench-cluster`, `storm`, `ebpf`, `tidy`.
 
 mod audit;
 mod bench;
@@ -69,6 +69,8 @@ enum Command {
     HostsTest(hosts::HostsTest),
     /// Run the shell blocks of the README and of docs; needs root
     Docs(docs::Docs),
+    /// Write docs/metrics.md from the code
+    MetricsDocs,
     /// Check what we depend on: licences, sources, duplicates, known vulnerabilities
     Audit(audit::Audit),
     /// Time image pulls on all nodes of the cluster that kubectl points to, with any mirror or none
@@ -107,6 +109,7 @@ fn run(command: Command) -> Result<bool> {
         Command::ClusterTest(test) => test.run(root()),
         Command::HostsTest(test) => test.run(),
         Command::Docs(docs) => docs.run(),
+        Command::MetricsDocs => docs::write_metrics(),
         Command::Audit(audit) => audit.run(),
         Command::BenchCluster(bench) => bench.run(),
         Command::Dist(dist) => dist.run(root()),

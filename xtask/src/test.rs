@@ -15,7 +15,8 @@ use crate::helm::Version as Helm;
 use crate::suites::{Counts, End, Outcome, Suite, report};
 
 /// The Debian packages of the end-to-end tests.
-const PACKAGES: [&str; 7] = ["containerd", "runc", "docker-registry", "iproute2", "util-linux", "procps", "strace"];
+const PACKAGES: [&str; 8] =
+    ["containerd", "runc", "docker-registry", "iproute2", "util-linux", "procps", "strace", "prometheus"];
 
 #[derive(Debug, Args)]
 pub(crate) struct Test {

@@ -1,6 +1,6 @@
 {{/* With --reuse-values an upgrade from an older chart lacks the values that are new in this one. */}}
 {{- define "spegel.checkValues" -}}
-{{- range $name := list "cleanup" "startupTaint" "networkPolicy" "livenessProbe" -}}
+{{- range $name := list "cleanup" "grafanaDashboard" "prometheusRule" "startupTaint" "networkPolicy" "livenessProbe" -}}
 {{- if not (index $.Values $name) -}}
 {{- fail (printf "the value %s is missing, as in the values of an older chart: upgrade with --reset-then-reuse-values (Helm 3.14 and later) or --values instead of --reuse-values" $name) -}}
 {{- end -}}

@@ -22,10 +22,18 @@ const NO_LIMIT: u64 = 1 << 60;
 /// Where control groups are mounted.
 const GROUPS: &str = "/sys/fs/cgroup";
 
+/// What this process's control group may be charged for, in bytes; none where nobody limits it.
+pub(super) fn memory_limit() -> Option<u64> {
+    own_memory().as_ref().and_then(Memory::limit)
+}
+
+fn own_memory() -> Option<Memory> {
+    Memory::find(Path::new(GROUPS), &fs::read_to_string("/proc/self/cgroup").unwrap_or_default())
+}
+
 /// Looks for as long as the process runs. `open_files` is how many it may have open.
 pub(super) async fn watch(registry: Arc<Registry>, open_files: u64) {
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let memory = Memory::find(Path::new(GROUPS), &own);
+    let memory = own_memory();
     let limit = memory.as_ref().and_then(Memory::limit);
     info!(open_files, memory_limit = limit, "limits of this process");
     let (mut files_low, mut memory_low) = (false, false);

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::metrics::counter::ConstCounter;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::LevelFilter;
@@ -18,7 +18,13 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::cli::{Log, LogFormat, LogLevel};
+use crate::metrics::{Described, Figures};
 use crate::router::KadErrors;
+
+static DROPPED_LINES: Described = Described::counter(
+    "spegel_log_dropped_lines",
+    "Log lines that were dropped, since whoever reads standard error did not keep up",
+);
 
 /// Lines that wait to be written; some MiB at the most.
 const WAITING: usize = 8192;
@@ -73,14 +79,16 @@ pub fn write_out(guard: WorkerGuard) {
 
 /// Tells how many lines were dropped.
 #[derive(Debug)]
-pub(super) struct DroppedLines;
+struct DroppedLines;
+
+/// Adds how many lines were dropped to what is scraped.
+pub(super) fn register(figures: &mut Figures) {
+    figures.collect([&DROPPED_LINES], DroppedLines);
+}
 
 impl Collector for DroppedLines {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let dropped = DROPPED.get().map_or(0, ErrorCounter::dropped_lines);
-        let counter = ConstCounter::new(dropped as u64);
-        let help = "Log lines that were dropped, since whoever reads standard error did not keep up";
-        let metric = encoder.encode_descriptor("spegel_log_dropped_lines", help, None, counter.metric_type())?;
-        counter.encode(metric)
+        DROPPED_LINES.encode(&mut encoder, &ConstCounter::new(dropped as u64))
     }
 }

@@ -5,8 +5,15 @@ use std::fmt::{self, Write as _};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
 use serde::Serialize;
+
+use crate::metrics::{Described, Figures, Label};
+
+static FINDINGS: Described = Described::gauge("spegel_doctor_findings", "What the checks at the start found, by state")
+    .labels(&[
+        Label::at_most("check", 32, "the checks of `spegel doctor`"),
+        Label::of("state", &["good", "note", "unknown", "warning", "failure"]),
+    ]);
 
 /// How something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -48,10 +55,10 @@ pub struct Report {
 
 /// How many findings of each state each check had, when the process started.
 #[derive(Clone, Debug, Default)]
-pub struct DoctorMetrics(Family<Label, Gauge>);
+pub struct DoctorMetrics(Family<Labels, Gauge>);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Label {
+struct Labels {
     check: &'static str,
     state: &'static str,
 }
@@ -163,10 +170,10 @@ impl fmt::Display for Report {
 // === impl DoctorMetrics ===
 
 impl DoctorMetrics {
-    /// Adds them to a registry.
-    pub fn register(registry: &mut Registry) -> Self {
+    /// Adds them to what is scraped.
+    pub fn register(figures: &mut Figures) -> Self {
         let this = Self::default();
-        registry.register("spegel_doctor_findings", "What the checks at the start found, by state", this.0.clone());
+        figures.register(&FINDINGS, this.0.clone());
         this
     }
 
@@ -174,7 +181,7 @@ impl DoctorMetrics {
     pub fn set(&self, report: &Report) {
         self.0.clear();
         for finding in report.findings() {
-            self.0.get_or_create(&Label { check: finding.check, state: finding.state.name() }).inc();
+            self.0.get_or_create(&Labels { check: finding.check, state: finding.state.name() }).inc();
         }
     }
 }
@@ -196,9 +203,9 @@ mod tests {
         assert!(text.ends_with("1 failure keeps pulls from going through the mirror, 1 warning.\n"), "{text}");
         let value = serde_json::to_value(&report).unwrap_or_default();
         assert_eq!((&value["good"], &value["checks"][2]["state"]), (&false.into(), &"failure".into()));
-        let mut registry = Registry::default();
-        DoctorMetrics::register(&mut registry).set(&report);
-        let text = crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap_or_default();
+        let mut figures = Figures::default();
+        DoctorMetrics::register(&mut figures).set(&report);
+        let text = crate::metrics::encode(&figures, crate::metrics::Format::OpenMetrics).unwrap_or_default();
         assert!(text.contains("spegel_doctor_findings{check=\"one\",state=\"failure\"} 1"), "{text}");
     }
 

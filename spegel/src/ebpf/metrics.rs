@@ -6,14 +6,64 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
-use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
-use prometheus_client::registry::{Registry, Unit};
 use spegel_common::{Counts, Role};
 
-use super::table::Row;
+use super::refusal::REASONS;
+use super::table::{Row, SHOWN};
 use super::{Source, Watch};
+use crate::metrics::{Described, Figures, Label};
+
+static SENT: Described =
+    Described::counter("spegel_peer_sent_bytes", "Bytes that a peer acknowledged").labels(&[PEER, ROLE]);
+static RECEIVED: Described =
+    Described::counter("spegel_peer_received_bytes", "Bytes that came from a peer").labels(&[PEER, ROLE]);
+static CONNECTIONS: Described =
+    Described::counter("spegel_peer_connections", "Connections with a peer that were established")
+        .labels(&[PEER, ROLE]);
+static FAILED: Described = Described::counter(
+    "spegel_peer_failed_connections",
+    "Connections to a peer that could not be established; with eBPF only",
+)
+.labels(&[PEER, ROLE]);
+static RESETS: Described =
+    Described::counter("spegel_peer_resets", "Connections with a peer that had no orderly end; with eBPF only")
+        .labels(&[PEER, ROLE]);
+static SEGMENTS: Described =
+    Described::counter("spegel_peer_segments", "Segments with data that were sent to a peer").labels(&[PEER, ROLE]);
+static RETRANSMITS: Described =
+    Described::counter("spegel_peer_retransmits", "Segments that were sent to a peer again").labels(&[PEER, ROLE]);
+static ROUND_TRIP: Described =
+    Described::gauge("spegel_peer_round_trip_seconds", "Smoothed round trip to a peer").labels(&[PEER, ROLE]);
+static RATE: Described =
+    Described::gauge("spegel_peer_delivery_rate", "Bytes a second that the path to a peer delivers")
+        .labels(&[PEER, ROLE])
+        .measured_in("bytes a second");
+static PULLED: Described = Described::counter(
+    "spegel_pull_bytes",
+    "Bytes that this node's containerd got, by where from; upstream's as the kernel counts them, with their TLS and HTTP, and with eBPF only",
+)
+.labels(&[Label::of("source", &["local", "peer", "upstream"])]);
+static OFFLOAD: Described = Described::gauge(
+    "spegel_pull_offload_ratio",
+    "The share of what this node's containerd got that did not come from upstream, since the start; with eBPF only",
+)
+.measured_in("0 to 1");
+static STATE: Described =
+    Described::gauge("spegel_ebpf_state", "1, with where the figures of peers come from, and why from nowhere better")
+        .labels(&[Label::of("source", &["ebpf", "tcp_info"]), Label::of("reason", &REASONS)]);
+static LOST: Described = Described::counter(
+    "spegel_ebpf_lost_events",
+    "Events that could be told to no connection, since the map of these was full; with eBPF only",
+);
+
+const PEER: Label = Label::at_most(
+    "peer",
+    SHOWN + 1,
+    "the 20 addresses that most is moved with, and those that were among them last; all others are `other`",
+);
+const ROLE: Label = Label::of("role", &["served", "fetched", "containerd", "router", "upstream", "other"]);
 
 /// Bytes of content that this node gave its own containerd.
 #[derive(Debug, Default)]
@@ -36,8 +86,9 @@ impl Pulled {
     }
 }
 
-pub(super) fn register(registry: &mut Registry, watch: Watch, pulled: Arc<Pulled>) {
-    registry.register_collector(Box::new(PeersCollector { watch, pulled }));
+pub(super) fn register(figures: &mut Figures, watch: Watch, pulled: Arc<Pulled>) {
+    let peers = COUNTERS.iter().map(|(what, ..)| *what).chain(GAUGES.iter().map(|(what, _)| *what));
+    figures.collect(peers.chain([&PULLED, &OFFLOAD, &STATE, &LOST]), PeersCollector { watch, pulled });
 }
 
 #[derive(Debug)]
@@ -46,8 +97,8 @@ struct PeersCollector {
     pulled: Arc<Pulled>,
 }
 
-type Counter = (&'static str, &'static str, fn(&Counts) -> u64, Known);
-type Gauge = (&'static str, &'static str, Option<&'static Unit>, fn(&Row) -> Option<f64>);
+type Counter = (&'static Described, fn(&Counts) -> u64, Known);
+type Gauge = (&'static Described, fn(&Row) -> Option<f64>);
 
 /// Who knows a figure.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -57,42 +108,18 @@ enum Known {
 }
 
 const COUNTERS: [Counter; 7] = [
-    ("spegel_peer_sent_bytes", "Bytes that a peer acknowledged", |counts| counts.sent, Known::ToSockets),
-    ("spegel_peer_received_bytes", "Bytes that came from a peer", |counts| counts.received, Known::ToSockets),
-    (
-        "spegel_peer_connections",
-        "Connections with a peer that were established",
-        |counts| counts.opened,
-        Known::ToSockets,
-    ),
-    (
-        "spegel_peer_failed_connections",
-        "Connections to a peer that could not be established",
-        |counts| counts.failed,
-        Known::ToKernelOnly,
-    ),
-    (
-        "spegel_peer_resets",
-        "Connections with a peer that had no orderly end",
-        |counts| counts.reset,
-        Known::ToKernelOnly,
-    ),
-    ("spegel_peer_segments", "Segments with data that were sent to a peer", |counts| counts.segments, Known::ToSockets),
-    (
-        "spegel_peer_retransmits",
-        "Segments that were sent to a peer again",
-        |counts| counts.retransmits,
-        Known::ToSockets,
-    ),
+    (&SENT, |counts| counts.sent, Known::ToSockets),
+    (&RECEIVED, |counts| counts.received, Known::ToSockets),
+    (&CONNECTIONS, |counts| counts.opened, Known::ToSockets),
+    (&FAILED, |counts| counts.failed, Known::ToKernelOnly),
+    (&RESETS, |counts| counts.reset, Known::ToKernelOnly),
+    (&SEGMENTS, |counts| counts.segments, Known::ToSockets),
+    (&RETRANSMITS, |counts| counts.retransmits, Known::ToSockets),
 ];
 
 const GAUGES: [Gauge; 2] = [
-    ("spegel_peer_round_trip", "Smoothed round trip to a peer", Some(&Unit::Seconds), |row| {
-        row.newest.srtt.map(|us| f64::from(us) / 1e6)
-    }),
-    ("spegel_peer_delivery_rate", "Bytes a second that the path to a peer delivers", None, |row| {
-        row.newest.rate.map(|rate| rate as f64)
-    }),
+    (&ROUND_TRIP, |row| row.newest.srtt.map(|us| f64::from(us) / 1e6)),
+    (&RATE, |row| row.newest.rate.map(|rate| rate as f64)),
 ];
 
 // === impl PeersCollector ===
@@ -112,11 +139,11 @@ impl PeersCollector {
         let kernels = table.is_kernels();
         let mut named: Vec<_> = table.rows().filter(|(.., row)| row.named != Counts::default()).collect();
         named.sort_unstable_by_key(|(address, role, _)| (*role, *address));
-        for (name, help, figure, known) in COUNTERS {
+        for (what, figure, known) in COUNTERS {
             if known == Known::ToKernelOnly && !kernels {
                 continue;
             }
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            let mut family = what.begin(encoder)?;
             for (address, role, row) in &named {
                 let labels = [("peer", address.to_string()), ("role", role.name().to_owned())];
                 ConstCounter::new(figure(&row.named)).encode(family.encode_family(&labels)?)?;
@@ -126,8 +153,8 @@ impl PeersCollector {
                 ConstCounter::new(figure(table.others(role))).encode(family.encode_family(&labels)?)?;
             }
         }
-        for (name, help, unit, figure) in GAUGES {
-            let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+        for (what, figure) in GAUGES {
+            let mut family = what.begin(encoder)?;
             for (address, role, row) in named.iter().filter(|(.., row)| row.is_named) {
                 let labels = [("peer", address.to_string()), ("role", role.name().to_owned())];
                 if let Some(value) = figure(row) {
@@ -139,8 +166,7 @@ impl PeersCollector {
     }
 
     fn encode_pulls(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "Bytes that this node's containerd got, by where from; upstream's as the kernel counts them, with their TLS and HTTP";
-        let mut family = encoder.encode_descriptor("spegel_pull_bytes", help, None, MetricType::Counter)?;
+        let mut family = PULLED.begin(encoder)?;
         let upstream = self.watch.shared.source.sees(Role::Upstream);
         let upstream = upstream.then(|| self.watch.table().total(Role::Upstream).received);
         let (local, peer) = (self.pulled.local.load(Ordering::Relaxed), self.pulled.peer.load(Ordering::Relaxed));
@@ -150,26 +176,20 @@ impl PeersCollector {
             }
         }
         if let Some(ratio) = upstream.and_then(|upstream| offload(local.saturating_add(peer), upstream)) {
-            let help = "The share of what this node's containerd got that did not come from upstream, since the start";
-            let gauge = ConstGauge::new(ratio);
-            gauge.encode(encoder.encode_descriptor("spegel_pull_offload_ratio", help, None, MetricType::Gauge)?)?;
+            OFFLOAD.encode(encoder, &ConstGauge::new(ratio))?;
         }
         Ok(())
     }
 
     fn encode_state(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "1, with where the figures of peers come from, and why from nowhere better";
-        let mut family = encoder.encode_descriptor("spegel_ebpf_state", help, None, MetricType::Gauge)?;
+        let mut family = STATE.begin(encoder)?;
         let (source, reason) = match &self.watch.shared.source {
             Source::Kernel(_) => ("ebpf", ""),
             Source::Sockets(refusal) => ("tcp_info", refusal.name()),
         };
         ConstGauge::new(1i64).encode(family.encode_family(&[("source", source), ("reason", reason)])?)?;
         if self.watch.table().is_kernels() {
-            let help = "Events that could be told to no connection, since the map of these was full";
-            let counter = ConstCounter::new(self.watch.table().lost());
-            let metric = encoder.encode_descriptor("spegel_ebpf_lost_events", help, None, MetricType::Counter)?;
-            counter.encode(metric)?;
+            LOST.encode(encoder, &ConstCounter::new(self.watch.table().lost()))?;
         }
         Ok(())
     }
@@ -189,6 +209,28 @@ mod tests {
     use std::net::IpAddr;
 
     #[test]
+    fn peers_that_come_and_go_do_not_add_up() {
+        let watch = Watch::without_kernel();
+        for n in 0..10 * SHOWN as u32 {
+            // Each moves more than all before.
+            let mut probe = watch.probe(IpAddr::from(n.to_be_bytes()), Role::Served).unwrap();
+            let info = |bytes| TcpInfo { bytes_acked: bytes, ..TcpInfo::default() };
+            probe.take(&info(1 << (n / 16).min(40)), false);
+            watch.table().name();
+            probe.take(&info((1 << (n / 16).min(40)) + u64::from(n)), true);
+            watch.table().name();
+        }
+        let mut figures = Figures::default();
+        watch.register(&mut figures, Arc::default());
+        let text = crate::metrics::encode(&figures, crate::metrics::Format::OpenMetrics).unwrap();
+        let series = text
+            .lines()
+            .filter(|line| line.starts_with("spegel_peer_sent_bytes_total{peer=") && !line.contains("other"))
+            .count();
+        assert!((20..=SHOWN).contains(&series), "{series}");
+    }
+
+    #[test]
     fn the_ratio_is_that_of_bytes() {
         assert_eq!((offload(0, 0), offload(0, 5), offload(30, 10)), (None, Some(0.0), Some(0.75)));
     }
@@ -200,10 +242,10 @@ mod tests {
             let mut probe = watch.probe(IpAddr::from(n.to_be_bytes()), Role::Served).unwrap();
             probe.take(&TcpInfo { bytes_acked: u64::from(n) * 10, ..TcpInfo::default() }, true);
         }
-        let (mut registry, pulled) = (Registry::default(), Arc::<Pulled>::default());
+        let (mut figures, pulled) = (Figures::default(), Arc::<Pulled>::default());
         pulled.add_peer(7);
-        watch.register(&mut registry, Arc::clone(&pulled));
-        let text = crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap();
+        watch.register(&mut figures, Arc::clone(&pulled));
+        let text = crate::metrics::encode(&figures, crate::metrics::Format::OpenMetrics).unwrap();
         let series = text.lines().filter(|line| line.starts_with("spegel_peer_sent_bytes_total{")).count();
         assert!(series <= super::super::table::NAMED + 3, "{text}");
         assert!(text.contains("spegel_pull_bytes_total{source=\"peer\"} 7"), "{text}");

@@ -198,9 +198,9 @@ impl Watch {
         Report::new(&self.table(), &self.shared.source, Instant::now())
     }
 
-    /// Adds the figures by peer, and what this node pulled from where, to `registry`.
-    pub fn register(&self, registry: &mut prometheus_client::registry::Registry, pulled: Arc<Pulled>) {
-        metrics::register(registry, self.clone(), pulled);
+    /// Adds the figures by peer, and what this node pulled from where, to `figures`.
+    pub fn register(&self, figures: &mut crate::metrics::Figures, pulled: Arc<Pulled>) {
+        metrics::register(figures, self.clone(), pulled);
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {

@@ -5,6 +5,20 @@ use std::io;
 
 use super::privilege;
 
+/// The names of all refusals, and that of none.
+pub(super) const REASONS: [&str; 10] = [
+    "",
+    "off",
+    "old_kernel",
+    "no_cgroup2",
+    "no_privilege",
+    "forbidden",
+    "rejected",
+    "not_attached",
+    "too_slow",
+    "other",
+];
+
 /// Why there are no programs in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -40,7 +54,7 @@ pub enum Refusal {
 // === impl Refusal ===
 
 impl Refusal {
-    /// A short name, for metrics.
+    /// A short name, for metrics: one of [`REASONS`].
     pub fn name(&self) -> &'static str {
         match self {
             Self::Off => "off",

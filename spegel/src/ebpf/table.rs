@@ -13,6 +13,8 @@ use crate::zerocopy::TcpInfo;
 const MOST_ROWS: usize = 8192;
 /// Rows that metrics name; the others are one.
 pub(super) const NAMED: usize = 20;
+/// Rows that metrics show at one time: those, and those that had a name last.
+pub(super) const SHOWN: usize = 60;
 /// For how long what was lost on a path counts half.
 const HALF_LIFE: Duration = Duration::from_secs(30);
 
@@ -185,6 +187,21 @@ impl Table {
         for (_, key) in sizes {
             if let Some(row) = self.rows.get_mut(&key) {
                 row.is_named = true;
+            }
+        }
+        self.forget_names();
+    }
+
+    /// Those that had a name once keep their figures, so that these do not fall; but the oldest let theirs go when there are too many.
+    fn forget_names(&mut self) {
+        let had = |row: &Row| !row.is_named && row.named != Counts::default();
+        let mut ages: Vec<_> =
+            self.rows.iter().filter(|(_, row)| had(row)).map(|(key, row)| (row.seen, *key)).collect();
+        let surplus = ages.len().saturating_sub(SHOWN - NAMED);
+        ages.sort_unstable();
+        for (_, key) in ages.into_iter().take(surplus) {
+            if let Some(row) = self.rows.get_mut(&key) {
+                row.named = Counts::default();
             }
         }
     }

@@ -4,12 +4,46 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::{Registry, Unit};
 
 use super::storms::StormFigures;
+use crate::metrics::{Described, Figures, Label};
 
 const RESOLVE_SECONDS: [f64; 12] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
 const HOLD_SECONDS: [f64; 10] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0];
+
+static RESOLVE: Described = Described::histogram(
+    "spegel_resolve_duration_seconds",
+    "Time until the first peer for a key was found, or it was settled that there is none",
+)
+.labels(&[Label::of("router", &[ROUTER])])
+.as_in_go();
+static ATTEMPTS: Described = Described::counter("spegel_peer_requests", "Requests to peers by outcome")
+    .labels(&[Label::of("outcome", &OUTCOMES)]);
+static RELAYS: Described = Described::counter("spegel_relays", "Bodies relayed from peers, by how they ended")
+    .labels(&[Label::of("end", &ENDS)]);
+static RESUMES: Described = Described::counter(
+    "spegel_relay_resumes",
+    "Bodies that another peer went on with at the byte where the first broke off",
+);
+static WRONG: Described = Described::counter(
+    "spegel_wrong_bytes",
+    "Peers that are not asked for a digest any more, because what they sent for it was wrong",
+)
+.measured_in("peers");
+static OUTCASTS: Described = Described::counter(
+    "spegel_peers_set_aside",
+    "Peers that are not asked for anything for a while, because they sent wrong bytes three times",
+);
+static HOLDS: Described = Described::histogram(
+    "spegel_storm_hold_seconds",
+    "How long requests waited for who a coordinator names, by whether that one gave it or they went on to look for others, and upstream",
+)
+.labels(&[Label::of("outcome", &["fed", "upstream"])]);
+
+/// The only router that there is.
+const ROUTER: &str = "libp2p";
+const OUTCOMES: [&str; 8] = ["answered", "unreachable", "late", "lost", "malformed", "refused", "busy", "wrong_bytes"];
+const ENDS: [&str; 3] = ["complete", "peer_broke", "client_left"];
 
 /// The mirror's figures.
 #[derive(Clone, Debug)]
@@ -40,7 +74,7 @@ struct RelayLabel {
     end: &'static str,
 }
 
-/// How a request to a peer ended.
+/// How a request to a peer ended; [`OUTCOMES`] has their names in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Answered,
@@ -53,7 +87,7 @@ pub(super) enum Outcome {
     WrongBytes,
 }
 
-/// How a relayed body ended.
+/// How a relayed body ended; [`ENDS`] has their names in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     Complete,
@@ -61,34 +95,9 @@ pub(super) enum End {
     ClientLeft,
 }
 
-impl Outcome {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Answered => "answered",
-            Self::Unreachable => "unreachable",
-            Self::Late => "late",
-            Self::Lost => "lost",
-            Self::Malformed => "malformed",
-            Self::Refused => "refused",
-            Self::Busy => "busy",
-            Self::WrongBytes => "wrong_bytes",
-        }
-    }
-}
-
-impl End {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Complete => "complete",
-            Self::PeerBroke => "peer_broke",
-            Self::ClientLeft => "client_left",
-        }
-    }
-}
-
 impl MirrorMetrics {
-    /// Adds the mirror's figures to `registry`.
-    pub fn register(registry: &mut Registry) -> Self {
+    /// Adds the mirror's figures to `figures`.
+    pub fn register(figures: &mut Figures) -> Self {
         let metrics = Self {
             resolve: Family::new_with_constructor(|| Histogram::new(RESOLVE_SECONDS)),
             attempts: Family::default(),
@@ -97,28 +106,15 @@ impl MirrorMetrics {
             wrong: Counter::default(),
             outcasts: Counter::default(),
             holds: Family::new_with_constructor(|| Histogram::new(HOLD_SECONDS)),
-            storm: StormFigures::register(registry),
+            storm: StormFigures::register(figures),
         };
-        registry.register_with_unit(
-            "spegel_resolve_duration",
-            "Time until the first peer for a key was found, or it was settled that there is none",
-            Unit::Seconds,
-            metrics.resolve.clone(),
-        );
-        registry.register("spegel_peer_requests", "Requests to peers by outcome", metrics.attempts.clone());
-        registry.register("spegel_relays", "Bodies relayed from peers, by how they ended", metrics.relays.clone());
-        let help = "Bodies that another peer went on with at the byte where the first broke off";
-        registry.register("spegel_relay_resumes", help, metrics.resumes.clone());
-        let help = "Peers that are not asked for a digest any more, because what they sent for it was wrong";
-        registry.register("spegel_wrong_bytes", help, metrics.wrong.clone());
-        let help = "Peers that are not asked for anything for a while, because they sent wrong bytes three times";
-        registry.register("spegel_peers_set_aside", help, metrics.outcasts.clone());
-        registry.register_with_unit(
-            "spegel_storm_hold",
-            "How long requests waited for who a coordinator names, by whether that one gave it or they went on to look for others, and upstream",
-            Unit::Seconds,
-            metrics.holds.clone(),
-        );
+        figures.register(&RESOLVE, metrics.resolve.clone());
+        figures.register(&ATTEMPTS, metrics.attempts.clone());
+        figures.register(&RELAYS, metrics.relays.clone());
+        figures.register(&RESUMES, metrics.resumes.clone());
+        figures.register(&WRONG, metrics.wrong.clone());
+        figures.register(&OUTCASTS, metrics.outcasts.clone());
+        figures.register(&HOLDS, metrics.holds.clone());
         metrics
     }
 
@@ -128,11 +124,11 @@ impl MirrorMetrics {
     }
 
     pub(super) fn resolved(&self, seconds: f64) {
-        self.resolve.get_or_create(&RouterLabel { router: "libp2p" }).observe(seconds);
+        self.resolve.get_or_create(&RouterLabel { router: ROUTER }).observe(seconds);
     }
 
     pub(super) fn attempted(&self, outcome: Outcome) {
-        self.attempts.get_or_create(&AttemptLabel { outcome: outcome.as_str() }).inc();
+        self.attempts.get_or_create(&AttemptLabel { outcome: OUTCOMES[outcome as usize] }).inc();
     }
 
     pub(super) fn resumed(&self) {
@@ -145,6 +141,6 @@ impl MirrorMetrics {
     }
 
     pub(super) fn relayed(&self, end: End) {
-        self.relays.get_or_create(&RelayLabel { end: end.as_str() }).inc();
+        self.relays.get_or_create(&RelayLabel { end: ENDS[end as usize] }).inc();
     }
 }

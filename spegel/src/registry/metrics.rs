@@ -1,19 +1,70 @@
 //! What the registry counts of its requests.
 
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::{Registry as Metrics, Unit};
 
-use super::ready;
+use super::{Registry, ready};
 use crate::ebpf::Pulled;
-use crate::metrics::BoundedLabel;
+use crate::metrics::{BoundedLabel, Described, Figures, Label};
+
+static MIRROR_REQUESTS: Described =
+    Described::counter("spegel_mirror_requests", "Requests of clients for content, by whether they got it")
+        .labels(&[
+            Label::at_most(
+                "registry",
+                MAX_REGISTRIES + 1,
+                "the first registries that were asked for; all others are `other`",
+            ),
+            Label::of("cache", &["hit", "miss"]),
+        ])
+        .as_in_go();
+static LAST_SUCCESS: Described = Described::gauge(
+    "spegel_mirror_last_success_timestamp_seconds",
+    "When a client last got content, seconds since the Unix epoch",
+)
+.as_in_go();
+static DURATION: Described =
+    Described::histogram("http_request_duration_seconds", "Time from a request's head to its response's last byte")
+        .labels(&[HANDLER, METHOD, CODE])
+        .as_in_go();
+static SIZE: Described = Described::histogram("http_response_size_bytes", "Bytes of response bodies")
+    .labels(&[HANDLER, METHOD, CODE])
+    .as_in_go();
+static INFLIGHT: Described =
+    Described::gauge("http_requests_inflight", "Requests that are being answered").labels(&[HANDLER]).as_in_go();
+static CLIENTS: Described = Described::counter(
+    "spegel_client_requests",
+    "Requests of clients for content, by whether the client is this node's own containerd",
+)
+.labels(&[Label::of("client", &["own", "other_node", "unknown"])]);
+static CUTS: Described = Described::counter(
+    "spegel_cut_responses",
+    "Refusals that were said by an orderly close, because the client had been given a part of that blob",
+);
+static REJECTED: Described = Described::counter(
+    "spegel_rejected_uploads",
+    "Requests of peers that were sent elsewhere because of --max-uploads or --upload-rate",
+);
+static REFUSED: Described = Described::counter(
+    "spegel_refused_requests",
+    "Requests that were refused because this node was stopping, or about to run out of what the reason names",
+)
+.labels(&[Label::of("reason", &["stopping", "connections", "descriptors", "memory"])]);
+
+static READY: Described =
+    Described::gauge("spegel_ready", "1 while /readyz says 200: requests should be sent here").measured_in("0 or 1");
+
+const HANDLER: Label = Label::of("handler", &["livez", "readyz", "v2", MANIFEST, "blob", "referrers", "invalid"]);
+const METHOD: Label = Label::of("method", &["GET", "HEAD", "other"]);
+const CODE: Label = Label::at_most("code", 16, "the status; 0 if the client left before there was one");
 
 /// The label of requests for manifests.
 pub(super) const MANIFEST: &str = "manifest";
@@ -95,8 +146,8 @@ struct ReasonLabel {
 }
 
 impl RegistryMetrics {
-    /// Adds the registry's figures to `metrics`.
-    pub fn register(metrics: &mut Metrics) -> Self {
+    /// Adds the registry's figures to `figures`.
+    pub fn register(figures: &mut Figures) -> Self {
         let last_success = Gauge::<f64, AtomicU64>::default();
         let duration: Family<HttpLabel, Histogram> = Family::new_with_constructor(|| Histogram::new(SECONDS));
         let size: Family<HttpLabel, Histogram> = Family::new_with_constructor(|| Histogram::new(BYTES));
@@ -127,25 +178,15 @@ impl RegistryMetrics {
             refused: Family::default(),
             registries: Arc::new(BoundedLabel::new(MAX_REGISTRIES)),
         };
-        let help = "Requests of clients for content, by whether they got it";
-        metrics.register("spegel_mirror_requests", help, this.mirror_requests.clone());
-        let help = "When a client last got content, seconds since the Unix epoch";
-        let name = "spegel_mirror_last_success_timestamp";
-        metrics.register_with_unit(name, help, Unit::Seconds, this.last_success.clone());
-        let help = "Time from a request's head to its response's last byte";
-        metrics.register_with_unit("http_request_duration", help, Unit::Seconds, this.duration.clone());
-        let help = "Bytes of response bodies";
-        metrics.register_with_unit("http_response_size", help, Unit::Bytes, this.size.clone());
-        metrics.register("http_requests_inflight", "Requests that are being answered", this.inflight.clone());
-        let help = "Requests of clients for content, by whether the client is this node's own containerd";
-        metrics.register("spegel_client_requests", help, this.clients.clone());
-        let help = "Refusals that were said by an orderly close, because the client had been given a part of that blob";
-        metrics.register("spegel_cut_responses", help, this.cuts.clone());
-        let help = "Requests of peers that were sent elsewhere because of --max-uploads or --upload-rate";
-        metrics.register("spegel_rejected_uploads", help, this.refused_uploads.clone());
-        let help =
-            "Requests that were refused because this node was stopping, or about to run out of what the reason names";
-        metrics.register("spegel_refused_requests", help, this.refused.clone());
+        figures.register(&MIRROR_REQUESTS, this.mirror_requests.clone());
+        figures.register(&LAST_SUCCESS, this.last_success.clone());
+        figures.register(&DURATION, this.duration.clone());
+        figures.register(&SIZE, this.size.clone());
+        figures.register(&INFLIGHT, this.inflight.clone());
+        figures.register(&CLIENTS, this.clients.clone());
+        figures.register(&CUTS, this.cuts.clone());
+        figures.register(&REJECTED, this.refused_uploads.clone());
+        figures.register(&REFUSED, this.refused.clone());
         this
     }
 
@@ -249,6 +290,28 @@ impl ClientKind {
             Self::OtherNode => "other_node",
             Self::Unknown => "unknown",
         }
+    }
+}
+
+/// Asks at each scrape whether the registry is ready.
+#[derive(Debug)]
+pub struct ReadyCollector {
+    registry: Weak<Registry>,
+}
+
+// === impl ReadyCollector ===
+
+impl ReadyCollector {
+    /// Adds whether `registry` is ready to `figures`.
+    pub fn register(figures: &mut Figures, registry: Weak<Registry>) {
+        figures.collect([&READY], Self { registry });
+    }
+}
+
+impl Collector for ReadyCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let is_ready = self.registry.upgrade().is_some_and(|registry| registry.ready().is_ok());
+        READY.encode(&mut encoder, &ConstGauge::new(i64::from(is_ready)))
     }
 }
 

@@ -35,7 +35,7 @@ use crate::storm::Rank;
 use crate::zerocopy::{Body, BodyEnd};
 
 pub use auth::BasicAuth;
-pub use metrics::RegistryMetrics;
+pub use metrics::{ReadyCollector, RegistryMetrics};
 pub use promises::Client;
 pub use ready::Prompt;
 pub use strain::Strain;

@@ -5,11 +5,42 @@ use std::sync::atomic::AtomicU64;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
 
 use super::Limits;
 use super::runtime::Chosen;
+use crate::metrics::{Described, Figures, Label};
 use crate::zerocopy::Traffic;
+
+static OPEN: Described = Described::gauge("spegel_serve_connections", "Connections open now");
+static LIMIT: Described = Described::gauge("spegel_serve_connections_limit", "Connections that may be open at once");
+static REFUSED: Described =
+    Described::counter("spegel_serve_connections_refused", "Connections closed because too many were open");
+static BYTES: Described = Described::counter(
+    "spegel_serve_bytes",
+    "Bytes sent to clients by kind, and by the way they took through the kernel",
+)
+.labels(&[Label::of("kind", &["bytes", "file", "relay"]), Label::of("way", &["memory", "sendfile", "splice", "copy"])]);
+static ENGINE: Described = Described::gauge(
+    "spegel_serve_engine_info",
+    "1 for the engine that drives connections, with the reason why it is that one",
+)
+.labels(&[Label::of("engine", &["io-uring", "tokio"]), Label::at_most("reason", 8, "why, in a word or two")]);
+static PIPES: Described = Described::gauge("spegel_serve_pipes", "Pipes that relays use now");
+static BOUNDS: Described =
+    Described::gauge("spegel_serve_bound", "What is allowed at most, in numbers, bytes or seconds")
+        .labels(&[Label::of("of", &BOUND_NAMES)])
+        .measured_in("what `of` says");
+
+const BOUND_NAMES: [&str; 8] = [
+    "connections",
+    "pipes",
+    "header_bytes",
+    "header_seconds",
+    "idle_seconds",
+    "write_stall_seconds",
+    "open_files",
+    "memory_bytes",
+];
 
 /// A server's figures. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -37,42 +68,27 @@ struct EngineLabels {
 // === impl ServeMetrics ===
 
 impl ServeMetrics {
-    /// Figures that `registry` shows.
-    pub fn register(registry: &mut Registry) -> Self {
+    /// Figures that `figures` shows.
+    pub fn register(figures: &mut Figures) -> Self {
         let metrics = Self::default();
-        registry.register("spegel_serve_connections", "Connections open now", metrics.open.clone());
-        registry.register(
-            "spegel_serve_connections_limit",
-            "Connections that may be open at once",
-            metrics.limit.clone(),
-        );
-        registry.register(
-            "spegel_serve_connections_refused",
-            "Connections closed because too many were open",
-            metrics.refused.clone(),
-        );
-        registry.register(
-            "spegel_serve_bytes",
-            "Bytes sent to clients by kind, and by the way they took through the kernel",
-            metrics.traffic.family(),
-        );
-        registry.register(
-            "spegel_serve_engine_info",
-            "1 for the engine that drives connections, with the reason why it is that one",
-            metrics.engine.clone(),
-        );
-        registry.register("spegel_serve_pipes", "Pipes that relays use now", metrics.pipes.clone());
-        registry.register(
-            "spegel_serve_bound",
-            "What is allowed at most, in numbers, bytes or seconds",
-            metrics.bounds.clone(),
-        );
+        figures.register(&OPEN, metrics.open.clone());
+        figures.register(&LIMIT, metrics.limit.clone());
+        figures.register(&REFUSED, metrics.refused.clone());
+        figures.register(&BYTES, metrics.traffic.family());
+        figures.register(&ENGINE, metrics.engine.clone());
+        figures.register(&PIPES, metrics.pipes.clone());
+        figures.register(&BOUNDS, metrics.bounds.clone());
         metrics
     }
 
     /// How many files the process may have open; how many it has is a figure of the process.
     pub fn set_open_files(&self, bound: u64) {
         self.set_bound("open_files", bound as f64);
+    }
+
+    /// How much memory the control group may be charged for; what this process holds of it is a figure of the process.
+    pub fn set_memory(&self, bytes: u64) {
+        self.set_bound("memory_bytes", bytes as f64);
     }
 
     /// Bytes sent.

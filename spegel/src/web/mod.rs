@@ -10,11 +10,10 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::IncomingStream;
-use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 use crate::ebpf::Watch;
-use crate::metrics::{self, Format};
+use crate::metrics::{self, Figures, Format};
 
 /// Where a process on the same node reads what is known of peers, as JSON.
 pub const PEERS_PATH: &str = "/debug/peers";
@@ -31,11 +30,11 @@ impl Web {
     ///
     /// # Errors
     /// The runtime does not accept it.
-    pub fn new(listener: std::net::TcpListener, registry: Registry, watch: Watch) -> std::io::Result<Self> {
+    pub fn new(listener: std::net::TcpListener, figures: Figures, watch: Watch) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let peers = Router::new().route(PEERS_PATH, get(peers)).with_state(watch);
-        let router = Router::new().route("/metrics", get(scrape)).with_state(Arc::new(registry)).merge(peers);
+        let router = Router::new().route("/metrics", get(scrape)).with_state(Arc::new(figures)).merge(peers);
         Ok(Self { listener, router })
     }
 
@@ -50,10 +49,10 @@ impl Web {
     }
 }
 
-async fn scrape(State(registry): State<Arc<Registry>>, headers: HeaderMap) -> Response {
+async fn scrape(State(figures): State<Arc<Figures>>, headers: HeaderMap) -> Response {
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     let format = Format::of_accept(accept);
-    match metrics::encode(&registry, format) {
+    match metrics::encode(&figures, format) {
         Ok(text) => ([(header::CONTENT_TYPE, format.content_type())], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }

@@ -6,6 +6,7 @@ mod ebpf;
 mod fuzz;
 mod hosts;
 mod kube;
+mod metrics;
 mod oci;
 mod registry;
 mod router;

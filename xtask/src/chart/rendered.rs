@@ -24,7 +24,7 @@ fn chart() -> PathBuf {
 }
 
 /// Helm 3, or nothing after the reason was said.
-fn helm() -> Option<PathBuf> {
+pub(super) fn helm() -> Option<PathBuf> {
     find(Version::V3)
 }
 
@@ -32,7 +32,7 @@ fn find(version: Version) -> Option<PathBuf> {
     crate::helm::find(version).inspect_err(|reason| println!("skipped: {reason:#}")).ok()
 }
 
-fn run(helm: &Path, kubernetes: &str, values: &[(&str, &Value)]) -> Output {
+pub(super) fn run(helm: &Path, kubernetes: &str, values: &[(&str, &Value)]) -> Output {
     let mut command = Command::new(helm);
     command.args(["template", "spegel"]).arg(chart()).args(["--namespace", "spegel", "--kube-version", kubernetes]);
     for (path, value) in values {
@@ -41,7 +41,7 @@ fn run(helm: &Path, kubernetes: &str, values: &[(&str, &Value)]) -> Output {
     command.output().unwrap()
 }
 
-fn render(helm: &Path, kubernetes: &str, values: &[(&str, &Value)]) -> String {
+pub(super) fn render(helm: &Path, kubernetes: &str, values: &[(&str, &Value)]) -> String {
     let output = run(helm, kubernetes, values);
     assert!(output.status.success(), "{values:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()

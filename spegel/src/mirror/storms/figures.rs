@@ -10,9 +10,48 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::{Registry, Unit};
 
+use crate::metrics::{Described, Figures, Label};
 use crate::storm::{GAP, Why};
+
+static BLOBS: Described = Described::counter(
+    "spegel_storm_blobs",
+    "Manifests, configs and layers that this node's containerd got while storms were coordinated, by image and by whether it went upstream \
+     for them (who pulled an image is where upstream is not 0)",
+)
+.labels(&[IMAGE, SOURCE]);
+static BYTES: Described = Described::counter(
+    "spegel_storm_received_bytes",
+    "Bytes of what this node's containerd got while storms were coordinated, by image and source",
+)
+.labels(&[IMAGE, SOURCE]);
+static DEPTH: Described = Described::gauge(
+    "spegel_storm_depth",
+    "The most nodes that bytes of the image came through to this one, the first of which had them from upstream: the largest of all \
+     nodes' is the depth of the tree",
+)
+.labels(&[IMAGE]);
+static WAITED: Described = Described::counter(
+    "spegel_storm_waited_seconds",
+    "Time that this node's containerd waited for parts of the image, side by side ones added: for a first_byte while the request was held, \
+     for upstream once told to pull, for a parent that stood still: why a node was slow",
+)
+.labels(&[IMAGE, Label::of("what", &["first_byte", "upstream", "parent"])]);
+static MOVES: Described = Described::counter(
+    "spegel_storm_moves",
+    "Changes of the node that gives a part of the image, by why the one before was left",
+)
+.labels(&[IMAGE, Label::of("why", &["new", "refused", "broke", "slow", "still"])]);
+static DURATION: Described = Described::gauge(
+    "spegel_storm_pull_duration_seconds",
+    "From the first request of this node's latest pull of the image to the last part that came: the slowest node is the one with the most",
+)
+.labels(&[IMAGE]);
+static SHED: Described =
+    Described::counter("spegel_storm_shed", "Nodes that were let go because this node's link was full");
+
+const IMAGE: Label = Label::at_most("image", IMAGES, "the images that were pulled last, `registry/repository`");
+const SOURCE: Label = Label::of("source", &["upstream", "peers"]);
 
 /// How many images are told apart: the latest. Their repositories are named by our own containerd.
 const IMAGES: usize = 32;
@@ -110,28 +149,17 @@ const WHYS: [(Why, &str); 5] =
 // === impl StormFigures ===
 
 impl StormFigures {
-    /// Adds the figures to `registry`.
-    pub(crate) fn register(registry: &mut Registry) -> Self {
-        let figures = Self::default();
-        let help = "Manifests, configs and layers that this node's containerd got while storms were coordinated, by image and by whether \
-             it went upstream for them (who pulled an image is where upstream is not 0)";
-        registry.register("spegel_storm_blobs", help, figures.blobs.clone());
-        let help = "Bytes of what this node's containerd got while storms were coordinated, by image and source";
-        registry.register_with_unit("spegel_storm_received", help, Unit::Bytes, figures.bytes.clone());
-        let help = "The most nodes that bytes of the image came through to this one, the first of which had them from upstream: the \
-             largest of all nodes' is the depth of the tree";
-        registry.register("spegel_storm_depth", help, figures.depth.clone());
-        let help = "Time that this node's containerd waited for parts of the image, side by side ones added: for a first_byte while the \
-             request was held, for upstream once told to pull, for a parent that stood still: why a node was slow";
-        registry.register_with_unit("spegel_storm_waited", help, Unit::Seconds, figures.waits.clone());
-        let help = "Changes of the node that gives a part of the image, by why the one before was left";
-        registry.register("spegel_storm_moves", help, figures.moves.clone());
-        let help = "From the first request of this node's latest pull of the image to the last part that came: the slowest node is the \
-             one with the most";
-        registry.register_with_unit("spegel_storm_pull_duration", help, Unit::Seconds, figures.duration.clone());
-        let help = "Nodes that were let go because this node's link was full";
-        registry.register("spegel_storm_shed", help, figures.shed.clone());
-        figures
+    /// Adds them to `figures`.
+    pub(crate) fn register(figures: &mut Figures) -> Self {
+        let this = Self::default();
+        figures.register(&BLOBS, this.blobs.clone());
+        figures.register(&BYTES, this.bytes.clone());
+        figures.register(&DEPTH, this.depth.clone());
+        figures.register(&WAITED, this.waits.clone());
+        figures.register(&MOVES, this.moves.clone());
+        figures.register(&DURATION, this.duration.clone());
+        figures.register(&SHED, this.shed.clone());
+        this
     }
 
     /// A part of the image is asked for.
@@ -231,8 +259,8 @@ mod tests {
 
     #[test]
     fn the_latest_images_are_told_apart_and_no_more() {
-        let mut registry = Registry::default();
-        let figures = StormFigures::register(&mut registry);
+        let mut shown = Figures::default();
+        let figures = StormFigures::register(&mut shown);
         let start = Instant::now();
         for n in 0..3 * IMAGES {
             let image: Arc<str> = format!("registry.test/app{n}").into();
@@ -242,7 +270,7 @@ mod tests {
             figures.moved(&image, Why::Slow);
             figures.got(&image, From::Upstream, 2, start + GAP / 2);
         }
-        let text = crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap();
+        let text = crate::metrics::encode(&shown, crate::metrics::Format::OpenMetrics).unwrap();
         let images = |name: &str| text.lines().filter(|line| line.starts_with(&format!("{name}{{"))).count();
         for name in ["spegel_storm_blobs_total", "spegel_storm_depth", "spegel_storm_pull_duration_seconds"] {
             assert_eq!(images(name), IMAGES, "{name}");
@@ -251,7 +279,7 @@ mod tests {
         let long: Arc<str> = "x".repeat(LONGEST + 1).into();
         figures.asked(&long, start);
         figures.came(&long, From::Peers, 1);
-        assert!(!crate::metrics::encode(&registry, crate::metrics::Format::OpenMetrics).unwrap().contains(&*long));
+        assert!(!crate::metrics::encode(&shown, crate::metrics::Format::OpenMetrics).unwrap().contains(&*long));
     }
 
     #[test]

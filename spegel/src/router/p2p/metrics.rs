@@ -7,7 +7,38 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+
+use crate::metrics::{Described, Figures as Shown, Label};
+
+static MEMBERS: Described =
+    Described::gauge("spegel_router_members", "Nodes that speak the member protocol, without this one");
+static PEERS: Described =
+    Described::gauge("spegel_router_table_peers", "Peers in the routing table, to which there is a connection");
+static RECORDS: Described =
+    Described::gauge("spegel_router_records", "Records of other nodes' content that this node holds");
+static QUEUE: Described =
+    Described::gauge("spegel_router_advertise_queue", "Keys of this node that wait to be told to peers that are there");
+static AGE: Described = Described::gauge(
+    "spegel_router_advertise_age_seconds",
+    "How long the oldest key that waits to be told to peers has waited",
+);
+static LOOKUPS: Described =
+    Described::counter("spegel_router_lookups", "Lookups by how they ended").labels(&[Label::of("outcome", &OUTCOMES)]);
+static HOPS: Described = Described::histogram(
+    "spegel_router_lookup_hops",
+    "How many peers in a row had to be asked until one named the first provider",
+);
+static MESSAGES: Described =
+    Described::counter("spegel_router_messages", "Messages to and from peers by kind").labels(&[
+        Label::of("direction", &DIRECTIONS),
+        Label::at_most("kind", 16, "the kinds of Kademlia's and the members' messages"),
+    ]);
+static REFUSED: Described = Described::counter("spegel_router_refused", "What peers said and was not taken, by reason")
+    .labels(&[Label::of("reason", &REASONS)]);
+
+const OUTCOMES: [&str; 7] = ["found", "none", "abandoned", "timed_out", "cached", "joined", "refused"];
+const DIRECTIONS: [&str; 2] = ["sent", "received"];
+const REASONS: [&str; 5] = ["undecodable", "key", "address", "provider", "card"];
 
 /// The router's figures. Without a registry they are counted all the same, and nobody sees them.
 #[derive(Clone, Debug)]
@@ -32,7 +63,7 @@ pub(super) struct OutcomeLabel {
     outcome: &'static str,
 }
 
-/// How a lookup ended.
+/// How a lookup ended; [`OUTCOMES`] has their names in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// Somebody offers the key.
@@ -57,7 +88,7 @@ pub(super) struct MessageLabels {
     kind: &'static str,
 }
 
-/// Whose message it is.
+/// Whose message it is; [`DIRECTIONS`] has their names in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     /// Ours.
@@ -71,7 +102,7 @@ pub(super) struct ReasonLabel {
     reason: &'static str,
 }
 
-/// Why what a peer said was not taken.
+/// Why what a peer said was not taken; [`REASONS`] has their names in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reason {
     /// It is no message, or too long.
@@ -90,46 +121,18 @@ pub(super) enum Reason {
 
 impl RouterMetrics {
     /// Registers the figures.
-    pub fn register(registry: &mut Registry) -> Self {
+    pub fn register(shown: &mut Shown) -> Self {
         let metrics = Self::default();
         let figures = &metrics.0;
-        registry.register(
-            "spegel_router_members",
-            "Nodes that speak the member protocol, without this one",
-            figures.members.clone(),
-        );
-        registry.register(
-            "spegel_router_table_peers",
-            "Peers in the routing table, to which there is a connection",
-            figures.peers.clone(),
-        );
-        registry.register(
-            "spegel_router_records",
-            "Records of other nodes' content that this node holds",
-            figures.records.clone(),
-        );
-        registry.register(
-            "spegel_router_advertise_queue",
-            "Keys of this node that wait to be told to peers that are there",
-            figures.advertise_queue.clone(),
-        );
-        registry.register(
-            "spegel_router_advertise_age_seconds",
-            "How long the oldest of them has waited",
-            figures.advertise_age.clone(),
-        );
-        registry.register("spegel_router_lookups", "Lookups by how they ended", figures.lookups.clone());
-        registry.register(
-            "spegel_router_lookup_hops",
-            "How many peers in a row had to be asked until one named the first provider",
-            figures.hops.clone(),
-        );
-        registry.register("spegel_router_messages", "Messages to and from peers by kind", figures.messages.clone());
-        registry.register(
-            "spegel_router_refused",
-            "What peers said and was not taken, by reason",
-            figures.refused.clone(),
-        );
+        shown.register(&MEMBERS, figures.members.clone());
+        shown.register(&PEERS, figures.peers.clone());
+        shown.register(&RECORDS, figures.records.clone());
+        shown.register(&QUEUE, figures.advertise_queue.clone());
+        shown.register(&AGE, figures.advertise_age.clone());
+        shown.register(&LOOKUPS, figures.lookups.clone());
+        shown.register(&HOPS, figures.hops.clone());
+        shown.register(&MESSAGES, figures.messages.clone());
+        shown.register(&REFUSED, figures.refused.clone());
         metrics
     }
 }
@@ -154,23 +157,12 @@ impl Default for RouterMetrics {
 
 impl Figures {
     pub(super) fn lookup(&self, outcome: Outcome) {
-        let outcome = match outcome {
-            Outcome::Found => "found",
-            Outcome::None => "none",
-            Outcome::Abandoned => "abandoned",
-            Outcome::TimedOut => "timed_out",
-            Outcome::Cached => "cached",
-            Outcome::Joined => "joined",
-            Outcome::Refused => "refused",
-        };
+        let outcome = OUTCOMES[outcome as usize];
         self.lookups.get_or_create(&OutcomeLabel { outcome }).inc();
     }
 
     pub(super) fn message(&self, direction: Direction, kind: &'static str, count: u64) {
-        let direction = match direction {
-            Direction::Sent => "sent",
-            Direction::Received => "received",
-        };
+        let direction = DIRECTIONS[direction as usize];
         self.messages.get_or_create(&MessageLabels { direction, kind }).inc_by(count);
     }
 
@@ -187,13 +179,7 @@ impl Figures {
     }
 
     pub(super) fn refuse(&self, reason: Reason) {
-        let reason = match reason {
-            Reason::Undecodable => "undecodable",
-            Reason::Key => "key",
-            Reason::Address => "address",
-            Reason::Provider => "provider",
-            Reason::Card => "card",
-        };
+        let reason = REASONS[reason as usize];
         self.refused.get_or_create(&ReasonLabel { reason }).inc();
     }
 }

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use prometheus_client::registry::Registry as Figures;
 use spegel::ebpf::Watch;
+use spegel::metrics::Figures;
 use spegel::mirror::{Kind, Mirror, MirrorMetrics, Settings as MirrorSettings, Wanted};
 use spegel::oci::{Digest, Key};
 use spegel::router::{MemoryNetwork, Router as _};

@@ -204,7 +204,7 @@ impl Node {
         drop(reserved);
         let router = network.join(id, address);
         let shelf = Shelf::new();
-        let mut figures = prometheus_client::registry::Registry::default();
+        let mut figures = spegel::metrics::Figures::default();
         let given = setup.mirror.unwrap_or_default();
         let settings = MirrorSettings {
             resolve_timeout: if setup.exact { given.resolve_timeout } else { Duration::from_millis(500) },

@@ -16,7 +16,7 @@ const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 struct Kept {
     folder: tempfile::TempDir,
     registry: Registry,
-    figures: prometheus_client::registry::Registry,
+    figures: spegel::metrics::Figures,
     digest: Digest,
 }
 
@@ -29,7 +29,7 @@ impl Kept {
         let digest = name(&folder, MANIFEST);
         let network = MemoryNetwork::new();
         let router = network.join("a", (Ipv4Addr::LOCALHOST, 1).into());
-        let mut figures = prometheus_client::registry::Registry::default();
+        let mut figures = spegel::metrics::Figures::default();
         let registry = Registry::new(Settings {
             store: OciLayout::open(vec![folder.path().to_owned()], Filters::new(&[], &[]).unwrap()).unwrap(),
             mirror: Mirror::new(router.clone(), MirrorSettings::default(), MirrorMetrics::register(&mut figures)),
@@ -67,8 +67,7 @@ impl Kept {
     }
 
     fn figure(&self, line: &str) -> Option<f64> {
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.figures).unwrap();
+        let text = spegel::metrics::encode(&self.figures, spegel::metrics::Format::OpenMetrics).unwrap();
         text.lines().find_map(|shown| shown.strip_prefix(line)?.trim().parse().ok())
     }
 }

@@ -46,12 +46,11 @@ fn bind(options: Options) -> Result<Server, ServeError> {
 
 #[tokio::test]
 async fn the_engine_is_told_with_its_reason() {
-    let mut registry = prometheus_client::registry::Registry::default();
+    let mut registry = spegel::metrics::Figures::default();
     let metrics = ServeMetrics::register(&mut registry);
     let server = bind(Options { metrics, ..of(EngineChoice::Tokio) }).unwrap();
     assert_eq!((server.engine().engine, server.engine().reason), (EngineKind::Tokio, "asked for"));
-    let mut shown = String::new();
-    prometheus_client::encoding::text::encode(&mut shown, &registry).unwrap();
+    let shown = spegel::metrics::encode(&registry, spegel::metrics::Format::OpenMetrics).unwrap();
     assert!(shown.contains("spegel_serve_engine_info{engine=\"tokio\",reason=\"asked for\"} 1\n"), "{shown}");
 }
 

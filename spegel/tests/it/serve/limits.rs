@@ -190,17 +190,13 @@ async fn check_turns(settings: Settings, others: usize, most: usize) {
 
 #[tokio::test]
 async fn figures_appear_under_their_names() {
-    let mut registry = prometheus_client::registry::Registry::default();
+    let mut registry = spegel::metrics::Figures::default();
     let metrics = spegel::serve::ServeMetrics::register(&mut registry);
     let fixture = Fixture::with(Options { metrics, ..Options::default() });
     fixture.then(Body::file(file_of(b"four"), 0, 4));
     let mut client = fixture.connect().await;
     client.fetch().await;
-    let figures = || {
-        let mut shown = String::new();
-        prometheus_client::encoding::text::encode(&mut shown, &registry).unwrap();
-        shown
-    };
+    let figures = || spegel::metrics::encode(&registry, spegel::metrics::Format::OpenMetrics).unwrap();
     // The bytes are counted when the server has heard that they are sent, which the client may see sooner.
     let deadline = Instant::now() + Duration::from_secs(10);
     while !figures().contains("way=\"sendfile\"} 4") && Instant::now() < deadline {
