@@ -1,7 +1,7 @@
-//! `cargo xtask docs`: runs the shell blocks of the README and of `docs/`.
+//! `cargo xtask docs`: runs the shell blocks of the README, the chart's page, and `docs/`.
 //!
 //! Each block's line before it says where it is run (`<!-- run: host -->`) or why it is not (`<!-- not run: reason -->`); a block that says
-//! neither is an error. `host` is a plain host with the Debian package installed, one for each page; `chart` is the repository with Helm.
+//! neither is an error, and so is an indented block, which could be a command as well. `host` is a plain host with the Debian package installed, one for each page; `chart` is the repository with Helm.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -149,7 +149,8 @@ impl Page {
 }
 
 fn pages() -> Result<Vec<PathBuf>> {
-    let mut pages = vec![crate::root().join("README.md")];
+    let single = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "charts/spegel/README.md"];
+    let mut pages: Vec<PathBuf> = single.iter().map(|page| crate::root().join(page)).collect();
     for entry in fs::read_dir(crate::root().join("docs"))? {
         pages.push(entry?.path());
     }
@@ -163,12 +164,18 @@ fn blocks(text: &str) -> Result<Vec<Block>> {
     let mut blocks = Vec::new();
     let mut lines = text.lines().enumerate();
     let mut before = "";
+    let mut was_blank = true;
     while let Some((number, line)) = lines.next() {
+        ensure!(!was_blank || !line.starts_with("    "), "line {}: an indented block: write ```sh, or what it is", number + 1);
+        was_blank = line.trim().is_empty();
         if line.trim_start() == "```sh" {
             let place = place(before).with_context(|| format!("line {}", number + 1))?;
             let script: Vec<&str> =
                 lines.by_ref().map(|(_, line)| line).take_while(|line| line.trim() != "```").collect();
             blocks.push(Block { line: number + 1, place, script: script.join("\n") });
+        } else if line.trim_start().starts_with("```") {
+            // Another language's.
+            lines.by_ref().find(|(_, line)| line.trim() == "```");
         }
         if !line.trim().is_empty() {
             before = line;
@@ -205,7 +212,7 @@ mod tests {
                 .unwrap();
         assert_eq!((found.len(), found[0].script.as_str(), found[0].line), (2, "b\nc", 4));
         assert_eq!((&found[0].place, &found[1].place), (&Place::Host, &Place::Nowhere("d".to_owned())));
-        for wrong in ["```sh\n```\n", "<!-- run: moon -->\n```sh\n```\n", "<!-- run: host -->\nbetween\n```sh\n```\n"] {
+        for wrong in ["a\n\n    indented\n", "```sh\n```\n", "<!-- run: moon -->\n```sh\n```\n", "<!-- run: host -->\nbetween\n```sh\n```\n"] {
             assert!(blocks(wrong).is_err(), "{wrong}");
         }
     }

@@ -1,13 +1,16 @@
 //! `cargo xtask hosts-test`: twelve plain hosts, installed from the Debian package, upgraded and removed.
 //!
 //! A host is a network namespace and a mount namespace whose root is a writable layer above this machine's own, so that what a package does to
-//! a host is all in that layer. There the real `dpkg` installs, upgrades and removes, with the package's own scripts. systemd itself does not
-//! run: this test reads the installed unit and starts its commands with its environment file as systemd would, and listens to what they say
-//! over `NOTIFY_SOCKET`. So the unit's hardening and systemd's restarts are not exercised; `systemd-analyze` checks the file where it is there.
+//! a host is all in that layer. There the real `apt-get` and `dpkg` install, upgrade and remove, with the package's own scripts.
+//! On three of them systemd runs as the first process, with a real containerd beside spegel, and the unit is what it is everywhere: its readiness,
+//! its watchdog, its sandbox. On the others, which serve OCI layouts, this test reads the installed unit, starts its commands with its environment
+//! file as systemd would, and listens to what they say over `NOTIFY_SOCKET`.
 
+mod booted;
 mod host;
+mod systemd;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -21,8 +24,11 @@ use spegel_benches::netns::Lab;
 pub(crate) use host::Host;
 
 const HOSTS: usize = 12;
+/// How many of them have systemd and containerd.
+const BOOTED: usize = 3;
 /// How long they may take to know each other; far above what it takes.
 const TOGETHER: Duration = Duration::from_secs(60);
+const SETTINGS: &str = "etc/default/spegel";
 /// What an administrator had before, and has again afterwards.
 const ADMINS: &str = "server = 'https://quay.io'\n\n[host.'https://quay.io']\ncapabilities = ['pull', 'resolve']\n";
 
@@ -53,8 +59,7 @@ impl HostsTest {
             .build(&folder.path().join("image"))?;
         let mut lab = Lab::new()?;
         let start = Instant::now();
-        let mut hosts =
-            (0..HOSTS).map(|_| Host::start(lab.add_node()?, folder.path())).collect::<Result<Vec<Host>>>()?;
+        let mut hosts = start_all(&mut lab, folder.path())?;
         check_unit(&hosts[0], &first)?;
         step(start, "twelve hosts");
         install(&mut hosts, &first, &image)?;
@@ -63,9 +68,15 @@ impl HostsTest {
         step(start, "every host gets the image of the first through its own mirror");
         supervised(&mut hosts[3])?;
         step(start, "the watchdog is told while the process answers, and not while it is stopped");
+        for host in hosts.iter().filter(|host| host.systemd().is_some()) {
+            booted::check(host, &image)?;
+        }
+        step(start, "where systemd runs: a stopped process is replaced, and the sandbox keeps nothing from being served");
         upgrade(&mut hosts, &second)?;
         pulls(&hosts, &image)?;
         step(start, "upgraded one after the other: settings kept, and each knows all others again");
+        remembered(&mut hosts)?;
+        step(start, "all started anew with a list of nobody: those that were met before suffice");
         remove(hosts)?;
         step(start, "removed and purged: nothing is left, and what the administrator had is there again");
         Ok(true)
@@ -85,7 +96,7 @@ pub(crate) fn available() -> Result<(), String> {
     host::overlay_works()
 }
 
-fn check_unit(host: &Host, package: &std::path::Path) -> Result<()> {
+fn check_unit(host: &Host, package: &Path) -> Result<()> {
     let Some(analyze) = find_program("systemd-analyze") else {
         println!("the unit is not checked: there is no systemd-analyze here");
         return Ok(());
@@ -99,23 +110,42 @@ fn check_unit(host: &Host, package: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-fn install(hosts: &mut [Host], package: &std::path::Path, image: &Image) -> Result<()> {
+fn start_all(lab: &mut Lab, folder: &Path) -> Result<Vec<Host>> {
+    let booted = match systemd::available() {
+        Ok(()) => BOOTED,
+        Err(reason) => {
+            println!("hosts with systemd and containerd ... skipped: {reason}");
+            0
+        }
+    };
+    let plain = (booted..HOSTS).map(|_| Host::start(lab.add_node()?, folder)).collect::<Result<Vec<Host>>>()?;
+    let booted = (0..booted).map(|_| Host::boot(lab.add_node()?, folder)).collect::<Result<Vec<Host>>>()?;
+    Ok(plain.into_iter().chain(booted).collect())
+}
+
+fn install(hosts: &mut [Host], package: &Path, image: &Image) -> Result<()> {
     let (first, second) = (hosts[0].node.address(), hosts[1].node.address());
     for (number, host) in hosts.iter_mut().enumerate() {
         host.write("etc/containerd/certs.d/quay.io/hosts.toml", ADMINS)?;
         host.write("etc/containerd/certs.d/_default/hosts.toml", ADMINS)?;
-        host.write("srv/layout/oci-layout", "{\"imageLayoutVersion\":\"1.0.0\"}")?;
-        host.write("srv/layout/index.json", "{\"schemaVersion\":2,\"manifests\":[]}")?;
-        std::fs::create_dir_all(host.path("srv/layout/blobs/sha256"))?;
-        host.dpkg(&["--install"], Some(package))?;
+        let served = if host.systemd().is_some() {
+            booted::install(host, package, number)?;
+            ""
+        } else {
+            host.write("srv/layout/oci-layout", "{\"imageLayoutVersion\":\"1.0.0\"}")?;
+            host.write("srv/layout/index.json", "{\"schemaVersion\":2,\"manifests\":[]}")?;
+            std::fs::create_dir_all(host.path("srv/layout/blobs/sha256"))?;
+            host.dpkg(&["--install"], Some(package))?;
+            "OCI_LAYOUT=/srv/layout\n"
+        };
         // A list, a URL and multicast together; each host serves its addresses.
-        let shipped = host.read("etc/default/spegel")?;
+        let shipped = host.read(SETTINGS)?;
         let settings = format!(
             "{}\nBOOTSTRAP_KIND=static,http,mdns\nSTATIC_BOOTSTRAP_PEERS={first}\nHTTP_BOOTSTRAP_URL=http://{second}:5002/id\n\
-             HTTP_BOOTSTRAP_ADDR=:5002\nOCI_LAYOUT=/srv/layout\nMIRROR_RESOLVE_TIMEOUT=1s\nNODE_NAME=host-{number}\n",
+             HTTP_BOOTSTRAP_ADDR=:5002\nMIRROR_RESOLVE_TIMEOUT=1s\nNODE_NAME=host-{number}\n{served}",
             shipped.replace("BOOTSTRAP_KIND=static,mdns\n", "")
         );
-        host.write("etc/default/spegel", &settings)?;
+        host.write(SETTINGS, &settings)?;
         host.start_service()?;
         let written = host.read("etc/containerd/certs.d/_default/hosts.toml")?;
         ensure!(written.contains("http://127.0.0.1:5000"), "no mirror is configured: {written}");
@@ -163,28 +193,57 @@ fn supervised(host: &mut Host) -> Result<()> {
     Ok(())
 }
 
-fn upgrade(hosts: &mut [Host], package: &std::path::Path) -> Result<()> {
+fn upgrade(hosts: &mut [Host], package: &Path) -> Result<()> {
     for host in hosts.iter_mut() {
-        let before = host.read("etc/default/spegel")?;
+        let before = host.read(SETTINGS)?;
         let identity = host.read("var/lib/spegel/private.key")?;
         host.dpkg(&["--install"], Some(package))?;
-        ensure!(host.read("etc/default/spegel")? == before, "the upgrade has changed the settings");
-        host.stop_service()?;
-        host.start_service()?;
+        ensure!(host.read(SETTINGS)? == before, "the upgrade has changed the settings");
+        if host.systemd().is_none() {
+            // systemd was told so by the package.
+            host.stop_service()?;
+            host.start_service()?;
+        }
         ensure!(host.read("var/lib/spegel/private.key")? == identity, "the host has another identity than before");
+    }
+    together(hosts)
+}
+
+/// Nobody who is named answers, and nobody is called by multicast: what is left is who was met before.
+fn remembered(hosts: &mut [Host]) -> Result<()> {
+    for host in hosts.iter_mut() {
+        host.stop_service()?;
+        let named = ["BOOTSTRAP_KIND=", "STATIC_BOOTSTRAP_PEERS=", "HTTP_BOOTSTRAP_URL="];
+        let before = host.read(SETTINGS)?;
+        let kept: Vec<&str> = before.lines().filter(|line| !named.iter().any(|name| line.starts_with(name))).collect();
+        // An address that nobody has.
+        let [a, b, c, _] = host.node.address().octets();
+        let nobody = format!("BOOTSTRAP_KIND=static\nSTATIC_BOOTSTRAP_PEERS={a}.{b}.{c}.254\n");
+        host.write(SETTINGS, &format!("{}\n{nobody}", kept.join("\n")))?;
+    }
+    for host in hosts.iter_mut() {
+        host.start_service()?;
     }
     together(hosts)
 }
 
 fn remove(hosts: Vec<Host>) -> Result<()> {
     for mut host in hosts {
-        host.stop_service()?;
-        host.dpkg(&["--remove", "spegel"], None)?;
+        if host.systemd().is_some() {
+            booted::remove(&host)?;
+        } else {
+            host.stop_service()?;
+            host.dpkg(&["--remove", "spegel"], None)?;
+        }
         for registry in ["quay.io", "_default"] {
             let now = host.read(&format!("etc/containerd/certs.d/{registry}/hosts.toml"))?;
             ensure!(now == ADMINS, "{registry} is not as it was: {now}");
         }
-        host.dpkg(&["--purge", "spegel"], None)?;
+        if host.systemd().is_some() {
+            booted::purge(&host)?;
+        } else {
+            host.dpkg(&["--purge", "spegel"], None)?;
+        }
         let left = host.left()?;
         ensure!(left.is_empty(), "left behind: {left:?}");
     }

@@ -31,6 +31,8 @@ pub(super) struct Config {
     pub(super) local_pull: bool,
     /// Registries stand in the old form, which takes no `hosts.toml`.
     pub(super) has_mirrors: bool,
+    /// A section that names a `config_path` and is of another version of the file than its first line says: containerd does not read it.
+    unread: Option<&'static str>,
 }
 
 /// Reads `v2.2.7`, `1.6.20~ds1` and the like.
@@ -47,9 +49,11 @@ pub(super) fn version(text: &str) -> Option<Version> {
 pub(super) fn read(process: &Process, main: &Path, version: Option<Version>) -> Result<Config, String> {
     let mut config = Config::default();
     let imports_nothing = || if version >= Some((2, 2)) { vec![IMPORTS_2_2.to_owned()] } else { Vec::new() };
+    let mut form = None;
     let imports = match parse(&process.path(main))? {
         Some(document) => {
-            config.take(&document);
+            form = told_form(&document);
+            config.take(&document, form, version);
             match document.get("imports").and_then(Item::as_array) {
                 Some(list) => list.iter().filter_map(toml_edit::Value::as_str).map(str::to_owned).collect(),
                 None => imports_nothing(),
@@ -64,7 +68,9 @@ pub(super) fn read(process: &Process, main: &Path, version: Option<Version>) -> 
             matching(&process.path(&folder.join(pattern))).into_iter().filter(|path| *path != process.path(main))
         {
             if let Some(document) = parse(&path)? {
-                config.take(&document);
+                // To 1.x all files have one version, to 2.x each has its own.
+                let inherited = form.filter(|_| version < Some((2, 0)));
+                config.take(&document, told_form(&document).or(inherited), version);
             }
         }
     }
@@ -81,6 +87,22 @@ fn parse(path: &Path) -> Result<Option<DocumentMut>, String> {
     }
     let text = fs::read_to_string(path).map_err(|error| say(&error))?;
     text.parse().map(Some).map_err(|error: toml_edit::TomlError| say(&error.message()))
+}
+
+/// The version of the file's form; none where it tells none.
+fn told_form(document: &DocumentMut) -> Option<i64> {
+    document.get("version").and_then(Item::as_integer).filter(|form| *form > 0)
+}
+
+/// Whether this containerd reads a plugin's section in a file of this form, as measured on 1.6.20 and 2.2.7.
+fn is_read(plugin: &str, form: Option<i64>, version: Option<Version>) -> bool {
+    let form = form.unwrap_or(1);
+    match version {
+        None => true,
+        Some((0 | 1, _)) if form < 2 => plugin == "cri",
+        Some((0 | 1, _)) => plugin == "io.containerd.grpc.v1.cri",
+        Some(_) => form < 3 || plugin == "io.containerd.cri.v1.images",
+    }
 }
 
 /// The files that a pattern with stars in its last part names, sorted.
@@ -106,10 +128,14 @@ fn fits(pattern: &str, name: &str) -> bool {
 // === impl Config ===
 
 impl Config {
-    fn take(&mut self, document: &DocumentMut) {
+    fn take(&mut self, document: &DocumentMut, form: Option<i64>, version: Option<Version>) {
         let Some(plugins) = document.get("plugins").and_then(Item::as_table_like) else { return };
-        for plugin in PLUGINS.iter().rev().filter_map(|name| plugins.get(name)) {
+        for (name, plugin) in PLUGINS.iter().rev().filter_map(|name| Some((*name, plugins.get(name)?))) {
             let at = |path: &[&str]| path.iter().try_fold(plugin, |item, key| item.as_table_like()?.get(key)).cloned();
+            if !is_read(name, form, version) {
+                self.unread = self.unread.or(at(&["registry", "config_path"]).map(|_| name));
+                continue;
+            }
             let flag = |path: &[&str]| at(path).and_then(|item| item.as_bool());
             if let Some(path) = at(&["registry", "config_path"]).and_then(|item| item.as_str().map(str::to_owned)) {
                 self.config_path = Some(path);
@@ -142,6 +168,13 @@ impl Config {
                 said,
                 format!("{change}; move those mirrors into hosts.toml files first, containerd takes one form only"),
             );
+        }
+        if let (None, Some(name)) = (told, self.unread) {
+            let first = if version < Some((2, 0)) { "version = 2" } else { "version = 3" };
+            let said = format!(
+                "containerd's config_path stands below [plugins.'{name}'.registry], which it does not read in a file without that section's `version`: it asks no mirror"
+            );
+            return Finding::failure(CHECK, said, format!("{change}; its first line must be `{first}`"));
         }
         let default = if version >= Some((2, 2)) { DEFAULT_2_2 } else { "" };
         let path = told.unwrap_or(default);
@@ -193,8 +226,13 @@ mod tests {
     use super::*;
 
     fn config(text: &str) -> Config {
+        config_of(text, None)
+    }
+
+    fn config_of(text: &str, version: Option<Version>) -> Config {
         let mut config = Config::default();
-        config.take(&text.parse().unwrap());
+        let document = text.parse().unwrap();
+        config.take(&document, told_form(&document), version);
         config
     }
 
@@ -226,6 +264,28 @@ mod tests {
         let old =
             format!("[plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{WANTED}:/etc/docker/certs.d'\n");
         judged(&old, (1, 7), State::Good, WANTED);
+    }
+
+    /// The same names mean nothing in a file of another version: 1.6 takes a file without one for version 1.
+    #[test]
+    fn a_section_that_is_not_read_is_named() {
+        let section = |first: &str, name: &str| format!("{first}\n[plugins.'{name}'.registry]\nconfig_path = '{WANTED}'\n");
+        let [newest, middle, oldest] = PLUGINS;
+        for (first, name, version, is_read) in [
+            ("", middle, (1, 6), false),
+            ("version = 2", middle, (1, 6), true),
+            ("", oldest, (1, 6), true),
+            ("version = 2", newest, (1, 7), false),
+            ("", middle, (2, 2), true),
+            ("version = 2", middle, (2, 2), true),
+            ("version = 3", middle, (2, 2), false),
+            ("version = 3", newest, (2, 2), true),
+        ] {
+            let found = config_of(&section(first, name), Some(version)).judge_path(Path::new(WANTED), Some(version));
+            let state = if is_read { State::Good } else { State::Failure };
+            assert_eq!(found.state, state, "{first} {name} {version:?}: {found:?}");
+            assert!(is_read || found.said.contains("does not read"), "{found:?}");
+        }
     }
 
     #[test]

@@ -189,7 +189,7 @@ fn judge_namespace(namespace: &str, said: &Inspection) -> Finding {
     Finding::warning(
         CHECK,
         said,
-        "name the namespace that images are pulled into with --containerd-namespace: k8s.io for Kubernetes, default for `ctr` and Nomad, moby for Docker",
+        "name the namespace that images are pulled into with --containerd-namespace: k8s.io for Kubernetes, default for `ctr` and `nerdctl`, nomad for Nomad, moby for Docker",
     )
 }
 

@@ -80,5 +80,15 @@ mod tests {
         assert_eq!(judge_switch(Some("0\n")).state, State::Good);
         let forbidden = judge_switch(Some("2\n"));
         assert!(forbidden.state == State::Note && forbidden.said.contains("io_uring_disabled is 2"));
+        assert_eq!(judge_switch(None).state, State::Note);
+    }
+
+    #[test]
+    fn where_figures_come_from_is_told_and_is_no_fault() {
+        let told = |ebpf: &Ebpf| judge(None, ebpf).remove(1);
+        assert_eq!(told(&Ebpf::Kernel).state, State::Good);
+        let sockets = told(&Ebpf::Sockets("the kernel is too old".into()));
+        assert!(sockets.state == State::Note && sockets.said.contains("(the kernel is too old)"), "{sockets:?}");
+        assert_eq!(told(&Ebpf::Untold).state, State::Note);
     }
 }

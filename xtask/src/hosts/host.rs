@@ -1,4 +1,4 @@
-//! One plain host: its namespaces, its writable layer, and its service as the unit describes it.
+//! One host: its namespaces, its writable layer, and its service as the unit describes it, by systemd itself where that was booted.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -11,6 +11,8 @@ use rustix::process::Signal;
 use spegel_benches::daemon::{Daemon, output};
 use spegel_benches::http::Client;
 use spegel_benches::netns::Node;
+
+use super::systemd::Systemd;
 
 /// Where a host sees the folder that the test shares with it.
 const SHARED: &str = "mnt";
@@ -28,6 +30,7 @@ pub(crate) struct Host {
     holder: Daemon,
     service: Option<Daemon>,
     socket: UnixDatagram,
+    systemd: Option<Systemd>,
 }
 
 /// Whether a layer can be laid above this machine's root.
@@ -42,17 +45,28 @@ pub(super) fn overlay_works() -> Result<(), String> {
 
 impl Host {
     pub(crate) fn start(node: Node, parent: &Path) -> Result<Self> {
-        let folder = parent.join(node.namespace());
-        for name in ["upper", "work", "root", "shared"] {
-            fs::create_dir_all(folder.join(name))?;
-        }
-        let socket = UnixDatagram::bind(folder.join("shared/notify"))?;
+        let (folder, socket) = prepare(&node, parent)?;
         let text = folder.display().to_string();
         let command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", ENTER, &text];
         let mut holder = Daemon::start(node.namespace(), Some(&node), &command, &folder.join("log"))?;
         let ready = folder.join("shared/ready");
         holder.wait_until(Duration::from_secs(20), "mounts", || ready.exists())?;
-        Ok(Self { node, folder, holder, service: None, socket })
+        Ok(Self { node, folder, holder, service: None, socket, systemd: None })
+    }
+
+    /// A host whose first process is systemd.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub(super) fn boot(node: Node, parent: &Path) -> Result<Self> {
+        let (folder, socket) = prepare(&node, parent)?;
+        let (systemd, holder) = Systemd::boot(&node, &folder)?;
+        Ok(Self { node, folder, holder, service: None, socket, systemd: Some(systemd) })
+    }
+
+    /// Its systemd; none where the test stands in for it.
+    pub(super) fn systemd(&self) -> Option<&Systemd> {
+        self.systemd.as_ref()
     }
 
     /// A command in this host.
@@ -64,6 +78,9 @@ impl Host {
     }
 
     fn enter(&self) -> Vec<String> {
+        if let Some(systemd) = &self.systemd {
+            return systemd.enter();
+        }
         let root = self.folder.join("root").display().to_string();
         let pid = self.holder.pid().to_string();
         ["nsenter", "--target", &pid, "--mount", "--net", "chroot", &root].map(str::to_owned).to_vec()
@@ -71,6 +88,9 @@ impl Host {
 
     /// Where a file of the host is seen from here, once it was changed there.
     pub(super) fn path(&self, path: &str) -> PathBuf {
+        if let Some(systemd) = &self.systemd {
+            return systemd.root().join(path);
+        }
         // Through the holder, since the root is mounted in its namespace.
         let root = Path::new("/proc").join(self.holder.pid().to_string()).join("root");
         root.join(self.folder.join("root").strip_prefix("/").unwrap_or(Path::new(""))).join(path)
@@ -91,15 +111,24 @@ impl Host {
         let mut command = self.command("dpkg");
         command.env("DEBIAN_FRONTEND", "noninteractive").args(["--force-confold", "--force-unsafe-io"]).args(arguments);
         if let Some(package) = package {
-            let name = package.file_name().context("a package has a name")?;
-            fs::copy(package, self.folder.join("shared").join(name))?;
-            command.arg(Path::new("/").join(SHARED).join(name));
+            command.arg(self.share(package)?);
         }
         output(&mut command).map(|_| ())
     }
 
+    /// Gives a file to the host; returns its path there.
+    pub(super) fn share(&self, file: &Path) -> Result<String> {
+        let name = file.file_name().context("a file has a name")?;
+        fs::copy(file, self.folder.join("shared").join(name))?;
+        Ok(Path::new("/").join(SHARED).join(name).display().to_string())
+    }
+
     /// Starts what the installed unit says, as systemd would.
     pub(super) fn start_service(&mut self) -> Result<()> {
+        if self.systemd.is_some() {
+            // It returns once the unit is ready.
+            return self.systemctl(&["start", "spegel.service"]).map(|_| ()).with_context(|| self.log());
+        }
         let unit = self.read("usr/lib/systemd/system/spegel.service")?;
         let value = |key: &str| {
             let line = unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
@@ -126,6 +155,12 @@ impl Host {
     }
 
     pub(super) fn stop_service(&mut self) -> Result<()> {
+        if self.systemd.is_some() {
+            self.systemctl(&["stop", "spegel.service"])?;
+            let ended = self.systemctl(&["show", "--property=Result", "spegel.service"])?;
+            ensure!(ended.trim() == "Result=success", "the unit ended with {ended}: {}", self.log());
+            return Ok(());
+        }
         self.forget();
         if let Some(service) = self.service.take() {
             let status = service.stop()?;
@@ -133,6 +168,15 @@ impl Host {
             ensure!(self.said("STOPPING=1", Duration::from_secs(1)), "the service does not say that it stops");
         }
         Ok(())
+    }
+
+    /// What systemd says.
+    ///
+    /// # Errors
+    /// It refuses, or the host has none.
+    pub(super) fn systemctl(&self, arguments: &[&str]) -> Result<String> {
+        ensure!(self.systemd.is_some(), "this host has no systemd");
+        output(self.command("systemctl").args(arguments))
     }
 
     pub(super) fn signal(&self, signal: Signal) -> Result<()> {
@@ -162,7 +206,8 @@ impl Host {
     }
 
     pub(super) fn log(&self) -> String {
-        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+        let log = if self.systemd.is_some() { self.path("run/spegel.log") } else { self.folder.join("log") };
+        fs::read_to_string(log).unwrap_or_default()
     }
 
     /// How many others this host knows.
@@ -184,6 +229,10 @@ impl Host {
                     "srv/layout",
                     "etc/containerd/certs.d/quay.io/",
                     "etc/containerd/certs.d/_default/hosts.toml",
+                    "etc/containerd/config.toml",
+                    "etc/machine-id",
+                    "var/cache/apt",
+                    "var/lib/apt",
                     "var/lib/dpkg",
                     "var/log",
                 ]
@@ -200,6 +249,16 @@ impl Host {
         left.extend(gone.iter().filter(|name| self.path(name).exists()).map(|&name| name.to_owned()));
         Ok(left)
     }
+}
+
+/// The folders of a host, and the socket over which its service speaks.
+fn prepare(node: &Node, parent: &Path) -> Result<(PathBuf, UnixDatagram)> {
+    let folder = parent.join(node.namespace());
+    for name in ["upper", "work", "root", "shared"] {
+        fs::create_dir_all(folder.join(name))?;
+    }
+    let socket = UnixDatagram::bind(folder.join("shared/notify"))?;
+    Ok((folder, socket))
 }
 
 impl Drop for Host {

@@ -1,17 +1,22 @@
 //! `spegel doctor` on nodes with a real containerd: each misconfiguration is made, and named.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use serde_json::Value;
 use spegel_benches::containerd::{Containerd, Options, Version};
-use spegel_benches::daemon::wait_until;
+use spegel_benches::daemon::{Daemon, wait_until};
 use spegel_benches::image::{Compression, Image};
 use spegel_benches::netns::Lab;
 
 use super::cluster::{Cluster, NOTICED, PROGRAM};
+
+/// io_uring_setup(2), and EPERM.
+const IO_URING_SETUP: (i64, u32) = (425, 1);
 
 /// What doctor says, and its exit code.
 struct Said {
@@ -323,4 +328,101 @@ fn a_node_without_a_mirror_is_told_what_to_do_first() {
     said.has("certs.d", "failure", "no hosts.toml below");
     said.has("process", "failure", "does not run");
     said.has("probe", "unknown", "no blob to fetch");
+}
+
+/// A disk that has changed what is on it: the mirror gives it, and only its digest tells.
+#[test]
+fn wrong_bytes_are_named() {
+    let Some(cluster) = cluster(&Options::default()) else { return };
+    let image = image(&cluster);
+    let node = &cluster.nodes[0];
+    node.pull_by_cri(&image, image.reference());
+    for digest in node.containerd.content().unwrap() {
+        let path = node.containerd.blob_path(&digest);
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[0] ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    let said = doctor(&node.containerd, &[]);
+    said.has_code(1);
+    said.has("probe", "failure", "with wrong bytes");
+}
+
+/// The mirror looks into another of containerd's namespaces than pulls do.
+#[test]
+fn a_mirror_that_serves_another_namespace_is_named() {
+    let Some(mut cluster) = Cluster::start(Version::V2_2, 1, &Options::default()) else { return };
+    let image = image(&cluster);
+    cluster.nodes[0].pull_by_cri(&image, image.reference());
+    cluster.nodes[0].spegel.take().unwrap().daemon.stop().unwrap();
+    let mut settings = cluster.settings(0);
+    settings.arguments.extend(["--containerd-namespace".to_owned(), "elsewhere".to_owned()]);
+    let _spegel = settings.start().unwrap();
+    let said = doctor(&cluster.nodes[0].containerd, &[]);
+    said.has_code(1);
+    said.has("probe", "failure", "answers 404 for");
+}
+
+/// Until it has met somebody, or given up waiting, and nobody answers where its peers should be.
+#[test]
+fn a_mirror_that_reaches_nobody_is_named() {
+    let Some(mut cluster) = Cluster::start(Version::V2_2, 1, &Options::default()) else { return };
+    cluster.nodes[0].spegel.take().unwrap().daemon.stop().unwrap();
+    let mut settings = cluster.settings(0);
+    let [a, b, c, _] = cluster.nodes[0].containerd.node().address().octets();
+    let nobody = Ipv4Addr::new(a, b, c, 254);
+    settings.peers = vec![nobody.into()];
+    let spegel = settings.spawn().unwrap();
+    wait_until(NOTICED, "serve metrics", || spegel.metric("spegel_node_info", &[]).is_ok()).unwrap();
+    let peers = ["--bootstrap-kind", "static", "--static-bootstrap-peers", &nobody.to_string()];
+    let said = doctor(&cluster.nodes[0].containerd, &peers);
+    said.has_code(1);
+    said.has("members", "failure", "the mirror is not ready: ");
+    said.has("addresses", "failure", "none of 1 peers is reached");
+}
+
+/// A peer whose clock is not this node's: it answers as a registry does, with a date of its own.
+#[test]
+fn a_clock_that_differs_from_a_peers_is_named() {
+    let Some(cluster) = cluster(&Options::default()) else { return };
+    let other = cluster.nodes[1].containerd.node();
+    let answer = "HTTP/1.1 200 OK\r\nDate: Wed, 01 Jan 2025 00:00:00 GMT\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    let script = format!(
+        "import socket\nr=socket.create_server(('{0}',6001))\ns=socket.create_server(('{0}',6000))\nprint('up',flush=True)\n\
+         while True:\n c,_=s.accept()\n c.recv(4096)\n c.sendall({answer:?}.encode())\n c.close()",
+        other.address()
+    );
+    let command = ["python3", "-c", &script];
+    let log = cluster.folder.path().join("late.log");
+    let mut late = Daemon::start("a late peer", Some(other), &command, &log).unwrap();
+    late.wait_until(NOTICED, "listen", || fs::read_to_string(&log).is_ok_and(|log| log.contains("up"))).unwrap();
+    // Its registry's port is the one of this node: another mirror than the one that runs here.
+    let (own, peer) = (cluster.nodes[0].containerd.node().address(), format!("{}:6001", other.address()));
+    let ports = ["--registry-addr".to_owned(), format!("{own}:6000")];
+    let ports = ports.iter().map(String::as_str);
+    let flags = ["--bootstrap-kind", "static", "--static-bootstrap-peers", &peer].into_iter().chain(ports);
+    let said = doctor(&cluster.nodes[0].containerd, &flags.collect::<Vec<_>>());
+    said.has("clock", "warning", &format!("that of {} are ", other.address()));
+    // That of a mirror as it is.
+    let peer = format!("{}:5001", other.address());
+    let said =
+        doctor(&cluster.nodes[0].containerd, &["--bootstrap-kind", "static", "--static-bootstrap-peers", &peer]);
+    said.has("clock", "good", "clocks agree with those of 1 peers");
+}
+
+/// As containerd's profile for pods has it. The filter is this thread's, and that of every process that it starts.
+#[test]
+fn forbidden_io_uring_is_named() {
+    let judge = || {
+        let arch = std::env::consts::ARCH.try_into().unwrap();
+        let rules = BTreeMap::from([(IO_URING_SETUP.0, vec![])]);
+        let refused = SeccompAction::Errno(IO_URING_SETUP.1);
+        let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, arch).unwrap();
+        let program: BpfProgram = filter.try_into().unwrap();
+        seccompiler::apply_filter(&program).unwrap();
+        let Some(cluster) = Cluster::start(Version::V2_2, 1, &Options::default()) else { return };
+        let said = doctor(&cluster.nodes[0].containerd, &[]);
+        said.has("io_uring", "note", "by threads instead of io_uring (");
+    };
+    std::thread::scope(|scope| scope.spawn(judge).join().unwrap());
 }
