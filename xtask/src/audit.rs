@@ -10,6 +10,8 @@ use spegel_benches::daemon::{find_program, output};
 
 /// The version that is built.
 const VERSION: &str = "0.20.2";
+/// How long that may take, in seconds; far above what it takes on two cores of their own.
+const BUILD: &str = "600";
 
 #[derive(Debug, Args)]
 pub(crate) struct Audit {
@@ -22,7 +24,10 @@ impl Audit {
     pub(crate) fn run(&self) -> Result<bool> {
         let program = match find() {
             Some(program) => program,
-            None if self.install => install()?,
+            None if self.install => {
+                install()?;
+                find().context("cargo-deny was built, and is not there")?
+            }
             None => {
                 println!(
                     "licences, sources, duplicates ... skipped: cargo-deny is not here; `cargo xtask audit --install` builds it"
@@ -45,7 +50,7 @@ impl Audit {
             Err(error) => {
                 let why = error.to_string();
                 let why = why.lines().last().unwrap_or_default();
-                println!("advisories ... skipped: the database cannot be fetched here ({why})");
+                println!("advisories ... skipped: their database is a git repository, which cannot be fetched here ({why})");
                 true
             }
         };
@@ -59,15 +64,21 @@ fn folder() -> Option<PathBuf> {
     Some(cache.join("spegel-tests").join(format!("cargo-deny-{VERSION}")))
 }
 
-fn find() -> Option<PathBuf> {
+/// The program, if it is on this machine.
+pub(crate) fn find() -> Option<PathBuf> {
     let built = folder().map(|folder| folder.join("bin/cargo-deny")).filter(|program| program.is_file());
     built.or_else(|| find_program("cargo-deny"))
 }
 
-fn install() -> Result<PathBuf> {
+/// Builds it with cargo into the cache folder.
+///
+/// # Errors
+/// No registry of crates, or a build that fails or takes too long.
+pub(crate) fn install() -> Result<()> {
     let folder = folder().context("neither XDG_CACHE_HOME nor HOME is set")?;
-    let mut command = Command::new(env!("CARGO"));
-    command.args(["install", "cargo-deny", "--locked", "--no-default-features", "--version", VERSION, "--root"]);
-    ensure!(command.arg(&folder).status().context("run cargo")?.success(), "cargo-deny does not build");
-    Ok(folder.join("bin/cargo-deny"))
+    let mut command = Command::new("timeout");
+    command.args([BUILD, env!("CARGO"), "install", "cargo-deny", "--quiet", "--locked", "--no-default-features"]);
+    let status = command.args(["--version", VERSION, "--root"]).arg(&folder).status().context("run cargo")?;
+    ensure!(status.success(), "cargo-deny does not build ({status})");
+    Ok(())
 }

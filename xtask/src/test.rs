@@ -15,8 +15,19 @@ use crate::helm::Version as Helm;
 use crate::suites::{Counts, End, Outcome, Suite, report};
 
 /// The Debian packages of the end-to-end tests.
-const PACKAGES: [&str; 8] =
-    ["containerd", "runc", "docker-registry", "iproute2", "util-linux", "procps", "strace", "prometheus"];
+const PACKAGES: [&str; 11] = [
+    "containerd",
+    "runc",
+    "docker-registry",
+    "iproute2",
+    "util-linux",
+    "procps",
+    "strace",
+    "systemd",
+    "prometheus",
+    "chromium",
+    "chromium-driver",
+];
 
 #[derive(Debug, Args)]
 pub(crate) struct Test {
@@ -128,6 +139,13 @@ fn install() {
         match containerd::build() {
             Ok(_) => println!("built containerd 2.2"),
             Err(reason) => println!("containerd 2.2 is not built: {reason:#}"),
+        }
+    }
+    if crate::audit::find().is_none() {
+        println!("building cargo-deny with cargo, once");
+        match crate::audit::install() {
+            Ok(()) => println!("built cargo-deny"),
+            Err(reason) => println!("cargo-deny is not built: {reason:#}"),
         }
     }
     if gopeer::find().is_err() {

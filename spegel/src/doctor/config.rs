@@ -101,7 +101,8 @@ fn is_read(plugin: &str, form: Option<i64>, version: Option<Version>) -> bool {
         None => true,
         Some((0 | 1, _)) if form < 2 => plugin == "cri",
         Some((0 | 1, _)) => plugin == "io.containerd.grpc.v1.cri",
-        Some(_) => form < 3 || plugin == "io.containerd.cri.v1.images",
+        Some(_) if form == 2 => plugin != "cri",
+        Some(_) => plugin == "io.containerd.cri.v1.images",
     }
 }
 
@@ -276,7 +277,10 @@ mod tests {
             ("version = 2", middle, (1, 6), true),
             ("", oldest, (1, 6), true),
             ("version = 2", newest, (1, 7), false),
-            ("", middle, (2, 2), true),
+            ("", oldest, (2, 2), false),
+            ("", middle, (2, 2), false),
+            ("", newest, (2, 2), true),
+            ("version = 2", newest, (2, 2), true),
             ("version = 2", middle, (2, 2), true),
             ("version = 3", middle, (2, 2), false),
             ("version = 3", newest, (2, 2), true),

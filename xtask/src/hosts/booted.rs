@@ -49,14 +49,15 @@ pub(super) fn install(host: &Host, package: &Path, number: usize) -> Result<()> 
 
 fn apt(host: &Host, verb: &str, what: &str) -> Result<()> {
     let mut command = host.command("timeout");
-    command.args(["60", "apt-get", "-qq", "--yes", "--no-download", "--no-install-recommends"]);
+    command.args(["60", "apt-get", "-qq", "--yes", "--no-install-recommends"]);
     command.args(["-o", "APT::Sandbox::User=root", "-o", "DPkg::Options::=--force-unsafe-io", verb, what]);
     output(command.env("DEBIAN_FRONTEND", "noninteractive")).map(|_| ())
 }
 
 /// A pull by containerd's CRI, through the mirror, which serves it then; a process that hangs; the sandbox.
 pub(super) fn check(host: &Host, image: &Image) -> Result<()> {
-    let said = host.command("spegel").args(["doctor", "--json", "--pull", image.reference()]).output()?;
+    let ask = "set -a; . /etc/default/spegel; set +a; exec spegel doctor --json --pull \"$0\"";
+    let said = host.command("sh").args(["-c", ask, image.reference()]).output()?;
     let report: Value = serde_json::from_slice(&said.stdout)
         .with_context(|| format!("doctor: {}", String::from_utf8_lossy(&said.stderr)))?;
     let state = |check: &str| {
