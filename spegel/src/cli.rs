@@ -229,6 +229,7 @@ mod tests {
                 &["--basic-auth-dir", secrets],
                 &["--ebpf", "off"],
                 &["--containerd-cgroup", "/system.slice/containerd.service"],
+                &["--node-ip", "10.0.0.1,fd00::1"],
                 &["--upstream-ports", "5443"],
             ],
         );

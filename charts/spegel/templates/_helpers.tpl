@@ -119,6 +119,17 @@ hostPort
 {{- end }}
 {{- end }}
 
+{{/*
+The node's own addresses, from which its containerd comes through a host port. Both families where every kubelet that may belong to this API server
+(three versions back) knows them; an older one would not start the pod.
+*/}}
+{{- define "spegel.hostIps" -}}
+- name: NODE_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: {{ ternary "status.hostIPs" "status.hostIP" (semverCompare ">=1.32.0-0" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+
 {{/* A container's security context. The API server refuses a privileged one that forbids itself more privileges. */}}
 {{- define "spegel.securityContext" -}}
 {{- $context := .Values.securityContext | default dict -}}

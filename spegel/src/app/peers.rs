@@ -30,7 +30,7 @@ const COLUMNS: [(&str, usize); 13] = [
     ("received", 9),
     ("per s", 9),
     ("rtt", 8),
-    ("resent", 7),
+    ("resent to", 9),
     ("path/s", 9),
     ("idle", 6),
 ];
@@ -138,6 +138,11 @@ fn origin(report: &Report) -> String {
     text
 }
 
+/// How many rows are not shown: they are those with the fewest bytes, whatever the others are sorted by.
+fn left_out(more: u64, shown: usize) -> String {
+    format!("{more} more: only the {shown} with the most bytes are told")
+}
+
 /// All of it as text.
 fn text(report: &Report) -> String {
     let mut text = origin(report) + "\n";
@@ -153,6 +158,9 @@ fn text(report: &Report) -> String {
     report.peers.iter().for_each(|row| line(fields(row, None)));
     for role in report.roles.iter().filter(|role| role.unlisted_bytes > 0) {
         let _ = writeln!(text, "{} of peers without a row ({})", bytes(role.unlisted_bytes as f64), role.role);
+    }
+    if report.more_peers > 0 {
+        let _ = writeln!(text, "{}", left_out(report.more_peers, report.peers.len()));
     }
     text
 }
@@ -199,6 +207,7 @@ pub(super) mod tests {
             containerd_unseen: Some("nobody knows where it is".into()),
             lost_events: Some(3),
             peers,
+            more_peers: 0,
             roles: vec![],
         }
     }
@@ -220,7 +229,9 @@ pub(super) mod tests {
 
     #[test]
     fn what_is_not_known_is_a_dash() {
-        let text = text(&report(vec![row(1, 1536 << 20)]));
+        let text = text(&Report { more_peers: 276, ..report(vec![row(1, 1536 << 20)]) });
+        let (text, last) = text.trim_end().rsplit_once('\n').unwrap();
+        assert_eq!(last, "276 more: only the 1 with the most bytes are told");
         assert!(text.contains("upstream is not seen: nobody knows where it is; 3 events are missing\n"), "{text}");
         let line = text.lines().last().unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(line, "10.0.0.1 served 1 2 - 1 1.5 GiB 0 B - - 1.50 % - 4 s");

@@ -83,6 +83,10 @@ pub(super) enum Command {
     /// Say whether this node's pulls go through the mirror, and what to change if not; the exit code is 1 then
     Doctor(Box<DoctorArgs>),
     /// Show a running process's connections, by peer
+    ///
+    /// `resent to` is the share of the segments that this node sent to a peer and had to send again; what a peer sends again to this node is not seen here,
+    /// but in that peer's own table. `path/s` is what the path to a peer delivers, `idle` the time since something was last counted. A dash is what is
+    /// not known. At most 1,024 rows are told, those with the most bytes
     Peers(PeersArgs),
     /// Write a shell's completion script to standard output
     Completions {

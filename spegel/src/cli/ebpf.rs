@@ -1,5 +1,6 @@
 //! The flags of what is asked of the kernel.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -22,12 +23,15 @@ pub(super) enum EbpfMode {
 #[derive(Debug, Args)]
 pub(super) struct EbpfArgs {
     /// Whether the kernel counts what goes to which peer, and what containerd gets from upstream. Needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, which are
-    /// given up once that is set up; without, only our own sockets are seen
+    /// given up once that is set up; without, only our own sockets are seen. `on` does not start without, nor where --containerd-cgroup is not there
     #[arg(long, env, default_value = "auto")]
     pub(super) ebpf: EbpfMode,
     /// containerd's control group (version 2), as a folder or as a path in it [default: looked for]
     #[arg(long, env, value_name = "PATH")]
     pub(super) containerd_cgroup: Option<PathBuf>,
+    /// This node's own addresses outside of this process's network namespace: who comes from there, as through a host port, is its own containerd
+    #[arg(long, env, num_args = 1.., value_delimiter = ',', value_name = "ADDRESS")]
+    pub(super) node_ip: Vec<String>,
     /// The ports of upstream registries; those of --mirrored-registries are added. What containerd's group has with other ports is no pull
     #[arg(long, env, num_args = 1.., default_values = ["80", "443"], value_name = "PORT")]
     pub(super) upstream_ports: Vec<String>,
@@ -57,6 +61,10 @@ impl EbpfArgs {
                 "--upstream-ports: with those of the mirrored registries more than {MOST_PORTS}"
             )));
         }
+        // An empty variable is none.
+        let addresses = self.node_ip.iter().map(|text| text.trim()).filter(|text| !text.is_empty());
+        let parsed = addresses.map(|text| text.parse().map_err(|_| usage(format!("--node-ip {text}: not an address"))));
+        let node_addresses = parsed.collect::<Result<Vec<IpAddr>, _>>()?;
         Ok(Settings {
             mode: match self.ebpf {
                 EbpfMode::Auto => Mode::Auto,
@@ -66,6 +74,7 @@ impl EbpfArgs {
             registry_port: registry.port(),
             router_port,
             containerd_cgroup: self.containerd_cgroup.clone().filter(|path| !path.as_os_str().is_empty()),
+            node_addresses,
             upstream_ports,
             peers_on_loopback: matches!(registry, ListenAddr::One(addr) if addr.ip().is_loopback()),
         })
@@ -92,5 +101,22 @@ mod tests {
         for none in ["https://registry.test", "https://[fd00::1]", "*", "_default"] {
             assert_eq!(port_of(none), None, "{none}");
         }
+    }
+
+    #[test]
+    fn the_nodes_addresses_are_addresses_and_an_empty_variable_is_none() {
+        let args = |texts: &[&str]| EbpfArgs {
+            ebpf: EbpfMode::Auto,
+            containerd_cgroup: None,
+            node_ip: texts.iter().map(|text| (*text).to_owned()).collect(),
+            upstream_ports: vec![],
+        };
+        let addresses = |texts: &[&str]| {
+            let settings = args(texts).settings(&[], ListenAddr::Any(5000), 5001);
+            settings.map(|settings| settings.node_addresses.iter().map(ToString::to_string).collect::<Vec<_>>()).ok()
+        };
+        assert_eq!(addresses(&["10.0.0.1", " fd00::1"]), Some(vec!["10.0.0.1".to_owned(), "fd00::1".to_owned()]));
+        assert_eq!(addresses(&[""]), Some(vec![]));
+        assert_eq!(addresses(&["node-1"]), None);
     }
 }

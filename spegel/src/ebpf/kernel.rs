@@ -2,37 +2,72 @@
 
 use std::fs::{self, File};
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, MapData, MapError};
+use aya::programs::sock_ops::SockOpsLinkId;
 use aya::programs::{CgroupAttachMode, ProgramError, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use spegel_common::{Address, PORT_MIRROR, PORT_UPSTREAM, PeerKey, PeerStats, Role, Totals};
 
-use super::{Refusal, Settings, cgroup, privilege};
+use super::{Mode, Refusal, Settings, cgroup, own, privilege};
 use crate::zerocopy;
 
 /// Built by `cargo xtask ebpf` from `spegel-ebpf`, and checked to be that by `cargo xtask ebpf --check`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../spegel-ebpf/spegel-ebpf.o");
+
+/// The program of spegel's own control group, and that of containerd's.
+const OWN: &str = "own_sockets";
+const CONTAINERD: &str = "containerd_sockets";
+
+/// How often containerd's group is searched for.
+const SEARCH: Duration = Duration::from_secs(30);
 
 /// The oldest kernel that lets a program of this kind ask for its network namespace.
 const OLDEST: (u32, u32) = (5, 15);
 
 /// The programs, attached as long as this is there: nothing is pinned, so they go with the process however it ends.
 pub(super) struct Kernel {
-    /// The programs' links are in it.
-    _programs: Ebpf,
+    programs: Ebpf,
     peers: HashMap<MapData, PeerKey, PeerStats>,
     totals: Array<MapData, Totals>,
     last: Option<[Totals; Role::ALL.len()]>,
     pub(super) own: PathBuf,
-    pub(super) containerd: Result<PathBuf, String>,
+    containerd: Containerd,
 }
 
-/// What the maps say at one moment. The totals are never less than what the rows sum up to, for they were read later.
+/// containerd's control group, which may come later than this process, and goes when its unit is stopped and nothing runs in it.
+struct Containerd {
+    told: Option<PathBuf>,
+    /// The kernel has taken the program.
+    is_loaded: bool,
+    /// Where it is, or was.
+    group: Option<PathBuf>,
+    attached: Result<Attachment, String>,
+    /// When the next search is due, where nobody told.
+    search_at: Instant,
+}
+
+/// A program that is attached to a group.
+struct Attachment {
+    link: SockOpsLinkId,
+    folder: Identity,
+}
+
+/// A folder's device and inode: a group that is made anew at the same place is another one.
+type Identity = (u64, u64);
+
+/// What the maps say at one moment.
 #[derive(Debug, Default)]
 pub(super) struct Reading {
     pub(super) peers: Vec<(PeerKey, PeerStats)>,
+    /// Whether all rows are in it that were there from the beginning of the reading to its end.
+    pub(super) is_whole: bool,
+    /// The totals before the rows were read: what is in no row then was in none.
+    pub(super) settled: [Totals; Role::ALL.len()],
+    /// The totals afterwards, which are never less than what the rows sum up to.
     pub(super) totals: [Totals; Role::ALL.len()],
 }
 
@@ -56,14 +91,26 @@ impl Kernel {
         loader.override_global("NETWORK", &network, true).override_global("PEERS_ON_LOOPBACK", &on_loopback, true);
         let mut programs = loader.load(OBJECT).map_err(|error| refused_object(&error))?;
         fill(&mut programs, settings)?;
-        attach(&mut programs, "own_sockets", &own)?;
-        let containerd = cgroup::containerd(settings.containerd_cgroup.as_deref()).and_then(|group| {
-            attach(&mut programs, "containerd_sockets", &group).map_err(|refusal| refusal.to_string())?;
-            Ok(group)
-        });
+        load(&mut programs, OWN)?;
+        attach(&mut programs, OWN, &own)?;
+        let containerd = Containerd::find(settings.containerd_cgroup.as_deref(), &mut programs);
+        if let (Mode::On, Some(_), Err(why)) = (settings.mode, &settings.containerd_cgroup, &containerd.attached) {
+            return Err(Refusal::NotAttached(format!("containerd's control group: {why}")));
+        }
         let peers = HashMap::try_from(take(&mut programs, "PEERS")?).map_err(|error| refused_map(&error))?;
         let totals = Array::try_from(take(&mut programs, "TOTALS")?).map_err(|error| refused_map(&error))?;
-        Ok(Self { _programs: programs, peers, totals, last: None, own, containerd })
+        Ok(Self { programs, peers, totals, last: None, own, containerd })
+    }
+
+    /// containerd's control group, or why its traffic is not seen.
+    pub(super) fn containerd(&self) -> Result<PathBuf, String> {
+        self.containerd.seen()
+    }
+
+    /// Looks whether containerd's group is still there, and attaches to the new one if not. Costs a stat(2), and a walk through the groups twice a minute
+    /// as long as none is known. Returns what has become of it, if something has.
+    pub(super) fn attend(&mut self, now: Instant) -> Option<Result<PathBuf, String>> {
+        self.containerd.attend(&mut self.programs, now)
     }
 
     /// What was counted, by role.
@@ -77,15 +124,96 @@ impl Kernel {
 
     /// All rows; none if nothing has happened since they were last read.
     pub(super) fn read(&mut self) -> Result<Option<Reading>, MapError> {
-        if self.last.is_some() && self.last == Some(self.totals()?) {
+        let settled = self.totals()?;
+        if self.last == Some(settled) {
             return Ok(None);
         }
-        // A row that is pushed out while the map is walked ends the walk, or is an error of its own: what is missed is in the totals.
-        let peers = self.peers.iter().take(2 * MOST_ROWS).filter_map(Result::ok).collect();
+        // Where a row is pushed out just as the walk stands at it, the walk begins anew: rows come twice then, and where that goes on some do not
+        // come at all. What is missed is in the totals.
+        let mut walk = self.peers.iter();
+        let found: Vec<_> = walk.by_ref().take(4 * MOST_ROWS).collect();
+        let is_whole = found.len() < 4 * MOST_ROWS && found.iter().all(Result::is_ok);
+        let peers = found.into_iter().filter_map(Result::ok).collect();
         let totals = self.totals()?;
-        self.last = Some(totals);
-        Ok(Some(Reading { peers, totals }))
+        // What has come since is read the next time.
+        self.last = Some(settled);
+        Ok(Some(Reading { peers, is_whole, settled, totals }))
     }
+}
+
+// === impl Containerd ===
+
+impl Containerd {
+    fn find(told: Option<&Path>, programs: &mut Ebpf) -> Self {
+        let group = cgroup::containerd(told);
+        let loaded = load(programs, CONTAINERD).map_err(|refusal| refusal.to_string());
+        let is_loaded = loaded.is_ok();
+        let attached = loaded.and_then(|()| attach_to_found(programs, group.as_ref()));
+        let search_at = Instant::now() + SEARCH;
+        Self { told: told.map(Path::to_path_buf), is_loaded, group: group.ok(), attached, search_at }
+    }
+
+    fn seen(&self) -> Result<PathBuf, String> {
+        match (&self.attached, &self.group) {
+            (Ok(_), Some(group)) => Ok(group.clone()),
+            (Ok(_), None) => Err(String::new()),
+            (Err(why), _) => Err(why.clone()),
+        }
+    }
+
+    fn attend(&mut self, programs: &mut Ebpf, now: Instant) -> Option<Result<PathBuf, String>> {
+        if !self.is_loaded {
+            return None;
+        }
+        let mut gone = None;
+        if let (Ok(attachment), Some(group)) = (&self.attached, &self.group) {
+            if identity(group) == Some(attachment.folder) {
+                return None;
+            }
+            let why = format!("the control group {} is gone", group.display());
+            if let Ok(attachment) = std::mem::replace(&mut self.attached, Err(why.clone())) {
+                // The kernel has let go of it with the group.
+                let _ = detach(programs, attachment.link);
+            }
+            gone = Some(Err(why));
+        }
+        let group = match (&self.told, &self.group) {
+            (Some(told), _) => cgroup::containerd(Some(told)),
+            // It comes back where it was, if its unit is started again.
+            (None, Some(group)) if identity(group).is_some() => Ok(group.clone()),
+            (None, _) if now >= self.search_at => {
+                self.search_at = now + SEARCH;
+                cgroup::containerd(None)
+            }
+            (None, _) => return gone,
+        };
+        if group.is_err() && gone.is_some() {
+            return gone;
+        }
+        match attach_to_found(programs, group.as_ref()) {
+            Ok(attachment) => {
+                (self.attached, self.group) = (Ok(attachment), group.ok());
+                Some(self.seen())
+            }
+            // The kernel's word is news once; that there is still no group is none.
+            Err(why) if group.is_ok() && self.attached.as_ref().err() != Some(&why) => {
+                self.attached = Err(why);
+                Some(self.seen())
+            }
+            Err(_) => gone,
+        }
+    }
+}
+
+fn attach_to_found(programs: &mut Ebpf, group: Result<&PathBuf, &String>) -> Result<Attachment, String> {
+    let group = group.map_err(String::clone)?;
+    let folder = identity(group).ok_or_else(|| format!("the control group {} is gone", group.display()))?;
+    let link = attach(programs, CONTAINERD, group).map_err(|refusal| refusal.to_string())?;
+    Ok(Attachment { link, folder })
+}
+
+fn identity(folder: &Path) -> Option<Identity> {
+    fs::metadata(folder).ok().map(|found| (found.dev(), found.ino()))
 }
 
 /// Rows of the map.
@@ -108,22 +236,32 @@ fn fill(programs: &mut Ebpf, settings: &Settings) -> Result<(), Refusal> {
     let local = programs.map_mut("LOCAL").ok_or_else(|| missing("LOCAL"))?;
     let mut local: HashMap<_, Address, u32> = HashMap::try_from(local).map_err(|error| refused_map(&error))?;
     // More than there is room for are no disaster: their connections count as a peer's.
-    for address in own_addresses().iter().take(64) {
+    for address in own::addresses(&settings.node_addresses).iter().take(64) {
         let _ = local.insert(mapped(*address), 0, 0);
     }
     Ok(())
 }
 
-fn attach(programs: &mut Ebpf, name: &str, group: &Path) -> Result<(), Refusal> {
+fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut SockOps, Refusal> {
     let program = programs.program_mut(name).ok_or_else(|| missing(name))?;
-    let program: &mut SockOps = program.try_into().map_err(|error| refused_program(&error))?;
-    program.load().map_err(|error| refused_program(&error))?;
+    program.try_into().map_err(|error| refused_program(&error))
+}
+
+fn load(programs: &mut Ebpf, name: &str) -> Result<(), Refusal> {
+    program(programs, name)?.load().map_err(|error| refused_program(&error))
+}
+
+fn attach(programs: &mut Ebpf, name: &str, group: &Path) -> Result<SockOpsLinkId, Refusal> {
+    let program = program(programs, name)?;
     let folder = File::open(group).map_err(|error| Refusal::NotAttached(format!("{}: {error}", group.display())))?;
     // By a link, which never takes another program's place whatever the mode says, and which the kernel takes with no flag of it.
-    match program.attach(folder, CgroupAttachMode::Single) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(Refusal::NotAttached(format!("{}: {}", group.display(), whole(&error)))),
-    }
+    program
+        .attach(folder, CgroupAttachMode::Single)
+        .map_err(|error| Refusal::NotAttached(format!("{}: {}", group.display(), whole(&error))))
+}
+
+fn detach(programs: &mut Ebpf, link: SockOpsLinkId) -> Result<(), Refusal> {
+    program(programs, CONTAINERD)?.detach(link).map_err(|error| refused_program(&error))
 }
 
 fn take(programs: &mut Ebpf, name: &str) -> Result<aya::maps::Map, Refusal> {
@@ -187,22 +325,6 @@ fn shorten(text: &str) -> String {
     format!("{begin} [...] {end}")
 }
 
-/// The addresses of this node itself, as its containerd may have in the registry's sight: those of our interfaces, and the gateways, by which a
-/// node reaches its pods.
-pub(super) fn own_addresses() -> Vec<IpAddr> {
-    let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
-    let mut addresses: Vec<IpAddr> = interfaces.iter().map(if_addrs::Interface::ip).collect();
-    addresses.extend(gateways(&fs::read_to_string("/proc/self/net/route").unwrap_or_default()));
-    addresses
-}
-
-/// The gateways in the kernel's table of IPv4 routes, whose numbers are in hexadecimal, the first byte last.
-fn gateways(table: &str) -> Vec<IpAddr> {
-    let gateway = |line: &str| u32::from_str_radix(line.split_whitespace().nth(2)?, 16).ok();
-    let gateways = table.lines().skip(1).filter_map(gateway).filter(|gateway| *gateway != 0);
-    gateways.map(|gateway| IpAddr::from(gateway.to_le_bytes())).collect()
-}
-
 fn mapped(address: IpAddr) -> Address {
     match address {
         IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
@@ -216,13 +338,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gateways_are_read_from_the_kernels_table() {
-        let table = "Iface\tDestination\tGateway \tFlags\tRefCnt\n\
-            eth0\t00000000\t0105F40A\t0003\t0\neth0\t0005F40A\t00000000\t0001\t0\n";
-        assert_eq!(gateways(table), ["10.244.5.1".parse::<IpAddr>().unwrap()]);
-    }
-
-    #[test]
     fn of_a_long_log_the_end_is_kept() {
         let text = format!("refused{}for this", " step".repeat(10_000));
         let short = shorten(&text);
@@ -232,7 +347,7 @@ mod tests {
 
     #[test]
     fn the_object_holds_both_programs() {
-        let names = ["own_sockets", "containerd_sockets", "PEERS", "TOTALS", "REGISTRY_PORT"];
+        let names = [OWN, CONTAINERD, "PEERS", "TOTALS", "REGISTRY_PORT"];
         let has = |name: &str| OBJECT.windows(name.len()).any(|window| window == name.as_bytes());
         assert!(names.into_iter().all(has));
     }

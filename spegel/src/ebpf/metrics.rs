@@ -11,6 +11,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use spegel_common::{Counts, Role};
 
 use super::refusal::REASONS;
+use super::report::knows_failures;
 use super::table::{Row, SHOWN};
 use super::{Source, Watch};
 use crate::metrics::{Described, Figures, Label};
@@ -24,7 +25,7 @@ static CONNECTIONS: Described =
         .labels(&[PEER, ROLE]);
 static FAILED: Described = Described::counter(
     "spegel_peer_failed_connections",
-    "Connections to a peer that could not be established; with eBPF only",
+    "Connections to a peer that could not be established; without eBPF those to fetch from it only",
 )
 .labels(&[PEER, ROLE]);
 static RESETS: Described =
@@ -33,7 +34,8 @@ static RESETS: Described =
 static SEGMENTS: Described =
     Described::counter("spegel_peer_segments", "Segments with data that were sent to a peer").labels(&[PEER, ROLE]);
 static RETRANSMITS: Described =
-    Described::counter("spegel_peer_retransmits", "Segments that were sent to a peer again").labels(&[PEER, ROLE]);
+    Described::counter("spegel_peer_retransmits", "Segments that were sent to a peer again; what the peer sends again is not seen here")
+        .labels(&[PEER, ROLE]);
 static ROUND_TRIP: Described =
     Described::gauge("spegel_peer_round_trip_seconds", "Smoothed round trip to a peer").labels(&[PEER, ROLE]);
 static RATE: Described =
@@ -53,6 +55,10 @@ static OFFLOAD: Described = Described::gauge(
 static STATE: Described =
     Described::gauge("spegel_ebpf_state", "1, with where the figures of peers come from, and why from nowhere better")
         .labels(&[Label::of("source", &["ebpf", "tcp_info"]), Label::of("reason", &REASONS)]);
+static ATTACHED: Described = Described::gauge(
+    "spegel_ebpf_containerd_attached",
+    "1 while containerd's control group is watched, without which what it gets from upstream is not counted; with eBPF only",
+);
 static LOST: Described = Described::counter(
     "spegel_ebpf_lost_events",
     "Events that could be told to no connection, since the map of these was full; with eBPF only",
@@ -88,7 +94,7 @@ impl Pulled {
 
 pub(super) fn register(figures: &mut Figures, watch: Watch, pulled: Arc<Pulled>) {
     let peers = COUNTERS.iter().map(|(what, ..)| *what).chain(GAUGES.iter().map(|(what, _)| *what));
-    figures.collect(peers.chain([&PULLED, &OFFLOAD, &STATE, &LOST]), PeersCollector { watch, pulled });
+    figures.collect(peers.chain([&PULLED, &OFFLOAD, &STATE, &ATTACHED, &LOST]), PeersCollector { watch, pulled });
 }
 
 #[derive(Debug)]
@@ -104,6 +110,8 @@ type Gauge = (&'static Described, fn(&Row) -> Option<f64>);
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Known {
     ToSockets,
+    /// And to who connects.
+    ToConnecting,
     ToKernelOnly,
 }
 
@@ -111,7 +119,7 @@ const COUNTERS: [Counter; 7] = [
     (&SENT, |counts| counts.sent, Known::ToSockets),
     (&RECEIVED, |counts| counts.received, Known::ToSockets),
     (&CONNECTIONS, |counts| counts.opened, Known::ToSockets),
-    (&FAILED, |counts| counts.failed, Known::ToKernelOnly),
+    (&FAILED, |counts| counts.failed, Known::ToConnecting),
     (&RESETS, |counts| counts.reset, Known::ToKernelOnly),
     (&SEGMENTS, |counts| counts.segments, Known::ToSockets),
     (&RETRANSMITS, |counts| counts.retransmits, Known::ToSockets),
@@ -135,20 +143,23 @@ impl Collector for PeersCollector {
 
 impl PeersCollector {
     fn encode_peers(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let upstream = self.watch.shared.upstream();
+        let sees = |role: &Role| self.watch.shared.source.sees(*role, &upstream);
         let table = self.watch.table();
         let kernels = table.is_kernels();
-        let mut named: Vec<_> = table.rows().filter(|(.., row)| row.named != Counts::default()).collect();
+        let mut named: Vec<_> = table.rows().filter(|(.., row)| row.has_series).collect();
         named.sort_unstable_by_key(|(address, role, _)| (*role, *address));
         for (what, figure, known) in COUNTERS {
             if known == Known::ToKernelOnly && !kernels {
                 continue;
             }
+            let is_known = |role: &Role| known != Known::ToConnecting || knows_failures(kernels, *role);
             let mut family = what.begin(encoder)?;
-            for (address, role, row) in &named {
+            for (address, role, row) in named.iter().filter(|(_, role, _)| is_known(role)) {
                 let labels = [("peer", address.to_string()), ("role", role.name().to_owned())];
                 ConstCounter::new(figure(&row.named)).encode(family.encode_family(&labels)?)?;
             }
-            for role in Role::ALL.into_iter().filter(|role| self.watch.shared.source.sees(*role)) {
+            for role in Role::ALL.into_iter().filter(|role| sees(role) && is_known(role)) {
                 let labels = [("peer", "other".to_owned()), ("role", role.name().to_owned())];
                 ConstCounter::new(figure(table.others(role))).encode(family.encode_family(&labels)?)?;
             }
@@ -167,7 +178,7 @@ impl PeersCollector {
 
     fn encode_pulls(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let mut family = PULLED.begin(encoder)?;
-        let upstream = self.watch.shared.source.sees(Role::Upstream);
+        let upstream = self.watch.shared.sees(Role::Upstream);
         let upstream = upstream.then(|| self.watch.table().total(Role::Upstream).received);
         let (local, peer) = (self.pulled.local.load(Ordering::Relaxed), self.pulled.peer.load(Ordering::Relaxed));
         for (source, bytes) in [("local", Some(local)), ("peer", Some(peer)), ("upstream", upstream)] {
@@ -189,6 +200,8 @@ impl PeersCollector {
         };
         ConstGauge::new(1i64).encode(family.encode_family(&[("source", source), ("reason", reason)])?)?;
         if self.watch.table().is_kernels() {
+            let is_attached = i64::from(self.watch.shared.upstream().group.is_ok());
+            ATTACHED.encode(encoder, &ConstGauge::new(is_attached))?;
             LOST.encode(encoder, &ConstCounter::new(self.watch.table().lost()))?;
         }
         Ok(())
@@ -240,17 +253,22 @@ mod tests {
         let watch = Watch::without_kernel();
         for n in 0..100u32 {
             let mut probe = watch.probe(IpAddr::from(n.to_be_bytes()), Role::Served).unwrap();
-            probe.take(&TcpInfo { bytes_acked: u64::from(n) * 10, ..TcpInfo::default() }, true);
+            probe.take(&TcpInfo { bytes_acked: u64::from(n) * 10, ..TcpInfo::default() });
         }
+        watch.failed(IpAddr::from([10, 0, 0, 1]), Role::Fetched);
         let (mut figures, pulled) = (Figures::default(), Arc::<Pulled>::default());
         pulled.add_peer(7);
         watch.register(&mut figures, Arc::clone(&pulled));
         let text = crate::metrics::encode(&figures, crate::metrics::Format::OpenMetrics).unwrap();
         let series = text.lines().filter(|line| line.starts_with("spegel_peer_sent_bytes_total{")).count();
-        assert!(series <= super::super::table::NAMED + 3, "{text}");
+        assert!(series <= super::super::table::SHOWN + 3, "{text}");
+        // Only who connects knows what fails.
+        let failed: Vec<_> = text.lines().filter(|line| line.starts_with("spegel_peer_failed_connections_total{")).collect();
+        assert!(failed.iter().all(|line| line.contains("role=\"fetched\"")), "{failed:?}");
+        assert_eq!(failed.iter().filter(|line| line.ends_with(" 1")).count(), 1, "{failed:?}");
         assert!(text.contains("spegel_pull_bytes_total{source=\"peer\"} 7"), "{text}");
         assert!(text.contains("spegel_ebpf_state{source=\"tcp_info\",reason=\"off\"} 1"), "{text}");
-        for unknown in ["upstream", "spegel_peer_resets", "spegel_ebpf_lost_events"] {
+        for unknown in ["upstream", "spegel_peer_resets", "spegel_ebpf_lost_events", "spegel_ebpf_containerd"] {
             assert!(!text.lines().any(|line| !line.starts_with('#') && line.contains(unknown)), "{unknown} in {text}");
         }
     }

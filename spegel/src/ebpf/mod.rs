@@ -8,6 +8,7 @@
 mod cgroup;
 mod kernel;
 mod metrics;
+mod own;
 mod privilege;
 mod quality;
 mod refusal;
@@ -23,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use crate::zerocopy::TcpInfo;
 use kernel::Kernel;
-use table::Table;
+use table::{Moved, Table};
 
 pub use metrics::Pulled;
 pub use quality::Quality;
@@ -60,6 +61,8 @@ pub struct Settings {
     pub router_port: u16,
     /// containerd's control group; to be looked for if not told.
     pub containerd_cgroup: Option<PathBuf>,
+    /// Addresses of the node that it has outside of this process's network namespace, which its containerd may come from.
+    pub node_addresses: Vec<IpAddr>,
     /// The ports of upstream registries.
     pub upstream_ports: Vec<u16>,
     /// Nodes differ by their loopback addresses.
@@ -75,6 +78,7 @@ pub struct Watch {
 struct Shared {
     table: Mutex<Table>,
     source: Source,
+    upstream: Mutex<Upstream>,
     /// This node's own addresses, which its containerd may come from.
     own: Vec<IpAddr>,
     peers_on_loopback: bool,
@@ -94,10 +98,17 @@ enum Source {
 struct Attached {
     /// The control group of spegel itself.
     own: PathBuf,
-    /// containerd's, or why its traffic is not seen.
-    containerd: Result<PathBuf, String>,
     /// What this process has kept of its privileges to read the maps; usually none.
     kept: &'static str,
+}
+
+/// Whether what containerd has with upstream registries is seen, which may change while it is watched.
+#[derive(Clone, Debug)]
+struct Upstream {
+    /// containerd's control group, or why its traffic is not seen at the moment.
+    group: Result<PathBuf, String>,
+    /// There are figures, be they old.
+    was_seen: bool,
 }
 
 // === impl Watch ===
@@ -110,7 +121,8 @@ impl Watch {
     /// With [`Mode::On`], why the kernel cannot be asked. Otherwise that is only told by [`Watch::tell`].
     pub fn start(settings: &Settings) -> Result<Self, Refusal> {
         if settings.mode == Mode::Off {
-            return Ok(Self::of(Some(settings), Source::Sockets(Refusal::Off), None));
+            privilege::drop_all();
+            return Ok(Self::of(Some(settings), Source::Sockets(Refusal::Off), Upstream::unseen(), None));
         }
         let (told, outcome) = mpsc::sync_channel(1);
         let (alive, end) = mpsc::sync_channel(0);
@@ -122,34 +134,41 @@ impl Watch {
             Err(error) => Err(Refusal::Other(format!("no thread for it: {error}"))),
         };
         match outcome {
-            Ok((attached, reader)) => {
-                let watch = Self::of(Some(settings), Source::Kernel(attached), Some(alive));
+            Ok((attached, group, reader)) => {
+                let upstream = Upstream { was_seen: group.is_ok(), group };
+                let watch = Self::of(Some(settings), Source::Kernel(attached), upstream, Some(alive));
                 // The thread reads for as long as somebody looks.
                 let _ = reader.send(Arc::downgrade(&watch.shared));
                 Ok(watch)
             }
             Err(refusal) if settings.mode == Mode::On => Err(refusal),
-            Err(refusal) => Ok(Self::of(Some(settings), Source::Sockets(refusal), None)),
+            Err(refusal) => Ok(Self::of(Some(settings), Source::Sockets(refusal), Upstream::unseen(), None)),
         }
     }
 
     /// A view that the kernel has no part in.
     pub fn without_kernel() -> Self {
-        Self::of(None, Source::Sockets(Refusal::Off), None)
+        Self::of(None, Source::Sockets(Refusal::Off), Upstream::unseen(), None)
     }
 
-    fn of(settings: Option<&Settings>, source: Source, thread: Option<mpsc::SyncSender<()>>) -> Self {
-        let own = if settings.is_some() { kernel::own_addresses() } else { Vec::new() };
+    fn of(
+        settings: Option<&Settings>,
+        source: Source,
+        upstream: Upstream,
+        thread: Option<mpsc::SyncSender<()>>,
+    ) -> Self {
+        let own = settings.map(|settings| own::addresses(&settings.node_addresses)).unwrap_or_default();
         let peers_on_loopback = settings.is_none_or(|settings| settings.peers_on_loopback);
         let table = Mutex::new(Table::new(matches!(source, Source::Kernel(_))));
-        Self { shared: Arc::new(Shared { table, source, own, peers_on_loopback, _thread: thread }) }
+        let upstream = Mutex::new(upstream);
+        Self { shared: Arc::new(Shared { table, source, upstream, own, peers_on_loopback, _thread: thread }) }
     }
 
     /// Says in the log, in one line, where the figures come from.
     pub fn tell(&self) {
         match &self.shared.source {
-            Source::Kernel(Attached { own, containerd, kept }) => {
-                let (upstream, why) = match containerd {
+            Source::Kernel(Attached { own, kept }) => {
+                let (upstream, why) = match self.shared.upstream().group {
                     Ok(group) => (Some(group.display().to_string()), None),
                     Err(why) => (None, Some(why)),
                 };
@@ -170,8 +189,11 @@ impl Watch {
 
     /// A probe for a connection of ours with `remote`, where these are wanted.
     pub fn probe(&self, remote: IpAddr, role: Role) -> Option<Probe> {
-        let probed = || Probed { watch: self.clone(), remote: remote.to_canonical(), role, last: None, ended: false };
-        self.wants_probes().then(|| Probe(Box::new(probed())))
+        self.wants_probes().then(|| {
+            let remote = remote.to_canonical();
+            self.table().opened(remote, role, Instant::now());
+            Probe(Box::new(Probed { watch: self.clone(), remote, role, before: Moved::default() }))
+        })
     }
 
     /// The same for a client of our registry: its own containerd, or another node.
@@ -195,7 +217,8 @@ impl Watch {
 
     /// All that is known at the moment.
     pub fn report(&self) -> Report {
-        Report::new(&self.table(), &self.shared.source, Instant::now())
+        let upstream = self.shared.upstream();
+        Report::new(&self.table(), &self.shared.source, &upstream, Instant::now())
     }
 
     /// Adds the figures by peer, and what this node pulled from where, to `figures`.
@@ -223,35 +246,60 @@ struct Probed {
     watch: Watch,
     remote: IpAddr,
     role: Role,
-    /// What the socket said last.
-    last: Option<TcpInfo>,
-    ended: bool,
+    /// What it had moved when it was asked last.
+    before: Moved,
 }
 
 // === impl Probe ===
 
 impl Probe {
-    /// Takes down what has changed since it was last asked. `ends` is whether the connection is over.
-    pub fn take(&mut self, info: &TcpInfo, ends: bool) {
-        let Probed { watch, remote, role, last, ended } = &mut *self.0;
-        *ended |= ends;
-        let before = last.replace(info.clone());
-        watch.table().sampled(*remote, *role, info, before.as_ref(), ends, Instant::now());
+    /// Takes down what has changed since it was last asked.
+    pub fn take(&mut self, info: &TcpInfo) {
+        let Probed { watch, remote, role, before } = &mut *self.0;
+        *before = watch.table().sampled(*remote, *role, info, before, Instant::now());
     }
 }
 
-impl Drop for Probe {
+impl Drop for Probed {
     fn drop(&mut self) {
-        // Its socket is gone and cannot be asked again.
-        if !self.0.ended
-            && let Some(last) = self.0.last.clone()
-        {
-            self.take(&last, true);
-        }
+        self.watch.table().closed(self.remote, self.role, Instant::now());
     }
 }
 
-type Outcome = Result<(Attached, mpsc::SyncSender<std::sync::Weak<Shared>>), Refusal>;
+// === impl Shared ===
+
+impl Shared {
+    fn upstream(&self) -> Upstream {
+        self.upstream.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether connections of this role are counted, or were.
+    fn sees(&self, role: Role) -> bool {
+        self.source.sees(role, &self.upstream())
+    }
+
+    /// Something has become of containerd's control group.
+    fn turn(&self, group: Result<PathBuf, String>) {
+        match &group {
+            Ok(group) => tracing::info!(containerd = %group.display(), "eBPF is attached to containerd's control group"),
+            Err(why) => tracing::warn!(why, "what containerd gets from upstream is not seen"),
+        }
+        let mut upstream = self.upstream.lock().unwrap_or_else(PoisonError::into_inner);
+        upstream.was_seen |= group.is_ok();
+        upstream.group = group;
+    }
+}
+
+// === impl Upstream ===
+
+impl Upstream {
+    /// Nobody looks.
+    fn unseen() -> Self {
+        Self { group: Err(String::new()), was_seen: false }
+    }
+}
+
+type Outcome = Result<(Attached, Result<PathBuf, String>, mpsc::SyncSender<std::sync::Weak<Shared>>), Refusal>;
 
 /// The thread that has the programs: loads them, tells what came of it, and reads until `end`.
 fn watch(settings: &Settings, told: &mpsc::SyncSender<Outcome>, end: &mpsc::Receiver<()>) {
@@ -265,11 +313,10 @@ fn watch(settings: &Settings, told: &mpsc::SyncSender<Outcome>, end: &mpsc::Rece
     };
     let attached = Attached {
         own: kernel.own.clone(),
-        containerd: kernel.containerd.clone(),
         kept: privilege::drop_but_for_reading(|| kernel.totals().is_ok()),
     };
     let (reader, shared) = mpsc::sync_channel(1);
-    if told.send(Ok((attached, reader))).is_err() {
+    if told.send(Ok((attached, kernel.containerd(), reader))).is_err() {
         return;
     }
     let Ok(shared) = shared.recv() else { return };
@@ -284,6 +331,9 @@ fn watch(settings: &Settings, told: &mpsc::SyncSender<Outcome>, end: &mpsc::Rece
             }
             Ok(None) => {}
             Err(error) => tracing::warn!(%error, "cannot read what the kernel has counted"),
+        }
+        if let Some(group) = kernel.attend(start) {
+            shared.turn(group);
         }
         pause = (start.elapsed() * REST).max(PERIOD);
     }

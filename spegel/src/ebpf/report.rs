@@ -6,8 +6,8 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use spegel_common::{Congestion, Role};
 
-use super::Source;
 use super::table::Table;
+use super::{Source, Upstream};
 
 /// The most rows that are given, those with the most bytes.
 const MOST_ROWS: usize = 1024;
@@ -27,6 +27,9 @@ pub struct Report {
     pub lost_events: Option<u64>,
     /// Peers by role, those with the most bytes first.
     pub peers: Vec<PeerRow>,
+    /// Rows that are not in `peers`, since there are too many.
+    #[serde(default)]
+    pub more_peers: u64,
     /// All peers of a role together.
     pub roles: Vec<RoleRow>,
 }
@@ -92,10 +95,11 @@ pub struct RoleRow {
 // === impl Report ===
 
 impl Report {
-    pub(super) fn new(table: &Table, source: &Source, now: Instant) -> Self {
+    pub(super) fn new(table: &Table, source: &Source, upstream: &Upstream, now: Instant) -> Self {
         let is_kernels = table.is_kernels();
         let mut peers: Vec<_> = table.rows().collect();
         peers.sort_unstable_by_key(|(address, role, row)| (std::cmp::Reverse(row.bytes()), *role, *address));
+        let more_peers = peers.len().saturating_sub(MOST_ROWS) as u64;
         peers.truncate(MOST_ROWS);
         let peers = peers.into_iter().map(|(address, role, row)| {
             let (counts, newest) = (&row.counts, &row.newest);
@@ -119,7 +123,7 @@ impl Report {
             }
         });
         let peers = peers.collect();
-        let roles = Role::ALL.into_iter().filter(|role| source.sees(*role)).map(|role| {
+        let roles = Role::ALL.into_iter().filter(|role| source.sees(*role, upstream)).map(|role| {
             let (counts, unlisted) = (table.total(role), table.unlisted(role));
             RoleRow {
                 role: role.name().to_owned(),
@@ -133,8 +137,8 @@ impl Report {
             }
         });
         let (name, reason, containerd, unseen) = match source {
-            Source::Kernel(attached) => {
-                let (group, why) = match &attached.containerd {
+            Source::Kernel(_) => {
+                let (group, why) = match &upstream.group {
                     Ok(group) => (Some(group.display().to_string()), None),
                     Err(why) => (None, Some(why.clone())),
                 };
@@ -150,6 +154,7 @@ impl Report {
             lost_events: is_kernels.then(|| table.lost()),
             roles: roles.collect(),
             peers,
+            more_peers,
         }
     }
 }
@@ -157,10 +162,10 @@ impl Report {
 // === impl Source ===
 
 impl Source {
-    /// Whether connections of this role are counted.
-    pub(super) fn sees(&self, role: Role) -> bool {
+    /// Whether connections of this role are counted, or were: what was told once is not taken back when containerd's group goes.
+    pub(super) fn sees(&self, role: Role, upstream: &Upstream) -> bool {
         match (self, role) {
-            (Self::Kernel(attached), Role::Upstream | Role::Other) => attached.containerd.is_ok(),
+            (Self::Kernel(_), Role::Upstream | Role::Other) => upstream.was_seen,
             (Self::Kernel(_), _) => true,
             // libp2p keeps its sockets to itself.
             (Self::Sockets(_), role) => matches!(role, Role::Served | Role::Fetched | Role::Containerd),
@@ -169,7 +174,7 @@ impl Source {
 }
 
 /// Without the kernel only those who connect know when that fails.
-fn knows_failures(is_kernels: bool, role: Role) -> bool {
+pub(super) fn knows_failures(is_kernels: bool, role: Role) -> bool {
     is_kernels || role == Role::Fetched
 }
 
@@ -178,14 +183,17 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::ebpf::Refusal;
+    use crate::ebpf::table::Moved;
     use crate::zerocopy::TcpInfo;
 
     #[test]
     fn what_sockets_do_not_tell_is_empty_and_not_zero() {
         let (mut table, now) = (Table::new(false), Instant::now());
         let address: IpAddr = "10.0.0.1".parse().unwrap();
-        table.sampled(address, Role::Served, &TcpInfo { bytes_acked: 5, ..TcpInfo::default() }, None, false, now);
-        let report = Report::new(&table, &Source::Sockets(Refusal::Off), now);
+        let info = TcpInfo { bytes_acked: 5, ..TcpInfo::default() };
+        table.opened(address, Role::Served, now);
+        table.sampled(address, Role::Served, &info, &Moved::default(), now);
+        let report = Report::new(&table, &Source::Sockets(Refusal::Off), &Upstream::unseen(), now);
         let json = serde_json::to_value(&report).unwrap();
         let row = &json["peers"][0];
         assert_eq!((&row["sent"], &row["open"]), (&5.into(), &1.into()));
@@ -196,5 +204,15 @@ mod tests {
         let roles: Vec<_> = report.roles.iter().map(|row| row.role.as_str()).collect();
         assert_eq!(roles, ["served", "fetched", "containerd"], "of others nothing is known");
         assert_eq!(serde_json::from_value::<Report>(json).unwrap(), report);
+    }
+
+    #[test]
+    fn who_is_left_out_is_counted() {
+        let (mut table, now) = (Table::new(false), Instant::now());
+        for n in 0..MOST_ROWS as u32 + 7 {
+            table.opened(IpAddr::from(n.to_be_bytes()), Role::Served, now);
+        }
+        let report = Report::new(&table, &Source::Sockets(Refusal::Off), &Upstream::unseen(), now);
+        assert_eq!((report.peers.len(), report.more_peers), (MOST_ROWS, 7));
     }
 }

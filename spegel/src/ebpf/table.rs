@@ -1,6 +1,6 @@
 //! The figures by peer and role as user space keeps them: they only grow, whatever becomes of the kernel's rows, and there is a bound to them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
@@ -9,12 +9,14 @@ use spegel_common::{Congestion, Counts, PeerKey, PeerStats, Role};
 use super::kernel::Reading;
 use crate::zerocopy::TcpInfo;
 
-/// Rows that are kept. What those were that went is in the totals of their roles.
+/// Rows that are kept, beside those that the kernel has. What those were that went is in the totals of their roles.
 const MOST_ROWS: usize = 8192;
-/// Rows that metrics name; the others are one.
+/// Rows whose growth metrics tell by name; that of the others is told as one.
 pub(super) const NAMED: usize = 20;
-/// Rows that metrics show at one time: those, and those that had a name last.
+/// Rows that metrics have series of: those with a name, and those that had one and whose place no other needed yet.
 pub(super) const SHOWN: usize = 60;
+/// How often it is looked who has the names.
+const RANKING: Duration = Duration::from_secs(1);
 /// For how long what was lost on a path counts half.
 const HALF_LIFE: Duration = Duration::from_secs(30);
 
@@ -26,8 +28,11 @@ pub(super) struct Table {
     rows: HashMap<(IpAddr, Role), Row>,
     /// What was counted in each role, of all peers.
     totals: [Counts; ROLES],
-    /// Of that, what happened while the peer was none of those that are named.
+    /// Of that, what was told by a peer's name, whether or not the peer still has it.
+    named_totals: [Counts; ROLES],
+    /// The rest, as metrics have it.
     others: [Counts; ROLES],
+    ranked_at: Option<Instant>,
     lost: u64,
     /// The kernel counts: it knows all columns.
     is_kernels: bool,
@@ -40,6 +45,8 @@ pub(super) struct Row {
     /// What of the counts metrics tell under the peer's name: what happened while it was named.
     pub(super) named: Counts,
     pub(super) is_named: bool,
+    /// Whether metrics have series of it.
+    pub(super) has_series: bool,
     /// What the kernel's row said last.
     last: PeerStats,
     pub(super) newest: Newest,
@@ -69,6 +76,15 @@ struct Path {
     at: Instant,
 }
 
+/// What one of our own sockets has moved: the content of the connection, without what SYN and FIN count as.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Moved {
+    sent: u64,
+    received: u64,
+    segments: u32,
+    retransmits: u32,
+}
+
 // === impl Table ===
 
 impl Table {
@@ -76,7 +92,9 @@ impl Table {
         Self {
             rows: HashMap::new(),
             totals: [Counts::default(); ROLES],
+            named_totals: [Counts::default(); ROLES],
             others: [Counts::default(); ROLES],
+            ranked_at: None,
             lost: 0,
             is_kernels,
         }
@@ -98,43 +116,51 @@ impl Table {
                 grown.push((key, more));
             }
         }
-        let before = self.totals;
         self.totals = reading.totals.map(|total| total.counts);
         self.lost = reading.totals.iter().map(|total| total.lost).sum();
-        self.name();
-        // What no row has, since the kernel had none or has it no more, is the others'.
-        let mut more = [Counts::default(); ROLES];
-        for (more, (now, before)) in more.iter_mut().zip(self.totals.iter().zip(&before)) {
-            *more = difference(now, before);
+        self.rank(now);
+        for (key, more) in grown {
+            self.tell(key, &more);
         }
-        for (key, grown) in grown {
-            self.tell(key, &grown, &mut more[key.1 as usize]);
+        // The rows were read after these totals, so what is in no row by now is nobody's of those with a name; what has come since is looked at
+        // the next time. Of what two processors do at the same moment a little may be early, so it is seen to that nothing falls.
+        for ((others, total), named) in self.others.iter_mut().zip(&reading.settled).zip(&self.named_totals) {
+            *others = each(others, &difference_of_part(&total.counts, named), u64::max);
         }
-        for (others, more) in self.others.iter_mut().zip(&more) {
-            sum(others, more);
+        if self.rows.len() > MOST_ROWS {
+            // A row that the kernel has would come back with all that it has counted.
+            let kept = reading.peers.iter().filter_map(|(key, _)| Some((address(key), Role::from_number(key.role)?)));
+            match reading.is_whole {
+                true => self.shrink(MOST_ROWS, &kept.collect()),
+                // What was not met may be there.
+                false => self.shrink(4 * MOST_ROWS, &HashSet::new()),
+            }
         }
-        self.shrink();
     }
 
-    /// Takes over what one of our own sockets says.
-    pub(super) fn sampled(
-        &mut self,
-        remote: IpAddr,
-        role: Role,
-        info: &TcpInfo,
-        last: Option<&TcpInfo>,
-        ends: bool,
-        now: Instant,
-    ) {
-        let zero = TcpInfo::default();
-        let before = last.unwrap_or(&zero);
+    /// One of our own connections stands.
+    pub(super) fn opened(&mut self, remote: IpAddr, role: Role, now: Instant) {
+        self.add(remote, role, &Counts { opened: 1, ..Counts::default() }, None, now);
+    }
+
+    /// It is over.
+    pub(super) fn closed(&mut self, remote: IpAddr, role: Role, now: Instant) {
+        self.add(remote, role, &Counts { closed: 1, ..Counts::default() }, None, now);
+    }
+
+    /// One could not be had.
+    pub(super) fn failed(&mut self, remote: IpAddr, role: Role, now: Instant) {
+        self.add(remote, role, &Counts { failed: 1, ..Counts::default() }, None, now);
+    }
+
+    /// Takes over what one of our own sockets has moved since it was asked before, and what it says of its path.
+    pub(super) fn sampled(&mut self, remote: IpAddr, role: Role, info: &TcpInfo, before: &Moved, now: Instant) -> Moved {
+        let moved = Moved::of(info, role);
         let more = Counts {
-            opened: u64::from(last.is_none()),
-            closed: u64::from(ends),
-            sent: info.bytes_acked.saturating_sub(before.bytes_acked),
-            received: info.bytes_received.saturating_sub(before.bytes_received),
-            segments: u64::from(info.data_segs_out.saturating_sub(before.data_segs_out)),
-            retransmits: u64::from(info.total_retrans.saturating_sub(before.total_retrans)),
+            sent: moved.sent.saturating_sub(before.sent),
+            received: moved.received.saturating_sub(before.received),
+            segments: u64::from(moved.segments.saturating_sub(before.segments)),
+            retransmits: u64::from(moved.retransmits.saturating_sub(before.retransmits)),
             ..Counts::default()
         };
         let newest = Newest {
@@ -145,11 +171,7 @@ impl Table {
             congestion: None,
         };
         self.add(remote, role, &more, Some(newest), now);
-    }
-
-    /// One of our own sockets could not be connected.
-    pub(super) fn failed(&mut self, remote: IpAddr, role: Role, now: Instant) {
-        self.add(remote, role, &Counts { failed: 1, ..Counts::default() }, None, now);
+        moved
     }
 
     fn add(&mut self, remote: IpAddr, role: Role, more: &Counts, newest: Option<Newest>, now: Instant) {
@@ -159,25 +181,27 @@ impl Table {
         row.seen = now;
         row.newest = newest.unwrap_or(row.newest);
         sum(&mut self.totals[role as usize], more);
-        if self.rows.len() <= NAMED {
-            self.name();
+        // Each row of a few has its name at once; of many it is looked now and then, since that costs.
+        if self.rows.len() <= NAMED || self.ranked_at.is_none_or(|at| now.saturating_duration_since(at) >= RANKING) {
+            self.rank(now);
         }
-        let mut rest = *more;
-        self.tell(key, more, &mut rest);
-        sum(&mut self.others[role as usize], &rest);
-        self.shrink();
+        self.tell(key, more);
+        self.others[role as usize] = difference_of_part(&self.totals[role as usize], &self.named_totals[role as usize]);
+        self.shrink(MOST_ROWS, &HashSet::new());
     }
 
-    /// Counts under the peer's name, if it has one, what is then none of `others`.
-    fn tell(&mut self, key: (IpAddr, Role), more: &Counts, others: &mut Counts) {
+    /// Counts under the peer's name, if it has one.
+    fn tell(&mut self, key: (IpAddr, Role), more: &Counts) {
         if let Some(row) = self.rows.get_mut(&key).filter(|row| row.is_named) {
             sum(&mut row.named, more);
-            *others = difference_of_part(others, more);
+            sum(&mut self.named_totals[key.1 as usize], more);
         }
     }
 
-    /// Gives names to those that moved the most bytes.
-    pub(super) fn name(&mut self) {
+    /// Gives names to those that moved the most bytes. Who loses its name keeps its series, which stands still, as long as there is room: then the
+    /// one goes of which nothing was heard for longest. Should it get a name again, it goes on where it stood.
+    fn rank(&mut self, now: Instant) {
+        self.ranked_at = Some(now);
         let mut sizes: Vec<_> = self.rows.iter().map(|(key, row)| (row.bytes(), *key)).collect();
         if sizes.len() > NAMED {
             sizes.select_nth_unstable_by(NAMED - 1, |a, b| b.cmp(a));
@@ -186,35 +210,30 @@ impl Table {
         self.rows.values_mut().for_each(|row| row.is_named = false);
         for (_, key) in sizes {
             if let Some(row) = self.rows.get_mut(&key) {
-                row.is_named = true;
+                (row.is_named, row.has_series) = (true, true);
             }
         }
-        self.forget_names();
-    }
-
-    /// Those that had a name once keep their figures, so that these do not fall; but the oldest let theirs go when there are too many.
-    fn forget_names(&mut self) {
-        let had = |row: &Row| !row.is_named && row.named != Counts::default();
-        let mut ages: Vec<_> =
-            self.rows.iter().filter(|(_, row)| had(row)).map(|(key, row)| (row.seen, *key)).collect();
-        let surplus = ages.len().saturating_sub(SHOWN - NAMED);
-        ages.sort_unstable();
-        for (_, key) in ages.into_iter().take(surplus) {
-            if let Some(row) = self.rows.get_mut(&key) {
-                row.named = Counts::default();
+        let with_series = self.rows.values().filter(|row| row.has_series).count();
+        if with_series > SHOWN {
+            let nameless = self.rows.iter().filter(|(_, row)| row.has_series && !row.is_named);
+            let mut ages: Vec<_> = nameless.map(|(key, row)| (row.seen, *key)).collect();
+            ages.sort_unstable();
+            for (_, key) in ages.iter().take(with_series - SHOWN) {
+                self.rows.entry(*key).and_modify(|row| row.has_series = false);
             }
         }
     }
 
-    /// Lets those go that were silent for longest, a quarter at once, so that it is not looked for with each new one. Those with names stay.
-    fn shrink(&mut self) {
-        if self.rows.len() <= MOST_ROWS {
+    /// Lets those go that were silent for longest, a quarter at once, so that it is not looked for with each new one. Those with series stay, and
+    /// those that are `kept`; who once had a name goes last, for its series must not start anew.
+    fn shrink(&mut self, most: usize, kept: &HashSet<(IpAddr, Role)>) {
+        if self.rows.len() <= most {
             return;
         }
-        let mut ages: Vec<_> =
-            self.rows.iter().filter(|(_, row)| !row.is_named).map(|(key, row)| (row.seen, *key)).collect();
+        let can_go = self.rows.iter().filter(|(key, row)| !row.has_series && !kept.contains(*key));
+        let mut ages: Vec<_> = can_go.map(|(key, row)| (row.named != Counts::default(), row.seen, *key)).collect();
         ages.sort_unstable();
-        for (_, key) in ages.iter().take(MOST_ROWS / 4) {
+        for (.., key) in ages.iter().take(self.rows.len() - most + most / 4) {
             self.rows.remove(key);
         }
     }
@@ -272,6 +291,7 @@ impl Row {
             counts: Counts::default(),
             named: Counts::default(),
             is_named: false,
+            has_series: false,
             last: PeerStats::default(),
             newest: Newest::default(),
             seen: now,
@@ -288,6 +308,18 @@ impl Row {
 
     pub(super) fn bytes(&self) -> u64 {
         self.counts.sent.saturating_add(self.counts.received)
+    }
+}
+
+impl Moved {
+    fn of(info: &TcpInfo, role: Role) -> Self {
+        Self {
+            // Of our own sockets those that fetch are those that we open.
+            sent: info.content_acked(role == Role::Fetched),
+            received: info.content_received(role == Role::Fetched),
+            segments: info.data_segs_out,
+            retransmits: info.total_retrans,
+        }
     }
 }
 
@@ -364,14 +396,20 @@ mod tests {
         PeerStats { counts: Counts { opened: 1, sent: bytes, ..Counts::default() }, ..PeerStats::default() }
     }
 
+    fn totals(bytes: u64) -> [Totals; ROLES] {
+        let mut totals = [Totals::default(); ROLES];
+        totals[Role::Served as usize].counts.sent = bytes;
+        totals
+    }
+
     /// What the kernel says of peers that were sent so many bytes, and of so many bytes in all.
     fn reading(rows: &[(u32, u64)], total: u64) -> Reading {
-        let mut reading = Reading {
+        Reading {
             peers: rows.iter().map(|(n, bytes)| (key(*n, Role::Served), sent(*bytes))).collect(),
-            ..Reading::default()
-        };
-        reading.totals[Role::Served as usize] = Totals { counts: Counts { sent: total, ..Counts::default() }, lost: 0 };
-        reading
+            is_whole: true,
+            settled: totals(total),
+            totals: totals(total),
+        }
     }
 
     fn bytes(table: &Table, n: u32) -> u64 {
@@ -413,13 +451,103 @@ mod tests {
         assert!(others > 0);
     }
 
+    /// What comes between the reading of the rows and that of the totals is counted once, under the name that it gets a second later.
+    #[test]
+    fn what_lands_during_a_reading_is_counted_once() {
+        let (mut table, now) = (Table::new(true), Instant::now());
+        for round in 1..=10 {
+            let before = reading(&[(1, 100 * round)], 100 * round);
+            table.apply(&Reading { totals: totals(100 * round + 70), ..before }, now);
+            assert_eq!(table.others(Role::Served).sent, 0, "round {round}");
+            assert_eq!(table.total(Role::Served).sent, 100 * round + 70);
+        }
+        // What no row has is nobody's, and stays that.
+        table.apply(&reading(&[(1, 1070)], 1100), now);
+        assert_eq!((table.others(Role::Served).sent, table.named_totals[0].sent), (30, 1070));
+    }
+
+    /// Hundreds of peers are the largest, one after the other: few have series, and those that have them never fall.
+    #[test]
+    fn series_are_bounded_and_go_on_where_they_stood() {
+        let (mut table, start) = (Table::new(true), Instant::now());
+        let mut counted: HashMap<u32, u64> = HashMap::new();
+        let mut told: HashMap<IpAddr, u64> = HashMap::new();
+        let mut others = 0;
+        for round in 0..300u32 {
+            // The second time around all that were there are larger still.
+            for n in 0..5 {
+                *counted.entry((5 * round + n) % 1000).or_default() += u64::from(round + 1) * 1000;
+            }
+            let mut rows: Vec<_> = counted.iter().map(|(n, bytes)| (*n, *bytes)).collect();
+            rows.sort_unstable();
+            table.apply(&reading(&rows, counted.values().sum()), start + RANKING * round);
+            let series: Vec<_> = table.rows().filter(|(.., row)| row.has_series).collect();
+            assert!(series.len() <= SHOWN);
+            for (address, _, row) in series {
+                let before = told.insert(address, row.named.sent).unwrap_or(0);
+                assert!(row.named.sent >= before, "{address} fell");
+                assert!(row.named.sent <= row.counts.sent);
+            }
+            assert!(table.others(Role::Served).sent >= others);
+            others = table.others(Role::Served).sent;
+            assert_eq!(others + table.named_totals[0].sent, table.total(Role::Served).sent);
+        }
+        assert!(told.len() > 5 * SHOWN);
+    }
+
+    /// Who comes later and is larger gets a name also where nobody reads the kernel's maps.
+    #[test]
+    fn without_the_kernel_names_are_given_anew() {
+        let (mut table, start) = (Table::new(false), Instant::now());
+        let info = |bytes| TcpInfo { bytes_acked: bytes, ..TcpInfo::default() };
+        let (mut others, peers) = (0, 5 * NAMED as u32);
+        for n in 0..peers {
+            let now = start + RANKING * n;
+            table.opened(ip(n), Role::Served, now);
+            table.sampled(ip(n), Role::Served, &info(1000 * u64::from(n + 1)), &Moved::default(), now);
+            table.sampled(ip(n), Role::Served, &info(2000 * u64::from(n + 1)), &Moved::default(), now + RANKING);
+            let all = table.others(Role::Served).sent + table.named_totals[0].sent;
+            assert_eq!(all, table.total(Role::Served).sent);
+            assert!(table.others(Role::Served).sent >= others);
+            others = table.others(Role::Served).sent;
+        }
+        let named: Vec<_> = table.rows().filter(|(.., row)| row.is_named).map(|(address, ..)| address).collect();
+        assert_eq!(named.len(), NAMED);
+        assert!((peers - NAMED as u32..peers).all(|n| named.contains(&ip(n))), "{named:?}");
+        assert!(table.rows().filter(|(.., row)| row.has_series).count() <= SHOWN);
+    }
+
+    /// The kernel has fewer rows than this table; one that it still has must not be forgotten, or all of it would count again.
+    #[test]
+    fn a_row_that_the_kernel_has_is_not_counted_again() {
+        let (mut table, start) = (Table::new(true), Instant::now());
+        let old = 100..1100;
+        let mut total = 0;
+        for round in 0..20u32 {
+            // All those of old are silent, and still there; the others are new each time.
+            let fresh = 10_000 * (round + 1)..10_000 * (round + 1) + 4000;
+            let rows: Vec<_> = old.clone().chain(fresh).map(|n| (n, 10)).collect();
+            total = 10 * (1000 + 4000 * u64::from(round + 1));
+            table.apply(&reading(&rows, total), start + RANKING * round);
+        }
+        assert!(table.rows.len() <= MOST_ROWS + SHOWN, "{}", table.rows.len());
+        assert!(old.clone().all(|n| bytes(&table, n) == 10));
+        let sum: u64 = table.rows().map(|(.., row)| row.counts.sent).sum();
+        assert_eq!(sum + table.unlisted(Role::Served).sent, total);
+        // A reading that missed some proves nothing.
+        let missed = Reading { is_whole: false, ..reading(&[(1, 10)], total + 10) };
+        table.apply(&missed, start + RANKING * 30);
+        assert!(old.clone().all(|n| bytes(&table, n) == 10));
+    }
+
     #[test]
     fn rows_are_bounded_and_the_largest_stay() {
         let (mut table, start) = (Table::new(false), Instant::now());
         let info = |bytes| TcpInfo { bytes_acked: bytes, ..TcpInfo::default() };
         for n in 0..3 * MOST_ROWS as u32 {
             let now = start + Duration::from_millis(u64::from(n));
-            table.sampled(ip(n), Role::Served, &info(if n < 10 { 1_000_000 } else { 10 }), None, true, now);
+            let bytes = if n < 10 { 1_000_000 } else { 10 };
+            table.sampled(ip(n), Role::Served, &info(bytes), &Moved::default(), now);
         }
         assert!(table.rows.len() <= MOST_ROWS);
         assert!((0..10).all(|n| bytes(&table, n) == 1_000_000), "they are named");
@@ -437,9 +565,9 @@ mod tests {
             total_retrans: retransmits,
             ..TcpInfo::default()
         };
-        table.sampled(ip(1), Role::Served, &info(2, 1), None, true, now);
+        table.sampled(ip(1), Role::Served, &info(2, 1), &Moved::default(), now);
         assert!(table.loss(ip(1), now) < 0.03);
-        table.sampled(ip(1), Role::Router, &info(1000, 100), None, true, now);
+        table.sampled(ip(1), Role::Router, &info(1000, 100), &Moved::default(), now);
         let loss = table.loss(ip(1), now);
         assert!((0.08..0.1).contains(&loss), "{loss}");
         assert!(table.loss(ip(1), now + 10 * HALF_LIFE) < 0.01, "it may be well again");
@@ -449,10 +577,12 @@ mod tests {
     #[test]
     fn a_socket_counts_what_it_has_moved_since_it_was_asked_last() {
         let (mut table, now) = (Table::new(false), Instant::now());
-        let first = TcpInfo { bytes_acked: 100, rtt: 7, ..TcpInfo::default() };
-        let second = TcpInfo { bytes_acked: 150, bytes_received: 9, ..TcpInfo::default() };
-        table.sampled(ip(1), Role::Fetched, &first, None, false, now);
-        table.sampled(ip(1), Role::Fetched, &second, Some(&first), true, now);
+        let first = TcpInfo { bytes_acked: 101, rtt: 7, ..TcpInfo::default() };
+        let second = TcpInfo { bytes_acked: 151, bytes_received: 9, ..TcpInfo::default() };
+        table.opened(ip(1), Role::Fetched, now);
+        let moved = table.sampled(ip(1), Role::Fetched, &first, &Moved::default(), now);
+        table.sampled(ip(1), Role::Fetched, &second, &moved, now);
+        table.closed(ip(1), Role::Fetched, now);
         let row = &table.rows[&(ip(1), Role::Fetched)];
         let expected = Counts { opened: 1, closed: 1, sent: 150, received: 9, ..Counts::default() };
         assert_eq!((row.counts, row.named), (expected, expected));

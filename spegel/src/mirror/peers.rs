@@ -379,13 +379,13 @@ mod tests {
         assert!((cost(1) - cost(2)).abs() < 1e-9);
         let mut probe = watch.probe(peer(1).ip(), Role::Router).unwrap();
         let info = TcpInfo { data_segs_out: 1000, total_retrans: 50, ..TcpInfo::default() };
-        probe.take(&info, false);
+        probe.take(&info);
         assert!(cost(1) > 2.0 * cost(2), "5 % of loss: {} and {}", cost(1), cost(2));
         assert!(!peers.cost(peer(1), None, now).0);
         let worse = TcpInfo { data_segs_out: 2000, total_retrans: 400, ..TcpInfo::default() };
-        probe.take(&worse, false);
+        probe.take(&worse);
         assert!(peers.cost(peer(1), None, now).0, "20 %: others first");
-        probe.take(&TcpInfo { data_segs_out: 1_000_000, ..worse }, false);
+        probe.take(&TcpInfo { data_segs_out: 1_000_000, ..worse });
         assert!(!peers.cost(peer(1), None, now).0);
         assert!(cost(1) < 1.1 * cost(2), "it is well again: {} and {}", cost(1), cost(2));
     }

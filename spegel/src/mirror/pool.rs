@@ -83,7 +83,7 @@ impl Pool {
         if let Some(probe) = &mut probe
             && let Ok(info) = TcpInfo::of(&stream)
         {
-            probe.take(&info, false);
+            probe.take(&info);
         }
         let Ok(stream) = stream.into_std() else { return };
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);

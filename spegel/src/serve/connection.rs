@@ -110,7 +110,7 @@ fn look(probe: Option<Probe>, stream: &TcpStream) {
     if let Some(mut probe) = probe
         && let Ok(info) = TcpInfo::of(stream)
     {
-        probe.take(&info, true);
+        probe.take(&info);
     }
 }
 
@@ -220,7 +220,7 @@ impl Lane {
             if let Some(probe) = &mut self.probe
                 && let Ok(info) = TcpInfo::of(&stream)
             {
-                probe.take(&info, false);
+                probe.take(&info);
             }
             self.phase = Phase::Bare(Bare::new(stream, unread));
         }

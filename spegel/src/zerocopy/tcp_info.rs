@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 /// A part of the kernel's [`struct tcp_info`](https://man7.org/linux/man-pages/man7/tcp.7.html), by the names there. All is zero that the kernel is too old to know.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TcpInfo {
+    /// The connection's state, by the kernel's number.
+    pub state: u8,
     /// Smoothed round trip in microseconds.
     pub rtt: u32,
     /// Congestion window in segments.
@@ -25,10 +27,14 @@ pub struct TcpInfo {
     pub data_segs_out: u32,
     /// Bytes a second that the path delivers.
     pub delivery_rate: u64,
+    /// Bytes of content that were sent, those sent again among them.
+    pub bytes_sent: u64,
+    /// Bytes of content that were sent again.
+    pub bytes_retrans: u64,
 }
 
 /// As long as the fields that are read; the kernel fills in as much as it has.
-const LENGTH: usize = 168;
+const LENGTH: usize = 216;
 /// From the kernel's `asm-generic/socket.h`.
 const SO_NETNS_COOKIE: i32 = 71;
 
@@ -52,6 +58,7 @@ impl TcpInfo {
             u64::from_ne_bytes(word)
         };
         Self {
+            state: bytes[0],
             rtt: half(68),
             snd_cwnd: half(80),
             total_retrans: half(100),
@@ -60,7 +67,34 @@ impl TcpInfo {
             min_rtt: half(148),
             data_segs_out: half(156),
             delivery_rate: whole(160),
+            bytes_sent: whole(200),
+            bytes_retrans: whole(208),
         }
+    }
+
+    /// Bytes of content that the other end acknowledged: the kernel counts numbers of the sequence, of which a SYN of this end's, if it `opened` the
+    /// connection, and a FIN have one each.
+    pub fn content_acked(&self, opened: bool) -> u64 {
+        let numbers = self.bytes_acked.saturating_sub(u64::from(opened));
+        // Kernels before 4.19 do not say what was sent.
+        if self.bytes_sent == 0 { numbers } else { numbers.min(self.bytes_sent.saturating_sub(self.bytes_retrans)) }
+    }
+
+    /// Bytes of content that came, without the FIN of the other end, which counts as one. `opened` is as with [`TcpInfo::content_acked`].
+    pub fn content_received(&self, opened: bool) -> u64 {
+        // From the kernel's `net/tcp_states.h`.
+        const TIME_WAIT: u8 = 6;
+        const CLOSE: u8 = 7;
+        const CLOSE_WAIT: u8 = 8;
+        const LAST_ACK: u8 = 9;
+        const CLOSING: u8 = 11;
+        let fin_came = match self.state {
+            TIME_WAIT | CLOSE_WAIT | LAST_ACK | CLOSING => true,
+            // Both sides have ended it, in order, if ours was acknowledged; a reset after that is taken for the same.
+            CLOSE => self.bytes_acked.saturating_sub(u64::from(opened)) > self.content_acked(opened),
+            _ => false,
+        };
+        self.bytes_received.saturating_sub(u64::from(fin_came))
     }
 }
 

@@ -11,7 +11,7 @@ use ratatui::text::Line;
 use ratatui::widgets::{Cell, Paragraph, Row, Table};
 use ratatui::{DefaultTerminal, Frame};
 
-use super::{COLUMNS, fetch, fields, origin, sort};
+use super::{COLUMNS, fetch, fields, left_out, origin, sort};
 use crate::cli::PeersOrder;
 use crate::ebpf::Report;
 
@@ -91,7 +91,15 @@ impl Screen {
         let before = self.before.as_ref().map(|(report, seconds)| (report, *seconds));
         sort(&mut self.now.peers, self.order, before);
         let trouble = self.trouble.as_ref().map(|trouble| format!("not the newest: {trouble}"));
-        frame.render_widget(Paragraph::new(trouble.unwrap_or_else(|| origin(&self.now))), top);
+        let (shown, all) = (usize::from(middle.height.saturating_sub(1)), self.now.peers.len());
+        let mut told = trouble.unwrap_or_else(|| origin(&self.now));
+        // What does not fit comes first: the line may be longer than the screen is wide.
+        if self.now.more_peers > 0 {
+            told = format!("{}; {told}", left_out(self.now.more_peers, all));
+        } else if all > shown {
+            told = format!("{} rows more; {told}", all - shown);
+        }
+        frame.render_widget(Paragraph::new(told), top);
         let widths = COLUMNS.map(|(_, width)| Constraint::Length(u16::try_from(width).unwrap_or(u16::MAX)));
         let aligned = |number: usize, text: String| {
             let side = if number < 2 { Alignment::Left } else { Alignment::Right };
@@ -136,6 +144,11 @@ mod tests {
         let shown = lines(&mut screen);
         assert!(shown[2].starts_with("10.0.0.1 ") && shown[2].contains("1.0 KiB"), "{shown:?}");
         assert!(shown[5].contains("q end"));
+        screen.now.peers.extend((3..=7).map(|n| row(n, 0)));
+        assert!(lines(&mut screen)[0].starts_with("4 rows more; "), "{:?}", lines(&mut screen));
+        screen.now.more_peers = 5;
+        assert!(lines(&mut screen)[0].starts_with("5 more: only the 7 with the most bytes"), "{:?}", lines(&mut screen));
+        screen.now = report(vec![]);
         screen.trouble = Some("gone".into());
         assert_eq!(lines(&mut screen)[0], "not the newest: gone");
         assert!(screen.press(KeyCode::Esc, KeyModifiers::NONE));

@@ -26,6 +26,7 @@ pub(crate) fn settings(port: u16) -> Settings {
         registry_port: port,
         router_port: 1,
         containerd_cgroup: None,
+        node_addresses: vec![],
         upstream_ports: vec![],
         peers_on_loopback: true,
     }
@@ -33,9 +34,7 @@ pub(crate) fn settings(port: u16) -> Settings {
 
 /// A view by the kernel; none where that cannot be had, which is said.
 pub(crate) fn watch(settings: &Settings) -> Option<Watch> {
-    let settings = settings.clone();
-    // What is given up is the thread's, and the test needs it still.
-    match std::thread::spawn(move || Watch::start(&settings)).join().unwrap() {
+    match watch_or_refusal(settings) {
         Ok(watch) => Some(watch),
         Err(
             refusal @ (Refusal::NoPrivilege(_) | Refusal::NoCgroup2(_) | Refusal::OldKernel(_) | Refusal::Forbidden(_)),
@@ -45,6 +44,12 @@ pub(crate) fn watch(settings: &Settings) -> Option<Watch> {
         }
         Err(refusal) => panic!("{refusal}"),
     }
+}
+
+fn watch_or_refusal(settings: &Settings) -> Result<Watch, Refusal> {
+    let settings = settings.clone();
+    // What is given up is the thread's, and the test needs it still.
+    std::thread::spawn(move || Watch::start(&settings)).join().unwrap()
 }
 
 fn row(report: &Report, address: IpAddr, role: &str) -> Option<PeerRow> {

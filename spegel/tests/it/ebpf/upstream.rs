@@ -11,7 +11,9 @@ use std::time::Duration;
 use spegel_benches::daemon::{output, wait_until};
 use spegel_benches::netns::Lab;
 
-use super::{report_when, row, settings, watch};
+use spegel::ebpf::{Mode, Refusal, Report};
+
+use super::{report_when, row, settings, watch, watch_or_refusal};
 
 /// A control group that is removed when dropped.
 pub(crate) struct Group(pub(crate) PathBuf);
@@ -36,7 +38,8 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         // A process that has just ended may still be in it.
-        let _ = wait_until(Duration::from_secs(5), "an empty group", || fs::remove_dir(&self.0).is_ok());
+        let is_gone = || fs::remove_dir(&self.0).is_ok() || !self.0.exists();
+        let _ = wait_until(Duration::from_secs(5), "an empty group", is_gone);
     }
 }
 
@@ -84,4 +87,56 @@ fn bytes_from_upstream_are_told_from_what_else_containerd_has() {
     assert_eq!((other.opened, other.received), (1, 7_000));
     assert_eq!(report.peers.len(), 2, "{report:#?}");
     assert_eq!(report.containerd.as_deref(), group.0.to_str());
+}
+
+/// The unit of containerd's is started after spegel's, and started anew: its group comes, goes and comes back. The thread that attaches to it has given up
+/// its privileges by then.
+#[test]
+fn containerds_group_may_come_late_and_come_back() {
+    if let Err(reason) = Lab::available() {
+        return println!("skipped: {reason}");
+    }
+    let Some(group) = Group::new("spegel-test-restarted") else {
+        return println!("skipped: no control groups of version 2 can be made here");
+    };
+    let mut lab = Lab::new().unwrap();
+    let node = lab.add_node().unwrap();
+    let host = lab.host_address();
+    let registry = TcpListener::bind((host, 0)).unwrap();
+    let port = registry.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for stream in registry.incoming() {
+            let mut stream = stream.unwrap();
+            stream.read_exact(&mut [0; 4]).unwrap();
+            stream.write_all(&[7; 10_000]).unwrap();
+        }
+    });
+    let mut settings = settings(4);
+    settings.upstream_ports = vec![port];
+    settings.containerd_cgroup = Some(group.0.clone());
+    fs::remove_dir(&group.0).unwrap();
+    // Who insists is told at once.
+    match watch_or_refusal(&settings) {
+        Err(Refusal::NotAttached(why)) => assert!(why.contains("--containerd-cgroup"), "{why}"),
+        Err(refusal) => return println!("skipped: {refusal}"),
+        Ok(watch) => panic!("{watch:?}"),
+    }
+    settings.mode = Mode::Auto;
+    let Some(watch) = watch(&settings) else { return };
+    assert!(watch.report().containerd_unseen.unwrap().contains("no control group"), "{:?}", watch.report());
+    assert!(watch.report().roles.iter().all(|role| role.role != "upstream"), "what was never seen is not zero");
+
+    let pull = format!("exec 3<>/dev/tcp/{host}/{port}; printf pull >&3; cat <&3 | wc -c; exec 3>&-");
+    for round in 1..=2 {
+        fs::create_dir(&group.0).unwrap();
+        report_when(&watch, "the group", |report| report.containerd.is_some());
+        assert_eq!(group.run(&node, &pull).trim(), "10000");
+        let upstream = |report: &Report| row(report, host.into(), "upstream");
+        let report = report_when(&watch, "the pull", |report| upstream(report).is_some_and(|row| row.opened == round));
+        assert_eq!(upstream(&report).unwrap().received, 10_000 * round);
+        wait_until(Duration::from_secs(5), "an empty group", || fs::remove_dir(&group.0).is_ok()).unwrap();
+        let report = report_when(&watch, "that it is gone", |report| report.containerd.is_none());
+        assert!(report.containerd_unseen.unwrap().contains("is gone"));
+        assert!(report.roles.iter().any(|role| role.role == "upstream"), "what was told stays");
+    }
 }
