@@ -15,6 +15,9 @@ const TAKE: usize = 256 << 10;
 /// How long a server may be silent.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long a thread lies down before it is asked what it took.
+const CALM: Duration = Duration::from_millis(1);
+
 /// Longest head that is understood.
 const HEAD: usize = 16 << 10;
 
@@ -47,6 +50,9 @@ pub struct Bulk {
     pub seconds: f64,
     /// Bytes of each connection.
     pub each: Vec<u64>,
+    /// What the client itself took of a CPU, where that was measured.
+    #[serde(default)]
+    pub cpu_seconds: f64,
 }
 
 /// How long single requests took.
@@ -62,6 +68,9 @@ pub struct Waits {
     pub p99: f64,
     /// The longest, in microseconds.
     pub worst: f64,
+    /// What the client itself took of a CPU, where that was measured.
+    #[serde(default)]
+    pub cpu_seconds: f64,
 }
 
 // === impl Target ===
@@ -84,12 +93,15 @@ impl Target {
     /// A connection that fails, or an answer other than 200.
     pub fn bulk(&self, connections: usize, count: usize, take: Take) -> Result<Bulk> {
         let start = Instant::now();
-        let each: Vec<u64> = thread::scope(|scope| {
-            let all: Vec<_> =
-                (0..connections).map(|_| scope.spawn(|| self.stream(|done| done < count, take))).collect();
+        let each: Vec<(u64, f64)> = thread::scope(|scope| {
+            let one = || Ok((self.stream(|done| done < count, take)?, thread_cpu()));
+            let all: Vec<_> = (0..connections).map(|_| scope.spawn(one)).collect();
             all.into_iter().map(joined).collect::<Result<_>>()
         })?;
-        Ok(Bulk { bytes: each.iter().sum(), seconds: start.elapsed().as_secs_f64(), each })
+        let seconds = start.elapsed().as_secs_f64() - CALM.as_secs_f64();
+        let cpu_seconds = each.iter().map(|(_, cpu)| cpu).sum();
+        let each: Vec<u64> = each.into_iter().map(|(bytes, _)| bytes).collect();
+        Ok(Bulk { bytes: each.iter().sum(), seconds, each, cpu_seconds })
     }
 
     /// Takes bodies on so many connections for a while, whatever of them comes.
@@ -115,7 +127,7 @@ impl Target {
                 .collect();
             all.into_iter().map(joined).collect::<Result<_>>()
         })?;
-        Ok(Bulk { bytes: each.iter().sum(), seconds: start.elapsed().as_secs_f64(), each })
+        Ok(Bulk { bytes: each.iter().sum(), seconds: start.elapsed().as_secs_f64(), each, cpu_seconds: 0.0 })
     }
 
     fn stream(&self, mut more: impl FnMut(usize) -> bool, take: Take) -> Result<u64> {
@@ -237,8 +249,15 @@ impl Waits {
         ensure!(!waits.is_empty(), "no answer at all");
         waits.sort();
         let at = |part: usize| waits[(waits.len() * part / 100).min(waits.len() - 1)].as_secs_f64() * 1e6;
-        Ok(Self { count: waits.len(), seconds: time.as_secs_f64(), p50: at(50), p99: at(99), worst: at(100) })
+        Ok(Self { count: waits.len(), seconds: time.as_secs_f64(), p50: at(50), p99: at(99), worst: at(100), cpu_seconds: 0.0 })
     }
+}
+
+/// What this thread has taken of a CPU, in seconds. It lies down for [`CALM`] before, since the kernel adds up when it does.
+pub fn thread_cpu() -> f64 {
+    thread::sleep(CALM);
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split(' ').next().and_then(|field| field.parse::<f64>().ok()).unwrap_or_default() / 1e9
 }
 
 /// Lets this process have as many open files as the administrator allows.

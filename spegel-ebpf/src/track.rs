@@ -139,7 +139,10 @@ const NOTHING: Counts =
 unsafe fn advance(context: &SockOpsContext, connection: *mut Connection, ends: bool, mut counts: Counts, now: u64) {
     let state = field!(context, state);
     // The kernel counts the bytes of the sequence numbers, of which SYN and FIN have one each.
-    let fin_acknowledged = state == FIN_WAIT2 || state == TIME_WAIT || (ends && (state == LAST_ACK || state == CLOSING));
+    // As long as one is on its way it is held back, for the kernel calls at a round trip when it has taken the acknowledgement and not yet the next state.
+    let fin_under_way = state == FIN_WAIT1 || state == CLOSING || state == LAST_ACK;
+    let fin_acknowledged =
+        state == FIN_WAIT2 || state == TIME_WAIT || (fin_under_way && (!ends || state != FIN_WAIT1));
     // Whoever has closed and read on gets the other's FIN last; one who has closed and let go gets it when the socket is gone, and is a byte short.
     let fin_received =
         state == CLOSE_WAIT || state == LAST_ACK || state == CLOSING || state == TIME_WAIT || (ends && state == FIN_WAIT2);
@@ -149,8 +152,9 @@ unsafe fn advance(context: &SockOpsContext, connection: *mut Connection, ends: b
     // SAFETY: the caller's row is one that the verifier has checked.
     unsafe {
         let key = (*connection).key;
-        let sent = acknowledged.saturating_sub((*connection).active as u64);
-        counts.sent = sent.saturating_sub((*connection).sent);
+        // What is held back may have been there before the FIN, and has been counted then.
+        let sent = acknowledged.saturating_sub((*connection).active as u64).max((*connection).sent);
+        counts.sent = sent - (*connection).sent;
         counts.received = received.saturating_sub((*connection).received);
         counts.segments = segments.wrapping_sub((*connection).segments) as u64;
         counts.retransmits = retransmits.wrapping_sub((*connection).retransmits) as u64;

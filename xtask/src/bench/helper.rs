@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use spegel_benches::bare;
-use spegel_benches::load::{Take, Target};
+use spegel_benches::load::{Take, Target, thread_cpu};
 
 #[derive(Debug, Args)]
 pub(crate) struct Helper {
@@ -88,14 +88,20 @@ impl Helper {
             What::BulkFor { address, path, connections, seconds, take: how } => serde_json::to_string(
                 &target(address, "GET", path).bulk_for(*connections, time(*seconds), take(how))?,
             )?,
-            What::Small { address, path, method, connections, seconds } => serde_json::to_string(
-                &target(address, method, path).small(*connections, |so_far| so_far < time(*seconds))?,
-            )?,
+            What::Small { address, path, method, connections, seconds } => {
+                let before = thread_cpu();
+                let mut told = target(address, method, path).small(*connections, |so_far| so_far < time(*seconds))?;
+                told.cpu_seconds = thread_cpu() - before;
+                serde_json::to_string(&told)?
+            }
             What::While { address, path, stop } => {
                 serde_json::to_string(&target(address, "GET", path).small(1, |_| !stop.exists())?)?
             }
             What::Connects { address, path, seconds } => {
-                serde_json::to_string(&target(address, "GET", path).connects(time(*seconds))?)?
+                let before = thread_cpu();
+                let mut told = target(address, "GET", path).connects(time(*seconds))?;
+                told.cpu_seconds = thread_cpu() - before;
+                serde_json::to_string(&told)?
             }
             What::Idle { address, path, connections } => {
                 spegel_benches::load::allow_many_files()?;

@@ -41,11 +41,14 @@ fn start(folder: &Path, port: u16, before: &[&str], arguments: &[&str]) -> Daemo
     Daemon::start("spegel", None, &command, &folder.join("log")).unwrap()
 }
 
-/// Three ports that were free a moment ago.
+/// Three ports that were free a moment ago, and that no other test of this process was given.
 fn ports() -> u16 {
     use std::net::TcpListener;
-    (20_000..30_000u16)
-        .map(|n| 20_000 + (n.wrapping_mul(31).wrapping_add(std::process::id() as u16)) % 10_000)
+    use std::sync::atomic::{AtomicU16, Ordering};
+    static GIVEN: AtomicU16 = AtomicU16::new(0);
+    let start = std::process::id() as u16 % 3000;
+    std::iter::repeat_with(|| 20_000 + 3 * ((start + GIVEN.fetch_add(1, Ordering::Relaxed)) % 3333))
+        .take(3333)
         .find(|port| (0..3).all(|n| TcpListener::bind(("127.0.0.1", port + n)).is_ok()))
         .unwrap()
 }

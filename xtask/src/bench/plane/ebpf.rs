@@ -6,20 +6,41 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 use spegel_benches::load::{Bulk, Waits};
 
-use super::{GROUND, Plane, Rival, Running, Settings, median};
+use super::{Plane, Rival, Running, Settings, median};
 use crate::bench::Figures;
 
-/// How long each measurement of small requests lasts, in seconds.
-const TIME: &str = "1.5";
+/// The servers of a round. The third is what the first two would differ by if eBPF cost nothing.
+const SERVERS: [(&str, &str); 3] = [("off", "off"), ("on", "on"), ("off-again", "off")];
+/// In which order they are measured: each as often at each place, and after each other.
+const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [2, 1, 0], [1, 2, 0], [0, 2, 1], [2, 0, 1], [1, 0, 2]];
+/// Turns of a round, whose processes are the same; before them is one that is not counted.
+const TURNS: usize = 12;
+/// How long a turn asks a server for small things, in seconds, and again for connections.
+const TIME: &str = "0.6";
+/// What a turn takes of the large blob, in MiB.
+const BULK: u64 = 1024;
 /// Where the kernel is told to account for its programs.
 const ACCOUNT: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const GIB: f64 = (1_u64 << 30) as f64;
 
-/// What a round gives: CPU seconds a GiB and GiB a second of one stream, small requests a CPU second and a second, microseconds of a connection.
-type Round = [f64; 5];
+/// What is measured of a server in a turn. CPU is of both ends, since acknowledgements, for which the programs run, are handled in whichever process
+/// is running.
+const FIGURES: [&str; 6] = [
+    "bulk: CPU s / GiB",
+    "GiB / s",
+    "2 KiB: CPU µs a request",
+    "requests / s",
+    "a connection each: CPU µs",
+    "connect to first byte, p50, µs",
+];
+/// By how much they may change, in per cent, where that was promised, and whether more is worse.
+const AIMS: [(Option<f64>, bool); 6] =
+    [(Some(1.0), true), (None, false), (Some(2.0), true), (Some(2.0), false), (None, true), (None, true)];
+
+type Turn = [f64; FIGURES.len()];
 
 /// What the kernel's programs took: runs, nanoseconds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,96 +49,175 @@ struct Account {
     nanoseconds: u64,
 }
 
-/// A server with and one without.
+/// A server with, and two without.
 pub(in crate::bench) fn ebpf(settings: &Settings) -> Result<Figures> {
     let plane = Plane::new(settings)?;
-    let servers = [("on", start(&plane, "on", 0)?), ("off", start(&plane, "off", 1)?)];
-    let mut found: [Vec<Round>; 2] = Default::default();
-    // The first round is not counted.
-    for round in 0..=plane.settings.rounds {
-        for ((_, server), found) in servers.iter().zip(&mut found) {
-            let figures = measure(&plane, server)?;
-            if round > 0 {
-                found.push(figures);
+    let mut found: [Vec<Turn>; SERVERS.len()] = Default::default();
+    let (mut accounts, mut maps) = (Vec::new(), 0);
+    for round in 0..plane.settings.rounds {
+        let servers = (0..SERVERS.len()).map(|number| start(&plane, number, round)).collect::<Result<Vec<_>>>()?;
+        for turn in 0..=TURNS {
+            for number in ORDERS[turn % ORDERS.len()] {
+                let figures = measure(&plane, &servers[number].running)?;
+                if turn > 0 {
+                    found[number].push(figures);
+                }
             }
         }
+        accounts.push(account(&plane, &servers[1].running)?);
+        maps = field_of_descriptors(&servers[1].running, "memlock:")?;
     }
-    let accounts = account(&plane, &servers[0].1)?;
-    let maps = field_of_descriptors(&servers[0].1, "memlock:")?;
-    let column = |rounds: &[Round], at: usize| median(rounds.iter().map(|round| round[at]).collect());
-    let mut rows = Vec::new();
-    let mut told = Vec::new();
-    for ((mode, _), rounds) in servers.iter().zip(&found) {
-        let [cpu, speed, per_cpu, rate, connect] = [0, 1, 2, 3, 4].map(|at| column(rounds, at));
-        rows.push(vec![
-            format!("eBPF {mode}"),
-            format!("{cpu:.4} / {speed:.2}"),
-            format!("{per_cpu:.0} / {rate:.0}"),
-            format!("{connect:.1} µs"),
-        ]);
-        told.push(
-            json!({"ebpf": mode, "cpu_seconds_per_gib": cpu, "gib_per_second": speed, "get_per_cpu_second": per_cpu,
-            "get_per_second": rate, "connect_to_first_byte_us": connect}),
-        );
-    }
-    let [gib, request, connection] = accounts;
-    rows.push(vec![
-        "the programs themselves".to_owned(),
-        format!("{:.6} ({:.0} runs)", gib.1, gib.0),
-        format!("{:.0} ns ({:.3} runs)", request.1 * 1e9, request.0),
-        format!("{:.2} µs ({:.1} runs)", connection.1 * 1e6, connection.0),
-    ]);
-    told.push(json!({"program_seconds_per_gib": gib.1, "program_seconds_per_request": request.1,
-        "program_seconds_per_connection": connection.1, "map_bytes": maps}));
-    let columns = [
-        "",
-        "one stream: CPU s / GiB, GiB / s",
-        "2 KiB: requests a CPU second, a second",
-        "connect to first byte, p50",
+    Ok(tell(&plane, &found, &accounts, maps))
+}
+
+fn tell(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], accounts: &[[(f64, f64); 3]], maps: u64) -> Figures {
+    let column = |number: usize, at: usize| median(found[number].iter().map(|turn| turn[at]).collect());
+    let row = |name: &str, field: &dyn Fn(usize) -> String| -> Vec<String> {
+        std::iter::once(name.to_owned()).chain((0..FIGURES.len()).map(field)).collect()
+    };
+    let plain = |number: usize| move |at: usize| significant(column(number, at));
+    let changed = |number: usize, at: usize| Change::of(&found[number], &found[0], at);
+    let shares = |at: usize| -> Option<(f64, f64, f64)> {
+        let take = |of: fn(&(f64, f64)) -> f64| median(accounts.iter().map(|account| of(&account[at / 2])).collect());
+        let (runs, seconds) = (take(|(runs, _)| *runs), take(|(_, seconds)| *seconds));
+        let whole = column(0, at) / if at == 0 { 1.0 } else { 1e6 };
+        (at % 2 == 0).then_some((seconds / whole * 100.0, seconds, runs))
+    };
+    let programs = |at: usize| match shares(at) {
+        Some((share, seconds, runs)) => format!("{share:+.2} % ({:.2} µs, {runs:.1} runs)", seconds * 1e6),
+        None => "-".to_owned(),
+    };
+    let aims = |at: usize| match AIMS[at] {
+        (Some(aim), is_worse) => {
+            let change = changed(1, at).median;
+            let verdict = if (if is_worse { change } else { -change }) <= aim { "reached" } else { "missed" };
+            format!("{} {aim} %: {verdict}", if is_worse { "≤ +" } else { "≥ -" })
+        }
+        (None, _) => "-".to_owned(),
+    };
+    let rows = vec![
+        row("eBPF off", &plain(0)),
+        row("eBPF on", &plain(1)),
+        row("on beside off", &|at| changed(1, at).text()),
+        row("off beside off", &|at| changed(2, at).text()),
+        row("the programs' own time", &programs),
+        row("aim for on beside off", &aims),
     ];
-    Ok(Figures {
+    let told = (0..FIGURES.len()).map(|at| {
+        let change = |number: usize| {
+            let change = changed(number, at);
+            json!({"median_percent": change.median, "from": change.from, "to": change.to})
+        };
+        json!({"figure": FIGURES[at], "off": column(0, at), "on": column(1, at), "on_beside_off": change(1), "off_beside_off": change(2),
+            "programs": shares(at).map(|(share, seconds, runs)| json!({"percent": share, "seconds": seconds, "runs": runs}))})
+    });
+    let json = json!({"figures": told.collect::<Vec<_>>(), "pairs": found[0].len(), "map_bytes": maps});
+    Figures {
         name: "ebpf",
         method: format!(
-            "The same program with `--ebpf on` and `off`, one after the other in each round, each in a control group of its own. {GROUND}The \
-             time of the kernel's programs is the kernel's own account (kernel.bpf_stats_enabled), taken apart from the rounds, of all of both \
-             programs' runs: part of it is the client's, whose acknowledgements they run for. The maps take {:.1} MiB. {} rounds.",
+            "The same program with `--ebpf off`, `--ebpf on`, and `off` once more, each in a control group of its own; {} times new processes, each \
+             time {TURNS} turns in which the three are measured one right after the other, in changing order. One network namespace, loopback, congestion control reno; server \
+             on core 0, client on core 1; CPU is that of both processes together, from schedstat. spegel logs warnings only. A change is the median of the {} pairs, each of one turn, with the interval that holds the true median in 95 of 100 cases; \
+             `off beside off` is what such a comparison makes of nothing. The programs' own time is the kernel's own account \
+             (kernel.bpf_stats_enabled), taken apart from the turns, for a GiB, a request and a connection, beside the CPU of those; the account itself \
+             costs more than what is counted. The maps take {:.1} MiB.",
+            plane.settings.rounds,
+            found[0].len(),
             maps as f64 / f64::from(1 << 20),
-            plane.settings.rounds
         ),
-        columns: columns.map(str::to_owned).to_vec(),
+        columns: std::iter::once("").chain(FIGURES).map(str::to_owned).collect(),
         rows,
-        json: Value::Array(told),
-    })
+        json,
+    }
+}
+
+/// By how many per cent one differs from another measured right beside it.
+#[derive(Debug)]
+struct Change {
+    median: f64,
+    /// The interval of the median.
+    from: f64,
+    to: f64,
+}
+
+impl Change {
+    fn of(these: &[Turn], those: &[Turn], at: usize) -> Self {
+        let pairs = these.iter().zip(those).map(|(this, that)| (this[at] / that[at] - 1.0) * 100.0);
+        let mut pairs: Vec<f64> = pairs.collect();
+        pairs.sort_by(f64::total_cmp);
+        // From the binomial distribution by way of the normal one: how many of the pairs may lie on one side of the true median.
+        let reach = (0.98 * (pairs.len() as f64).sqrt()).ceil() as usize;
+        let middle = pairs.len() / 2;
+        let get = |at: usize| pairs.get(at.min(pairs.len().saturating_sub(1))).copied().unwrap_or_default();
+        Self { median: get(middle), from: get(middle.saturating_sub(reach)), to: get(middle + reach) }
+    }
+
+    fn text(&self) -> String {
+        format!("{:+.2} % ({:+.2} to {:+.2})", self.median, self.from, self.to)
+    }
+}
+
+fn significant(value: f64) -> String {
+    match value {
+        value if value < 1.0 => format!("{value:.4}"),
+        value if value < 1000.0 => format!("{value:.2}"),
+        value => format!("{value:.0}"),
+    }
+}
+
+/// A server, and its control group, which goes with it.
+struct Grouped {
+    running: Running,
+    _group: Group,
+}
+
+struct Group(String);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = mounts.lines().filter(|line| line.contains(" - cgroup2 ")).filter_map(|line| line.split(' ').nth(4));
+        for point in points {
+            let _ = fs::remove_dir(PathBuf::from(point).join(&self.0));
+        }
+    }
 }
 
 /// Starts spegel in a control group of its own. A namespace that `ip` made shows none, so the hierarchy is mounted there first.
-fn start(plane: &Plane, mode: &str, number: u16) -> Result<Running> {
-    let script = plane.folder.path().join(format!("spegel-{mode}"));
-    let group = format!("/sys/fs/cgroup/spegel-bench-{mode}-{}", std::process::id());
+fn start(plane: &Plane, number: usize, round: usize) -> Result<Grouped> {
+    let (name, mode) = SERVERS[number];
+    let script = plane.folder.path().join(format!("spegel-{name}-{round}"));
+    let group = format!("spegel-bench-{name}-{}-{round}", std::process::id());
+    let folder = format!("/sys/fs/cgroup/{group}");
     let text = format!(
-        "#!/bin/sh\nset -e\nmount -t cgroup2 cgroup2 /sys/fs/cgroup\nmkdir -p {group}\necho $$ > {group}/cgroup.procs\n\
+        "#!/bin/sh\nset -e\nmount -t cgroup2 cgroup2 /sys/fs/cgroup\nmkdir -p {folder}\necho $$ > {folder}/cgroup.procs\n\
          exec {} \"$@\" --ebpf {mode}\n",
         plane.settings.program.display()
     );
     fs::write(&script, text)?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    Rival::TOKIO.serve_by(plane, number, &script)
+    // The port's place says nothing of the mode: it changes with the rounds.
+    let place = u16::try_from((number + round) % SERVERS.len())?;
+    Ok(Grouped { running: Rival::TOKIO.serve_by(plane, place, &script)?, _group: Group(group) })
 }
 
-fn measure(plane: &Plane, server: &Running) -> Result<Round> {
+fn measure(plane: &Plane, server: &Running) -> Result<Turn> {
     let before = server.cpu()?;
     let bulk = bulk(plane, server)?;
     let gib = bulk.bytes as f64 / GIB;
-    let cpu = (server.cpu()? - before) / gib;
+    let cpu_bulk = (server.cpu()? - before + bulk.cpu_seconds) / gib;
     let before = server.cpu()?;
     let small = small(plane, server)?;
-    let per_cpu = small.count as f64 / (server.cpu()? - before);
+    let cpu_small = (server.cpu()? - before + small.cpu_seconds) / small.count as f64 * 1e6;
+    let before = server.cpu()?;
     let connects = connects(plane, server)?;
-    Ok([cpu, gib / bulk.seconds, per_cpu, small.count as f64 / small.seconds, connects.p50])
+    let cpu_connect = (server.cpu()? - before + connects.cpu_seconds) / connects.count as f64 * 1e6;
+    let rate = small.count as f64 / small.seconds;
+    Ok([cpu_bulk, gib / bulk.seconds, cpu_small, rate, cpu_connect, connects.p50])
 }
 
 fn bulk(plane: &Plane, server: &Running) -> Result<Bulk> {
-    let count = 2048_u64.div_ceil(plane.settings.mib).max(1).to_string();
+    let count = BULK.div_ceil(plane.settings.mib).max(1).to_string();
     plane.client(&["bulk", &server.address.to_string(), &plane.blob_path(), "1", &count, "discard"])
 }
 
