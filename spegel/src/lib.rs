@@ -2,7 +2,7 @@
 //!
 //! | level | rooms | may import |
 //! |---|---|---|
-//! | 0 | [`oci`], [`metrics`], [`storm`] | nothing of ours |
+//! | 0 | [`oci`], [`metrics`], [`storm`], [`story`] | nothing of ours |
 //! | 1 | [`zerocopy`], [`hosts`], [`bootstrap`], [`kube`] | level 0 |
 //! | 2 | [`store`], [`router`], [`ebpf`] | below; `router` takes `store`'s [`store::Change`] only |
 //! | 3 | [`mirror`] | below |
@@ -34,5 +34,6 @@ pub mod storm;
 #[cfg(test)]
 #[path = "storm/tests/mod.rs"]
 mod storm_tests;
+pub mod story;
 pub mod web;
 pub mod zerocopy;

@@ -47,7 +47,9 @@ impl Scene {
             let message = text("message");
             if message == "pull" && text("method") == "GET" {
                 let sent = value["fields"]["bytes"].as_u64().or_else(|| value["bytes"].as_u64()).unwrap_or_default();
-                *bytes.entry(self.name_of(text("source"))).or_default() += sent;
+                let peer = text("peer");
+                let source = if peer.is_empty() { text("source") } else { peer };
+                *bytes.entry(self.name_of(source)).or_default() += sent;
             } else if text("level") != "INFO" || message.contains("peer") {
                 lines.push(format!("{} {message} {}", text("level"), text("error")));
             }

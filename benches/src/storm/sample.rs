@@ -117,14 +117,14 @@ fn content(folder: &Path) -> u64 {
     blobs.chain(ingests).map(|metadata| metadata.len()).sum()
 }
 
-/// The bytes that each other node gave, from the mirror's own story of each request: `… "source":"peer 10.77.1.3:5000 …" … "bytes":N`.
+/// The bytes that each other node gave, from the mirror's own story of each request: `… "peer":"10.77.1.3:5000" … "bytes":N`.
 pub(super) fn peers(spegel: &Spegel, nodes: &[Node]) -> Vec<(usize, u64)> {
     let log = spegel.daemon.log();
     let mut given = vec![0; nodes.len()];
     for line in log.lines().filter(|line| line.contains("/blobs/") && line.contains("pull")) {
         let bytes = field(line, "bytes").and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
-        let Some(source) = field(line, "source") else { continue };
-        if let Some(number) = nodes.iter().position(|node| source.contains(&format!("{}:", node.address()))) {
+        let Some(peer) = field(line, "peer") else { continue };
+        if let Some(number) = nodes.iter().position(|node| peer.starts_with(&format!("{}:", node.address()))) {
             given[number] += bytes;
         }
     }
@@ -146,9 +146,8 @@ mod tests {
 
     #[test]
     fn fields_are_read_from_a_line() {
-        let line =
-            r#"{"level":"INFO","method":"GET","source":"peer 10.77.1.3:5000","status":200,"bytes":12345,"whole":true}"#;
-        assert_eq!(field(line, "source"), Some("peer 10.77.1.3:5000"));
+        let line = r#"{"level":"INFO","method":"GET","source":"peer","peer":"10.77.1.3:5000","status":200,"bytes":12345,"whole":true}"#;
+        assert_eq!(field(line, "peer"), Some("10.77.1.3:5000"));
         assert_eq!(
             (field(line, "bytes"), field(line, "whole"), field(line, "none")),
             (Some("12345"), Some("true"), None)

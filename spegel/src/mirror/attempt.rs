@@ -22,6 +22,7 @@ use crate::hosts::NODE_HEADER;
 use crate::oci::{ContentRange, Digest, Key, MAX_MANIFEST_BYTES, RangeOutcome, RangeSpec, parse_range};
 use crate::router::Peer;
 use crate::storm::Rank;
+use crate::story::TRACE_HEADER;
 
 /// How much of a blob a peer may lack of what it is to go on with, if it is still receiving that: its client waits meanwhile.
 const BEHIND: u64 = 8 << 20;
@@ -100,6 +101,7 @@ pub(super) fn request(shared: &Shared, wanted: &Wanted, head_only: bool) -> Peer
     if let Some(node) = wanted.node.as_ref().filter(|node| node.bytes().all(|byte| byte.is_ascii_graphic())) {
         extra.push_str(&format!("{NODE_HEADER}: {node}\r\n"));
     }
+    extra.push_str(&format!("{TRACE_HEADER}: {}\r\n", wanted.tale.trace().header()));
     PeerRequest {
         method: if head_only { "HEAD" } else { "GET" },
         target: wanted.target.clone(),

@@ -23,6 +23,7 @@ use super::storms::{self, Line, Offer};
 use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings};
 use crate::oci::{Key, RangeSpec};
 use crate::router::Peer;
+use crate::story::{Carriage, Origin};
 
 /// How long a peer that failed lately may take to connect, and to answer.
 const PROBE: Duration = Duration::from_secs(1);
@@ -35,8 +36,14 @@ const SEARCH_ON: Duration = Duration::from_secs(2);
 /// What comes of asking nobody.
 const NOBODY: PeerError = PeerError::Malformed("nobody gave it");
 
-/// A peer as it is known, what of it was met, and what it gave.
-type Attempt = BoxFuture<'static, (Peer, Peer, Result<Taken, PeerError>)>;
+/// A candidate as it is known, what of the peer was met, and what it gave.
+type Attempt = BoxFuture<'static, (Candidate, Peer, Result<Taken, PeerError>)>;
+
+/// A peer that may be asked, and how it was found.
+struct Candidate {
+    peer: Peer,
+    found: Origin,
+}
 
 /// A good answer.
 pub(super) enum Taken {
@@ -81,7 +88,7 @@ struct Race<'a> {
     shared: &'a Arc<Shared>,
     wanted: &'a Wanted,
     excluded: &'a HashSet<SocketAddr>,
-    candidates: Vec<Peer>,
+    candidates: Vec<Candidate>,
     /// Nobody is asked twice in one request.
     asked: HashSet<SocketAddr>,
     attempts: FuturesUnordered<Attempt>,
@@ -122,10 +129,14 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
     let content = match taken {
         Taken::Content(content) => {
             line.inspect(Line::ended);
+            if let Content::Verified(_) = &content {
+                wanted.tale.carried(Carriage::Verified);
+            }
             content
         }
         Taken::Streamed(streamed) => {
             let part = streamed.part;
+            wanted.tale.carried(Carriage::Relayed);
             Content::Relay { body: relay::body(shared, wanted, streamed, line), part }
         }
     };
@@ -152,6 +163,7 @@ async fn race_once(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(Peer, Taken
     match &*landed {
         Landed::Content(content) => {
             let (peer, verified) = (**content).clone();
+            wanted.tale.given(peer.addresses.first().copied(), Origin::Shared);
             return Ok((peer, Taken::Content(Content::Verified(verified))));
         }
         Landed::Apart => drop(landed),
@@ -177,7 +189,7 @@ pub(super) async fn race(
 ) -> Result<(Peer, Taken), Miss> {
     let mut race = Race::new(shared, wanted, excluded);
     for peer in shared.sources.of(&wanted.key, |_| false, now()) {
-        race.consider(peer);
+        race.consider(peer, Origin::Remembered);
     }
     if race.found > 0
         && let Some(taken) = race.run(None).await
@@ -200,7 +212,7 @@ pub(super) async fn race_among(
     let nobody = HashSet::new();
     let mut race = Race::new(shared, wanted, &nobody);
     let Some(first) = peers.first().cloned() else { return (Peer::new("".into(), Vec::new()), Err(NOBODY)) };
-    peers.into_iter().for_each(|peer| race.consider(peer));
+    peers.into_iter().for_each(|peer| race.consider(peer, Origin::Lookup));
     match race.run(None).await {
         Some((peer, taken)) => (peer, Ok(taken)),
         None => (first, Err(NOBODY)),
@@ -256,8 +268,9 @@ impl<'a> Race<'a> {
             }
             tokio::select! {
                 biased;
-                Some((peer, met, result)) = self.attempts.next() => match result {
+                Some((Candidate { peer, found }, met, result)) = self.attempts.next() => match result {
                     Ok(taken) => {
+                        self.wanted.tale.given(met.addresses.first().copied(), found);
                         self.shared.sources.found(&self.wanted.key, &peer, now());
                         return Some((met, taken));
                     }
@@ -288,11 +301,11 @@ impl<'a> Race<'a> {
 
     fn found(&mut self, peer: Peer) {
         self.shared.sources.found(&self.wanted.key, &peer, now());
-        self.consider(peer);
+        self.consider(peer, Origin::Lookup);
     }
 
     /// Takes a peer as a candidate, unless there is a reason not to ask it.
-    fn consider(&mut self, mut peer: Peer) {
+    fn consider(&mut self, mut peer: Peer, found: Origin) {
         let (now, key) = (now(), &self.wanted.key);
         let is_out = |address: &SocketAddr| {
             self.excluded.contains(address)
@@ -301,11 +314,12 @@ impl<'a> Race<'a> {
         };
         // It may name addresses that are others': what is held against those says nothing about the rest.
         peer.addresses.retain(|address| !is_out(address));
-        if peer.addresses.is_empty() || self.candidates.iter().any(|known| known.addresses == peer.addresses) {
+        if peer.addresses.is_empty() || self.candidates.iter().any(|known| known.peer.addresses == peer.addresses) {
             return;
         }
         self.found += 1;
-        self.candidates.push(peer);
+        self.wanted.tale.knows();
+        self.candidates.push(Candidate { peer, found });
     }
 
     fn is_exhausted(&self) -> bool {
@@ -319,8 +333,8 @@ impl<'a> Race<'a> {
 
     /// Asks the best of the candidates, and says for how long it alone; nobody if all that are left are set aside.
     fn ask_next(&mut self) -> Option<Duration> {
-        while let Some(peer) = self.take_best() {
-            let Some(&first) = peer.addresses.first() else { continue };
+        while let Some(candidate) = self.take_best() {
+            let Some(&first) = candidate.peer.addresses.first() else { continue };
             let (timeouts, patience) = match self.shared.peers.may_ask(first, now()) {
                 Leave::SetAside => continue,
                 Leave::Ask => {
@@ -333,11 +347,13 @@ impl<'a> Race<'a> {
             self.tried += 1;
             self.met += 1;
             self.asked.insert(first);
+            self.wanted.tale.asks(!self.attempts.is_empty());
             let (shared, wanted) = (Arc::clone(self.shared), self.wanted.clone());
             self.attempts.push(Box::pin(async move {
                 let (start, mut contact) = (now(), Contact::default());
                 let use_of = Use::new(&shared, first);
-                let result = attempt(&shared, &wanted, &peer, timeouts, use_of, &mut contact).await;
+                let peer = &candidate.peer;
+                let result = attempt(&shared, &wanted, peer, timeouts, use_of, &mut contact).await;
                 shared.metrics.attempted(outcome(&result));
                 let now = now();
                 let took = [contact.answered.unwrap_or(now), now].map(|end| end.duration_since(start));
@@ -348,7 +364,7 @@ impl<'a> Race<'a> {
                 };
                 let met = Peer { addresses, ..peer.clone() };
                 shared.judge(&wanted.key, &met, took, &result);
-                (peer, met, result)
+                (candidate, met, result)
             }));
             return Some(patience);
         }
@@ -356,9 +372,9 @@ impl<'a> Race<'a> {
     }
 
     /// The better one of two that chance names, so that nobody's first choice is everybody's. Busy ones come last.
-    fn take_best(&mut self) -> Option<Peer> {
+    fn take_best(&mut self) -> Option<Candidate> {
         let (now, mut rng) = (now(), rand::rng());
-        let costs: Vec<_> = self.candidates.iter().map(|peer| self.cost(peer, now)).collect();
+        let costs: Vec<_> = self.candidates.iter().map(|known| self.cost(&known.peer, now)).collect();
         let best = costs.iter().map(|(class, _)| *class).min()?;
         let eligible: Vec<usize> = (0..costs.len()).filter(|n| costs[*n].0 == best).collect();
         let mut draw = || eligible[rng.random_range(0..eligible.len())];
@@ -376,7 +392,9 @@ impl<'a> Race<'a> {
     }
 
     fn gave_nothing(&mut self, peer: &Peer, error: PeerError) {
-        debug!(key = %self.wanted.key, peer = %peer.id, %error, "peer gave nothing");
+        let tale = &self.wanted.tale;
+        debug!(trace_id = %tale.trace().id(), key = %self.wanted.key, peer = %peer.id, %error, "peer gave nothing");
+        tale.failed(peer.addresses.first().copied(), &error);
         for address in &peer.addresses {
             self.shared.sources.failed(&self.wanted.key, address);
         }
@@ -391,12 +409,8 @@ impl<'a> Race<'a> {
                 by.is_some_and(|by| client::is_plausible(*address, by)) && self.shared.router.accepts(*address)
             };
             for address in holders.into_iter().filter(may_be_asked) {
-                self.consider(Peer {
-                    id: address.to_string().into(),
-                    addresses: vec![address],
-                    zone: None,
-                    load: None,
-                });
+                let id = address.to_string().into();
+                self.consider(Peer { id, addresses: vec![address], zone: None, load: None }, Origin::Named);
             }
         }
     }

@@ -32,6 +32,7 @@ use crate::oci::{Digest, Key, Repository};
 use crate::router::{Peer, Router};
 use crate::store::{Change, Outcome, Store};
 use crate::storm::{Rank, Refusal};
+use crate::story::Tale;
 use crate::zerocopy::Body;
 
 pub(crate) use check::{check_hints, check_peer_head};
@@ -160,6 +161,8 @@ pub struct Wanted {
     pub wait: Option<Duration>,
     /// Where a coordinator counted this node, if that sent it to the peer.
     pub rank: Option<Rank>,
+    /// The client's request, and what it meets here.
+    pub tale: Tale,
 }
 
 /// Something to wait for. The wait is bounded by the stall bound.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::net::TcpStream;
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::attempt::request;
 use super::blame::Sent;
@@ -189,7 +189,8 @@ impl Chain {
                 if error.kind() != ErrorKind::ConnectionAborted {
                     self.shared.broke(&self.wanted, state.address, state.gave_up(&error));
                 }
-                info!(key = %self.wanted.key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
+                let (trace_id, key) = (self.wanted.tale.trace().id(), &self.wanted.key);
+                debug!(%trace_id, %key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
                 End::PeerBroke
             }
             RelayEnd::Dropped { .. } => End::ClientLeft,
@@ -233,7 +234,8 @@ impl Chain {
             state.broken.clone()
         };
         excluded.insert(present);
-        let wanted = Wanted { head_only: true, range: None, total: Some(self.total), ..self.wanted.clone() };
+        let tale = self.wanted.tale.aside();
+        let wanted = Wanted { head_only: true, range: None, total: Some(self.total), tale, ..self.wanted.clone() };
         let search = async {
             let (peer, _) = race(&self.shared, &wanted, &excluded).await.ok()?;
             let address = *peer.addresses.first()?;
@@ -295,7 +297,9 @@ impl Chain {
     /// Another peer goes on from `offset` of the body on.
     fn go_on(&self, streamed: Streamed, offset: u64) -> (TcpStream, Bytes) {
         let Streamed { address, response, use_of, fed, .. } = streamed;
-        debug!(key = %self.wanted.key, peer = %address, offset, "another peer goes on");
+        let (tale, key) = (&self.wanted.tale, &self.wanted.key);
+        debug!(trace_id = %tale.trace().id(), %key, peer = %address, offset, "another peer goes on");
+        tale.goes_on(address);
         self.shared.metrics.resumed();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.line.as_ref().inspect(|line| line.comes_by(&response.stream));
@@ -319,6 +323,12 @@ impl Chain {
         // One that our client left waiting is as good as any, and one that a coordinator knows a better one than has done nothing wrong.
         let is_left = std::mem::take(&mut state.is_left);
         let is_moved = state.line.as_ref().is_some_and(Line::is_moved);
+        let why: &dyn std::fmt::Display = match (is_moved, is_left) {
+            (true, _) => &"a coordinator named a better one",
+            (_, true) => &"it stood still, and another one has all of it",
+            _ => cause,
+        };
+        self.wanted.tale.broke(offset, address, why);
         if is_moved {
             state.broken.insert(address);
         } else if !is_left && cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {

@@ -18,6 +18,7 @@ use super::fetch::{Taken, Use};
 use super::{NodeId, Shared, Wanted};
 use crate::oci::{Digest, Key};
 use crate::router::Peer;
+use crate::story::Origin;
 
 /// How long after the last blob of an image its next one counts as the same pull.
 const SAME_PULL: Duration = Duration::from_secs(10);
@@ -121,6 +122,8 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
         return None;
     }
     let _waiting = shared.siblings.wait_for(digest);
+    let _held = wanted.tale.hold();
+    let is_race = peers.len() > 1;
     let hold = shared.settings.hold;
     let wanted = Wanted { wait: Some(hold), ..wanted.clone() };
     let timeouts = shared.settings.timeouts;
@@ -128,6 +131,7 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     let ask = |peer: Peer| async {
         let result = match peer.addresses.first() {
             Some(first) => {
+                wanted.tale.asks(is_race);
                 attempt(shared, &wanted, &peer, timeouts, Use::new(shared, *first), &mut Contact::default()).await
             }
             None => Err(PeerError::Malformed("the peer has no address")),
@@ -138,13 +142,16 @@ pub(super) async fn wait(shared: &Arc<Shared>, wanted: &Wanted) -> Option<(Peer,
     while let Some((peer, result)) = attempts.next().await {
         match result {
             Ok(taken) => {
+                wanted.tale.given(peer.addresses.first().copied(), Origin::Sibling);
                 shared.sources.found(&wanted.key, &peer, Instant::now());
                 return Some((peer, taken));
             }
             Err(error) => {
                 // That it did not get it in time is no fault of its; wrong bytes are.
                 shared.convict(&wanted.key, &peer, &error);
-                debug!(key = %wanted.key, peer = %peer.id, %error, "waited for it in vain");
+                let trace_id = wanted.tale.trace().id();
+                debug!(%trace_id, key = %wanted.key, peer = %peer.id, %error, "waited for it in vain");
+                wanted.tale.failed(peer.addresses.first().copied(), &error);
             }
         }
     }

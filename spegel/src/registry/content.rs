@@ -19,6 +19,7 @@ use crate::oci::{
 };
 use crate::store::{Blob, Found as Local, Receiving};
 use crate::storm::{Rank, Refusal};
+use crate::story::Tale;
 use crate::zerocopy::{Body, BodyEnd};
 
 /// A request, beside what its path says.
@@ -46,6 +47,8 @@ pub(super) struct Ask {
     pub(super) wait: Option<Duration>,
     /// Where a coordinator that sent the peer here counted it.
     pub(super) rank: Option<Rank>,
+    /// What it meets.
+    pub(super) tale: Tale,
 }
 
 impl Ask {
@@ -174,6 +177,7 @@ impl Registry {
             repository: ask.repository.clone(),
             wait: None,
             rank: None,
+            tale: ask.tale.clone(),
             is_own: self.client_kind(&ask.client) == ClientKind::Own,
         };
         let found =
@@ -252,6 +256,7 @@ impl Registry {
             repository: ask.repository.clone(),
             wait: None,
             rank: None,
+            tale: ask.tale.clone(),
             is_own: self.client_kind(&ask.client) == ClientKind::Own,
         };
         match self.settings.mirror.fetch(&wanted).await {

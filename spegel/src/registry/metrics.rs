@@ -336,13 +336,6 @@ pub(super) struct Observed {
     _flight: Arc<()>,
 }
 
-impl Observed {
-    /// How long it has been under way.
-    pub(super) fn elapsed(&self) -> Duration {
-        self.start.elapsed()
-    }
-}
-
 impl Drop for Observed {
     fn drop(&mut self) {
         let label = HttpLabel { handler: self.handler, method: self.method, code: self.code };

@@ -12,6 +12,7 @@ mod promises;
 mod ready;
 mod respond;
 mod strain;
+mod telling;
 mod turns;
 mod uploads;
 mod waiting;
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 use http::request::Parts;
 use http::{Response, StatusCode, header};
 use tokio::sync::watch;
-use tracing::{debug, info};
+use tracing::debug;
 
 use crate::hosts::NODE_HEADER;
 use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, Mirror, RANK_HEADER, WAIT_HEADER};
@@ -32,6 +33,7 @@ use crate::oci::{ErrorCode, Filters, OciError, Request, TagOrDigest};
 use crate::router::Readiness;
 use crate::store::{Health, Outcome, Store};
 use crate::storm::Rank;
+use crate::story::{Stories, Tale};
 use crate::zerocopy::{Body, BodyEnd};
 
 pub use auth::BasicAuth;
@@ -45,6 +47,7 @@ use content::{Answer, Ask, Source};
 use metrics::{ClientKind, Observed};
 use promises::Promises;
 use strain::{Refused, Strained};
+use telling::{Telling, trace_of};
 
 /// The response header that tells where content is from: `local`, `ready` (fetched and verified a moment ago), or the
 /// address of a peer.
@@ -81,6 +84,7 @@ pub struct Registry {
     audits: Arc<audit::Audits>,
     chunked: chunks::Chunked,
     ready: ready::Ready,
+    stories: Arc<Stories>,
     /// The router was ready once.
     joined: AtomicBool,
     /// New requests are refused.
@@ -101,6 +105,7 @@ impl Registry {
             settings,
             chunked: chunks::Chunked::default(),
             ready: ready::Ready::default(),
+            stories: Arc::default(),
             promises: Arc::default(),
             turns: Arc::default(),
             joined: AtomicBool::new(false),
@@ -171,6 +176,11 @@ impl Registry {
         self.uploads.load(Instant::now())
     }
 
+    /// What became of clients' latest requests for content.
+    pub fn stories(&self) -> Arc<Stories> {
+        Arc::clone(&self.stories)
+    }
+
     /// Requests whose responses have not ended.
     pub fn in_flight(&self) -> usize {
         Arc::strong_count(&self.flight) - 1
@@ -232,6 +242,7 @@ impl Registry {
             return finish(respond::error(&error), observed, |_| {});
         }
         let ask = self.ask(request, parsed, remote);
+        let telling = Telling::of(&ask, &self.stories);
         let answer = match (refusal, parsed) {
             (Some(why), _) => self.refuse_all(&ask, parsed, why).await,
             (None, Request::Base) => Ok(Answer::local(respond::base())),
@@ -241,7 +252,7 @@ impl Registry {
                 self.referrers(&ask, digest, artifact_type.as_deref()).await
             }
         };
-        let mut response = self.conclude(request, parsed, ask, answer, observed);
+        let mut response = self.conclude(request, parsed, ask, answer, (observed, telling));
         if let Some(Refused::Strained(_)) = refusal {
             // An idle connection holds what there is too little of.
             response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
@@ -272,6 +283,7 @@ impl Registry {
             range: range.filter(|_| !is_chunk),
             client,
             remote,
+            tale: Tale::new(trace_of(&request.headers)),
             wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
             rank: text(RANK_HEADER).and_then(|text| text.parse().ok()).map(Rank),
         }
@@ -291,7 +303,7 @@ impl Registry {
         parsed: &Request,
         ask: Ask,
         answer: Result<Answer, OciError>,
-        observed: Observed,
+        (observed, mut telling): (Observed, Telling),
     ) -> Response<Body> {
         let Answer { mut response, source, held } = answer.unwrap_or_else(|error| {
             let response = respond::error(&error);
@@ -308,7 +320,6 @@ impl Registry {
         if ask.head_only {
             response = respond::bodiless(response);
         }
-        let status = response.status();
         if ask.is_content && !ask.mirrored {
             let kind = self.client_kind(&ask.client);
             // A range outside of a blob that is here is the client's matter.
@@ -320,16 +331,14 @@ impl Registry {
         }
         let is_pull = ask.is_content && !ask.mirrored && self.client_kind(&ask.client) != ClientKind::OtherNode;
         let pulled = is_pull.then(|| self.settings.metrics.pulled());
-        finish(response, observed, move |ended| {
+        telling.answers(response.status(), &source);
+        finish(response, observed, move |end| {
             match (pulled, &source) {
-                (Some(pulled), Source::Local | Source::Receiving) => pulled.add_local(ended.end.sent),
-                (Some(pulled), Source::Ready | Source::Peer(_)) => pulled.add_peer(ended.end.sent),
+                (Some(pulled), Source::Local | Source::Receiving) => pulled.add_local(end.sent),
+                (Some(pulled), Source::Ready | Source::Peer(_)) => pulled.add_peer(end.sent),
                 _ => {}
             }
-            let Ask { head_only, path, registry, client, .. } = &ask;
-            let is_news = ask.is_content && !ask.mirrored;
-            let told = Told { head_only: *head_only, path, registry: registry.as_deref(), client, is_news };
-            tell(&told, &source, status, &ended);
+            telling.ends(end);
         })
     }
 
@@ -366,46 +375,18 @@ fn peer_target(parsed: &Request, path: &str) -> String {
     }
 }
 
-/// How a body ended, beside what was counted of its request.
-struct Ended {
-    end: BodyEnd,
-    elapsed: Duration,
-}
-
 /// Follows the response's body to its end.
 fn finish(
     response: Response<Body>,
     mut observed: Observed,
-    then: impl FnOnce(Ended) + Send + 'static,
+    then: impl FnOnce(BodyEnd) + Send + 'static,
 ) -> Response<Body> {
     observed.code = response.status().as_u16();
     response.map(|body| {
         body.with_end(move |end| {
             observed.sent = end.sent;
-            then(Ended { elapsed: observed.elapsed(), end });
+            drop(observed);
+            then(end);
         })
     })
-}
-
-/// What is told of a request.
-struct Told<'a> {
-    head_only: bool,
-    path: &'a str,
-    registry: Option<&'a str>,
-    client: &'a Client,
-    /// A client's request for content. Requests of peers are part of another node's line.
-    is_news: bool,
-}
-
-/// One line for each piece of content that a client asked for.
-fn tell(told: &Told<'_>, source: &Source, status: StatusCode, ended: &Ended) {
-    let (bytes, whole, ms) = (ended.end.sent, ended.end.complete, ended.elapsed.as_secs_f64() * 1e3);
-    let method = if told.head_only { "HEAD" } else { "GET" };
-    let (path, registry, client) = (told.path, told.registry.unwrap_or("-"), told.client);
-    let status = status.as_u16();
-    if told.is_news {
-        info!(method, path, registry, %client, %source, status, bytes, whole, ms, "pull");
-    } else {
-        debug!(method, path, registry, %client, %source, status, bytes, whole, ms, "answered");
-    }
 }

@@ -12,15 +12,15 @@ use bytes::Bytes;
 use foldhash::quality::RandomState;
 use http::{Response, StatusCode, Uri};
 use prometheus_client::metrics::counter::Counter;
-use tracing::Level;
 
-use super::content::{Ask, Source};
+use super::content::Ask;
 use super::metrics::Resolved;
-use super::promises::Client;
-use super::{Ended, Registry, Told, respond, tell};
+use super::telling::{Telling, begin, is_logged};
+use super::{Registry, respond};
 use crate::hosts::NODE_HEADER;
 use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, WAIT_HEADER};
 use crate::oci::{Digest, Repository, Request, TagOrDigest};
+use crate::story::{TRACE_HEADER, Trace};
 use crate::zerocopy::{Body, BodyEnd};
 
 /// Answers kept: who asks in ever new words gets each of them made anew.
@@ -69,6 +69,7 @@ struct Said<'a> {
     node: Option<&'a str>,
     mirrored: Option<bool>,
     authorization: Option<&'a [u8]>,
+    trace: Option<&'a [u8]>,
 }
 
 // === impl Said ===
@@ -89,6 +90,9 @@ impl<'a> Said<'a> {
                 said.mirrored = said.mirrored.or(Some(value.eq_ignore_ascii_case(b"true")));
             } else if is("authorization") {
                 said.authorization = said.authorization.or(Some(value));
+            } else if is(TRACE_HEADER) {
+                // Two of them are as none.
+                said.trace = Some(if said.trace.is_none() { value } else { b"" });
             } else if is("range") || is(COMPLAINT_HEADER) || is(WAIT_HEADER) {
                 return None;
             }
@@ -154,7 +158,7 @@ impl Registry {
         }
         let answer = self.ready.get(target)?;
         let start = Instant::now();
-        let Said { node, mirrored, authorization } = Said::read(headers)?;
+        let Said { node, mirrored, authorization, trace } = Said::read(headers)?;
         let mirrored = mirrored.unwrap_or_default();
         if self.settings.basic_auth.as_ref().is_some_and(|auth| !auth.admits(authorization)) {
             return None;
@@ -173,20 +177,20 @@ impl Registry {
         if !mirrored {
             observed.metrics.hit(&answer.hits, self.kind_of(node));
         }
-        let is_told = if mirrored { tracing::enabled!(Level::DEBUG) } else { tracing::enabled!(Level::INFO) };
-        let client = is_told.then(|| node.map_or(Client::Address(remote), |name| Client::Node(name.into())));
+        let kept = (!mirrored && self.stories.wants_one_of_many(start)).then(|| self.stories());
+        let telling = (kept.is_some() || is_logged(!mirrored)).then(|| {
+            let client = node.map_or_else(|| remote.to_string(), str::to_owned);
+            let story = begin(&Trace::of(trace), is_head, &answer.path, answer.registry.as_deref(), client);
+            Telling::ready(story, start, kept, !mirrored)
+        });
         let head = if mirrored { self.with_load(&answer.head) } else { answer.head.clone() };
         let kind = (!mirrored).then(|| self.kind_of(node));
         let end = move |end: BodyEnd| {
             if let Some(kind) = kind {
                 observed.metrics.pulled(end.sent, kind);
             }
-            let elapsed = observed.end(end.sent);
-            if let Some(client) = &client {
-                let (path, registry) = (&*answer.path, answer.registry.as_deref());
-                let told = Told { head_only: is_head, path, registry, client, is_news: !mirrored };
-                tell(&told, &Source::Local, StatusCode::OK, &Ended { end, elapsed });
-            }
+            observed.end(end.sent);
+            telling.into_iter().for_each(|telling| telling.ends(end));
         };
         Some(Prompt { head, body, end: Box::new(end) })
     }
@@ -211,11 +215,9 @@ pub(super) struct Observed {
 }
 
 impl Observed {
-    /// Counts it, and says how long it took.
-    fn end(self, sent: u64) -> std::time::Duration {
-        let elapsed = self.start.elapsed();
-        self.metrics.answered(self.is_head, elapsed, sent);
-        elapsed
+    /// Counts it.
+    fn end(self, sent: u64) {
+        self.metrics.answered(self.is_head, self.start.elapsed(), sent);
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep_until, timeout};
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::figures::Wait;
 use super::{Driver, Event, Order, Pull, Storms};
@@ -20,6 +20,7 @@ use crate::mirror::{Shared, Wanted};
 use crate::oci::{Key, RangeSpec};
 use crate::router::Peer;
 use crate::storm::{Child, Failure, Hold, HoldEnd, Node, Rank, Wish};
+use crate::story::Origin;
 
 /// How long upstream's first byte is taken to need, as long as none was measured.
 const USUAL: Duration = Duration::from_millis(300);
@@ -161,6 +162,7 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     let Some(mut held) = Held::begin(storms, image, now) else { return Offer::Nobody(None) };
     let Some((pull, events)) = storms.begin(digest, image, now) else { return Offer::Nobody(None) };
     let mut ended = Ended(Some(&pull));
+    let holding = wanted.tale.hold();
     let total = shared.sizes.of(digest);
     let wish = Wish {
         key,
@@ -181,19 +183,15 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
         held.was_fed();
     }
     ended.0 = None;
-    drop(held);
+    drop((held, holding));
     let (took, outcome) = (now.elapsed(), if taken.is_some() { "fed" } else { "upstream" });
     storms.figures.waited(image, Wait::FirstByte, took);
     shared.metrics.held(taken.is_some(), took.as_secs_f64());
+    let trace_id = wanted.tale.trace().id();
+    debug!(%trace_id, %digest, outcome, ms = took.as_secs_f64() * 1e3, "asked who has it");
     match taken {
-        Some((peer, taken)) => {
-            debug!(%digest, outcome, peer = %peer.id, ms = took.as_secs_f64() * 1e3, "asked who has it");
-            Offer::Taken(peer, Box::new(taken), line)
-        }
-        None => {
-            info!(%digest, outcome, ms = took.as_secs_f64() * 1e3, "asked who has it");
-            Offer::Nobody(Some(line))
-        }
+        Some((peer, taken)) => Offer::Taken(peer, Box::new(taken), line),
+        None => Offer::Nobody(Some(line)),
     }
 }
 
@@ -216,6 +214,7 @@ pub(in crate::mirror) async fn resume(
         pull.tell(Event::Failed(failure, deadline));
     }
     let Some(held) = &mut held else { return None };
+    let _holding = wanted.tale.hold();
     let taken = obey(shared, line, wanted, held, None).await;
     storms.figures.waited(&image, Wait::Parent, now.elapsed());
     match taken {
@@ -247,6 +246,7 @@ async fn obey(
                 Order::Upstream => return None,
                 Order::Fetch { parent, rank } => {
                     asked = ask(shared, &line.storms, wanted, parent, rank);
+                    asked.iter().for_each(|_| wanted.tale.asks(beside.is_some()));
                     if asked.is_none() {
                         line.pull.tell(Event::Failed(Failure::Refused, Some(held.deadline(Instant::now()))));
                     }
@@ -262,11 +262,14 @@ async fn obey(
                 match result {
                     Ok(taken) => {
                         line.pull.tell(Event::Fed);
+                        wanted.tale.given(peer.addresses.first().copied(), Origin::Coordinator);
                         shared.sources.found(&wanted.key, &peer, Instant::now());
                         return Some((peer, taken));
                     }
                     Err(error) => {
-                        debug!(digest = %line.pull.digest, peer = %peer.id, %error, "the parent gave nothing");
+                        let trace_id = wanted.tale.trace().id();
+                        debug!(%trace_id, digest = %line.pull.digest, peer = %peer.id, %error, "the parent gave nothing");
+                        wanted.tale.failed(peer.addresses.first().copied(), &error);
                         shared.met_as_parent(&wanted.key, &peer, &error);
                         let failure = match error {
                             PeerError::Status(_) | PeerError::Circle | PeerError::Busy(_) | PeerError::Unfit(_) => Failure::Refused,
@@ -299,6 +302,9 @@ async fn obey(
             () = sleep_until(beside_at.into()),
                 if !found.is_empty() && beside.is_none() =>
             {
+                if asked.is_some() {
+                    wanted.tale.races();
+                }
                 let (shared, wanted, among) = (Arc::clone(shared), wanted.clone(), std::mem::take(&mut found));
                 beside = Some(Box::pin(async move { race_among(&shared, &wanted, among).await }));
             }

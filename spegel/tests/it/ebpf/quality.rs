@@ -162,5 +162,6 @@ fn wanted(digest: &Digest) -> Wanted {
         pull: None,
         wait: None,
         rank: None,
+        tale: spegel::story::Tale::unheard(spegel::story::Trace::of(None)),
     }
 }

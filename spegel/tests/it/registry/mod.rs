@@ -9,6 +9,7 @@ mod peers;
 mod ready;
 mod receiving;
 mod refusals;
+mod stories;
 mod storms;
 
 use std::collections::{BTreeMap, HashMap, HashSet};

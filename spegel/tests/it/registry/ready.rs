@@ -208,3 +208,25 @@ async fn who_asks_in_ever_new_words_costs_bounded_memory() {
     assert_eq!(kept.handle("GET", &long, &[]).await.0, 200);
     assert_eq!(kept.prompt("GET", &long, &[]), None);
 }
+
+/// A flood of them must not push out all other stories, nor have one built for each.
+#[tokio::test]
+async fn of_answers_that_stand_ready_some_are_kept_as_stories() {
+    let kept = Kept::new(None);
+    kept.handle("GET", TAG, &[]).await;
+    let stories = kept.registry.stories();
+    let made = stories.latest(usize::MAX).len();
+    assert_eq!(made, 1, "its body was dropped");
+    let id = "0af7651916cd43dd8448eb211c80319c";
+    let traceparent = format!("00-{id}-b7ad6b7169203331-01");
+    for _ in 0..1000 {
+        assert!(kept.prompt("GET", TAG, &[("Traceparent", &traceparent), ("X-Spegel-Node", "n")]).is_some());
+    }
+    let latest = stories.latest(usize::MAX);
+    assert!((2..20).contains(&latest.len()), "{}", latest.len());
+    let story = &latest[0];
+    assert_eq!((story.trace_id.as_str(), story.client.as_str(), story.status), (id, "n", Some(200)));
+    assert_eq!((story.bytes, story.whole, story.path.as_str()), (MANIFEST.len() as u64, true, "/v2/app/manifests/v1"));
+    kept.prompt("GET", TAG, &[("X-Spegel-Mirrored", "true")]).unwrap();
+    assert_eq!(stories.latest(usize::MAX).len(), latest.len(), "a peer's is another node's story");
+}

@@ -1,0 +1,181 @@
+//! One line for each piece of content that a client asked for, once its body has ended, and the latest of them for who looks.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use http::HeaderMap;
+use http::StatusCode;
+use tracing::{Level, debug, enabled, info};
+
+use super::content::{Ask, Source};
+use crate::story::{Break, Carriage, Met, Origin, Source as Origins, Stories, Story, TRACE_HEADER, Tale, Trace};
+use crate::zerocopy::BodyEnd;
+
+/// A story that is told when this is dropped, whatever became of its request.
+#[derive(Debug)]
+pub(super) struct Telling {
+    /// Nothing where nobody hears it.
+    story: Option<Box<Story>>,
+    tale: Tale,
+    start: Instant,
+    /// Where it is kept. Requests of peers are part of another node's story.
+    kept: Option<Arc<Stories>>,
+    is_news: bool,
+}
+
+/// The id of a request with these headers.
+pub(super) fn trace_of(headers: &HeaderMap) -> Trace {
+    let mut values = headers.get_all(TRACE_HEADER).iter();
+    match (values.next(), values.next()) {
+        (Some(value), None) => Trace::of(Some(value.as_bytes())),
+        _ => Trace::of(None),
+    }
+}
+
+/// Whether the line of a request is written, if it is news or not.
+pub(super) fn is_logged(is_news: bool) -> bool {
+    if is_news { enabled!(Level::INFO) } else { enabled!(Level::DEBUG) }
+}
+
+// === impl Telling ===
+
+impl Telling {
+    /// Begins to follow a request. What a client asks for is news.
+    pub(super) fn of(ask: &Ask, stories: &Arc<Stories>) -> Self {
+        let is_news = ask.is_content && !ask.mirrored;
+        let story = (is_news || is_logged(false)).then(|| {
+            Box::new(Story {
+                range: ask.range.map(|range| range.to_string()),
+                ..begin(ask.tale.trace(), ask.head_only, &ask.path, ask.registry.as_deref(), ask.client.to_string())
+            })
+        });
+        let kept = is_news.then(|| Arc::clone(stories));
+        Self { story, tale: ask.tale.clone(), start: Instant::now(), kept, is_news }
+    }
+
+    /// Follows an answer that stood ready.
+    pub(super) fn ready(story: Story, start: Instant, kept: Option<Arc<Stories>>, is_news: bool) -> Self {
+        let tale = Tale::unheard(Trace::of(None));
+        let head = Some(start.elapsed());
+        let story = Story { source: Origins::Local, status: Some(StatusCode::OK.as_u16()), head, ..story };
+        Self { story: Some(Box::new(story)), tale, start, kept, is_news }
+    }
+
+    /// The head is on its way.
+    pub(super) fn answers(&mut self, status: StatusCode, source: &Source) {
+        if let Some(story) = &mut self.story {
+            story.status = Some(status.as_u16());
+            story.head = Some(self.start.elapsed());
+            story.source = match source {
+                Source::Local => Origins::Local,
+                Source::Receiving => Origins::Receiving,
+                Source::Ready => Origins::Ready,
+                Source::Peer(_) => Origins::Peer,
+                Source::Nobody => Origins::Upstream,
+            };
+        }
+    }
+
+    /// The body has ended.
+    pub(super) fn ends(mut self, end: BodyEnd) {
+        if let Some(story) = &mut self.story {
+            (story.bytes, story.whole) = (end.sent, end.complete);
+        }
+    }
+}
+
+impl Drop for Telling {
+    fn drop(&mut self) {
+        let Some(mut story) = self.story.take() else { return };
+        story.met = self.tale.met();
+        story.total = self.start.elapsed();
+        tell(&story, self.is_news);
+        if let Some(stories) = &self.kept {
+            stories.keep(*story);
+        }
+    }
+}
+
+/// A story of which no more is known than what its request says.
+pub(super) fn begin(trace: &Trace, head_only: bool, path: &str, registry: Option<&str>, client: String) -> Story {
+    Story {
+        began: SystemTime::now(),
+        trace_id: trace.id().to_string(),
+        method: if head_only { "HEAD" } else { "GET" },
+        path: path.to_owned(),
+        range: None,
+        registry: registry.map(str::to_owned),
+        client,
+        source: Origins::Upstream,
+        met: Met::default(),
+        status: None,
+        bytes: 0,
+        whole: false,
+        head: None,
+        total: Duration::ZERO,
+    }
+}
+
+/// What does not apply is left out of the line.
+fn tell(story: &Story, is_news: bool) {
+    if !is_logged(is_news) {
+        return;
+    }
+    let Story { trace_id, method, path, bytes, whole, .. } = story;
+    let Met { known, asked, raced, resumed, breaks, .. } = &story.met;
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let (range, registry, client) = (story.range.as_deref(), story.registry.as_deref().unwrap_or("-"), &story.client);
+    let (source, status, ms_to_head, ms_in_all) =
+        (story.source.name(), story.status, story.head.map(ms), ms(story.total));
+    if !is_news {
+        debug!(
+            trace_id,
+            method,
+            path,
+            range,
+            registry,
+            client,
+            source,
+            status,
+            bytes,
+            whole,
+            ms = ms_in_all,
+            "answered"
+        );
+        return;
+    }
+    let is_elsewhere = matches!(story.source, Origins::Peer | Origins::Upstream);
+    let (known, asked) = (is_elsewhere.then_some(*known), is_elsewhere.then_some(*asked));
+    let peer = story.met.peer.map(tracing::field::display);
+    let (found, carried) = (story.met.found.map(Origin::name), story.met.carried.map(Carriage::name));
+    let raced = raced.then_some(true);
+    let resumed = (!breaks.is_empty()).then_some(*resumed);
+    let why = (!breaks.is_empty()).then(|| breaks.iter().map(Break::to_string).collect::<Vec<_>>().join("; "));
+    let held_ms = (!story.met.held.is_zero()).then(|| ms(story.met.held));
+    let failure = story.met.failure.as_deref();
+    info!(
+        trace_id,
+        method,
+        path,
+        range,
+        registry,
+        client,
+        source,
+        peer,
+        found,
+        known,
+        asked,
+        raced,
+        carried,
+        resumed,
+        why,
+        held_ms,
+        failure,
+        status,
+        bytes,
+        whole,
+        head_ms = ms_to_head,
+        ms = ms_in_all,
+        "pull"
+    );
+}
