@@ -17,9 +17,8 @@ use anyhow::{Result, anyhow, ensure};
 use rustix::process::Signal;
 use serde::Serialize;
 
-pub use sample::{NodeSample, Sample, Told};
+pub use sample::{Cores, NodeSample, Sample, Told};
 
-use self::sample::Cores;
 use crate::containerd::{Binaries, Containerd, Options, Version, check_content};
 use crate::daemon::output;
 use crate::image::{Compression, Image, ImageBuilder, host_platform};
@@ -32,7 +31,7 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// How often is looked at what each node has.
 const PERIOD: Duration = Duration::from_millis(200);
 /// The share of their time above which the cores were the limit.
-const BUSY: f64 = 0.95;
+pub const BUSY: f64 = 0.95;
 
 /// Which node dies in the middle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -80,7 +80,8 @@ impl Told {
 }
 
 /// The time that the machine's cores had spent, and how much of it doing something.
-pub(super) struct Cores {
+#[derive(Clone, Copy, Debug)]
+pub struct Cores {
     all: u64,
     idle: u64,
 }
@@ -88,7 +89,11 @@ pub(super) struct Cores {
 // === impl Cores ===
 
 impl Cores {
-    pub(super) fn now() -> Result<Self> {
+    /// Until now.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn now() -> Result<Self> {
         let text = fs::read_to_string("/proc/stat")?;
         let line = text.lines().next().context("/proc/stat is empty")?;
         let fields: Vec<u64> = line.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
@@ -97,7 +102,10 @@ impl Cores {
     }
 
     /// The share of the time since then that the cores were busy.
-    pub(super) fn busy_since(&self) -> Result<f64> {
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn busy_since(&self) -> Result<f64> {
         let now = Self::now()?;
         let all = now.all.saturating_sub(self.all).max(1);
         Ok(1.0 - now.idle.saturating_sub(self.idle) as f64 / all as f64)

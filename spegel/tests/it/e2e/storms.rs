@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use spegel_benches::containerd::{Options, Version};
 use spegel_benches::daemon::wait_until;
 use spegel_benches::image::{Compression, Image, ImageBuilder, host_platform};
+use spegel_benches::storm::{BUSY, Cores};
 
 use super::cluster::{Cluster, Member};
 use super::{cri, for_each_containerd};
@@ -15,10 +16,22 @@ const UPSTREAM: u32 = 100;
 
 const NODES: usize = 6;
 
+/// How long a pull may be held here. The 2 s of the default are real time, and spent by a machine whose cores others keep busy: what a pull
+/// does then is another test's matter (`registry::storms`), and what is reached with the default is measured (`cargo xtask storm`).
+const MAX_WAIT: &str = "30s";
+
+/// How many times it may be tried where the cores were busy all the time. Who is told to pull must show a byte in 1.5 to 4.5 s, which is real
+/// time as well; without storms upstream sends it six times every time.
+const TRIES: usize = 3;
+
 for_each_containerd!(upstream_sends_it_once);
 
 fn upstream_sends_it_once(version: Version) {
-    let Some(cluster) = Cluster::start_with(version, NODES, &Options::default(), &["--storm", "on"]) else { return };
+    let Some(cluster) =
+        Cluster::start_with(version, NODES, &Options::default(), &["--storm", "on", "--storm-max-wait", MAX_WAIT])
+    else {
+        return;
+    };
     for (n, node) in cluster.nodes.iter().enumerate() {
         let members = || node.spegel().metric("spegel_router_members", &[]).unwrap_or(0.0);
         wait_until(Duration::from_secs(60), "all to know each other", || members() >= (NODES - 1) as f64)
@@ -31,8 +44,26 @@ fn upstream_sends_it_once(version: Version) {
 
 /// One pulls an image by itself, and then all another one of the same shape.
 fn storm(cluster: &Cluster, name: &str, shape: impl Fn(ImageBuilder, u64) -> ImageBuilder) {
-    let alone = cluster.push(&format!("{name}-alone:1"), |image| shape(image, 40));
-    let all = cluster.push(&format!("{name}:1"), |image| shape(image, 41));
+    for attempt in 1..=TRIES {
+        let cores = Cores::now().unwrap();
+        let total = pull_all(cluster, &format!("{name}-{attempt}"), &shape);
+        let busy = cores.busy_since().unwrap();
+        assert!(total >= 0.99, "the registry's log is not read right");
+        if total <= 1.2 {
+            return;
+        }
+        println!(
+            "{name}, {attempt}: upstream sent {total:.2} times the layers; the cores were busy for {:.0} % of the time",
+            100.0 * busy
+        );
+        assert!(busy > BUSY && attempt < TRIES, "upstream sent {total:.2} times the layers\n{}", logs(cluster));
+    }
+}
+
+/// How many times upstream sent the layers of an image that all pull at once.
+fn pull_all(cluster: &Cluster, name: &str, shape: impl Fn(ImageBuilder, u64) -> ImageBuilder) -> f64 {
+    let alone = cluster.push(&format!("{name}-alone:1"), |image| shape(image, seed(name, 40)));
+    let all = cluster.push(&format!("{name}:1"), |image| shape(image, seed(name, 41)));
     let began = Instant::now();
     cluster.nodes[0].pull_by_cri(&alone, alone.reference());
     let solo = began.elapsed();
@@ -57,8 +88,12 @@ fn storm(cluster: &Cluster, name: &str, shape: impl Fn(ImageBuilder, u64) -> Ima
         cluster.nodes[0].containerd.version(),
         last.as_secs_f64() / solo.as_secs_f64(),
     );
-    assert!(total >= 0.99, "the registry's log is not read right");
-    assert!(total <= 1.2, "upstream sent {total:.2} times the layers\n{}", logs(cluster));
+    total
+}
+
+/// Another one for each name: nobody has anything of an image when it begins.
+fn seed(name: &str, of: u64) -> u64 {
+    name.bytes().fold(of, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()))
 }
 
 /// Bytes of the layers that upstream sent to a node.
