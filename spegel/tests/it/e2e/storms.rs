@@ -22,7 +22,7 @@ const MAX_WAIT: &str = "30s";
 
 /// How many times it may be tried where the cores were busy all the time. Who is told to pull must show a byte in 1.5 to 4.5 s, which is real
 /// time as well; without storms upstream sends it six times every time.
-const TRIES: usize = 3;
+const TRIES: usize = 5;
 
 for_each_containerd!(upstream_sends_it_once);
 
