@@ -30,7 +30,7 @@ use crate::registry::{ReadyCollector, Registry};
 use crate::router::{Identity, P2pRouter, P2pSettings, Router, RouterMetrics};
 use crate::serve::{ListenAddr, Options, Server};
 use crate::store::{Containerd, ContainerdSettings, OciLayout, Outcome, Store, StoreError};
-use crate::web::Web;
+use crate::web::{self, Web};
 use crate::{ebpf, hosts};
 use figures::Shown;
 
@@ -153,7 +153,7 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
     let mirror = Mirror::new(router.clone(), patience, figures.mirror.clone());
     let registry = Arc::new(Registry::new(crate::registry::Settings {
         store: store.clone(),
-        mirror,
+        mirror: mirror.clone(),
         readiness: router.readiness(),
         filters: settings.filters.clone(),
         basic_auth: settings.basic_auth.clone(),
@@ -162,7 +162,8 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         metrics: figures.registry.clone(),
     }));
     ReadyCollector::register(&mut figures.all, Arc::downgrade(&registry));
-    let examination = doctor::at_start(doctor::settings_at_start(&settings, &watch), figures.doctor.clone());
+    let (examined, examination) = tokio::sync::watch::channel(None);
+    let examine = doctor::at_start(doctor::settings_at_start(&settings, &watch), figures.doctor.clone(), examined);
     figures.serve.set_open_files(open_files);
     if let Some(bytes) = strain::memory_limit() {
         figures.serve.set_memory(bytes);
@@ -171,15 +172,31 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         Options { metrics: figures.serve.clone(), watch: Some(watch.clone()), ..settings.serve.options.clone() };
     options.limits.connections = affordable(options.limits.connections, open_files);
     let server = Server::bind(&[settings.registry_addr], options, handler::over(Arc::clone(&registry)))?;
-    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures.all, watch)?;
+    let registry_at = server.addrs().first().copied();
+    let debug = registry_at.filter(|_| settings.debug_web).map(|at| web::Parts {
+        node: settings.node_name.clone(),
+        zone: zone.clone(),
+        identity: Arc::clone(router.peer_id()),
+        store: Arc::clone(&store),
+        router: router.clone(),
+        mirror,
+        registry: Arc::clone(&registry),
+        watch: watch.clone(),
+        pulled: figures.registry.pulled(),
+        engine: server.engine().engine.to_string(),
+        examination,
+        registry_at: supervisor::reachable(at),
+        authorization: settings.basic_auth.as_ref().map(|auth| auth.header().to_owned()),
+    });
+    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures.all, watch, debug, stop.clone())?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(tell_outcomes(store.outcomes(), Arc::clone(&registry)));
     tokio::spawn(announce(store, router.clone()));
     tokio::spawn(tell_load(router.clone(), Arc::clone(&registry)));
     tokio::spawn(strain::watch(Arc::clone(&registry), open_files));
-    tokio::spawn(examination);
-    if let Some(at) = server.addrs().first() {
-        tokio::spawn(supervisor::attend(Arc::clone(&registry), *at));
+    tokio::spawn(examine);
+    if let Some(at) = registry_at {
+        tokio::spawn(supervisor::attend(Arc::clone(&registry), supervisor::reachable(at)));
     }
     if let Some(taint) = settings.startup_taint {
         let registry = Arc::clone(&registry);

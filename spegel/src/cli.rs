@@ -190,6 +190,7 @@ mod tests {
                 &["--network-key-file", key],
                 &["--router-max-records", "7"],
                 &["--metrics-addr", ":1"],
+                &["--debug-web-enabled=false"],
                 &["--containerd-sock", "/elsewhere"],
                 &["--containerd-namespace", "default"],
                 &["--containerd-content-path", ""],

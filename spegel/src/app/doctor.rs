@@ -4,12 +4,14 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::cli::{Content, DoctorSettings, RegistrySettings};
 use crate::doctor::{self, Containerd, DoctorMetrics, Ebpf, Outside, Port, State};
 use crate::ebpf::Watch;
 use crate::serve::ListenAddr;
+use crate::web::{Examination, Examined, Verdict};
 
 fn port(addr: ListenAddr) -> Port {
     let listen = match addr {
@@ -68,13 +70,33 @@ pub(super) fn settings_at_start(settings: &RegistrySettings, watch: &Watch) -> d
     }
 }
 
+/// What of a report the debug page shows.
+fn examination(report: &doctor::Report) -> Examination {
+    let verdict = |state| match state {
+        State::Good | State::Note => None,
+        State::Unknown => Some(Verdict::Idle),
+        State::Warning => Some(Verdict::Warning),
+        State::Failure => Some(Verdict::Failure),
+    };
+    let found = report.findings().iter().filter_map(|finding| {
+        let (said, change) = (finding.said.clone(), finding.change.clone());
+        Some(Examined { check: finding.check, verdict: verdict(finding.state)?, said, change })
+    });
+    Examination { good: report.count(State::Good), found: found.collect() }
+}
+
 /// Examines once, and tells it in one line and a metric.
-pub(super) async fn at_start(settings: doctor::Settings, metrics: DoctorMetrics) {
+pub(super) async fn at_start(
+    settings: doctor::Settings,
+    metrics: DoctorMetrics,
+    told: watch::Sender<Option<Examination>>,
+) {
     if settings.containerd.is_none() {
         return;
     }
     let report = doctor::examine(&settings).await;
     metrics.set(&report);
+    told.send_replace(Some(examination(&report)));
     let (good, unknown) = (report.count(State::Good), report.count(State::Unknown));
     let (failures, warnings) = (report.line(State::Failure), report.line(State::Warning));
     if failures.is_some() || warnings.is_some() {

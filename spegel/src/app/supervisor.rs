@@ -43,7 +43,7 @@ fn tell(news: News) -> JoinHandle<()> {
     })
 }
 
-/// Tells that the process is up, and from then on what becomes of it. `at` is where the registry listens.
+/// Tells that the process is up, and from then on what becomes of it. `at` is where the registry answers.
 pub(super) async fn attend(registry: Arc<Registry>, at: SocketAddr) {
     let mut bound = 0;
     let watchdog = sd_notify::watchdog_enabled(false, &mut bound).then(|| Duration::from_micros(bound));
@@ -72,10 +72,15 @@ pub(super) fn stopping() {
     tell(News::Stopping);
 }
 
+/// Where this process reaches its own listener.
+pub(super) fn reachable(at: SocketAddr) -> SocketAddr {
+    let ip = if at.ip().is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { at.ip() };
+    SocketAddr::new(ip, at.port())
+}
+
 /// Whether the registry answers a request.
 async fn answers(at: SocketAddr) -> std::io::Result<bool> {
-    let ip = if at.ip().is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { at.ip() };
-    let mut stream = TcpStream::connect((ip, at.port())).await?;
+    let mut stream = TcpStream::connect(at).await?;
     stream.write_all(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await?;
     let mut head = [0; ANSWER.len()];
     stream.read_exact(&mut head).await?;

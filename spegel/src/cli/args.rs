@@ -205,6 +205,9 @@ pub(super) struct RegistryArgs {
     /// Where metrics are served
     #[arg(long, env, default_value = ":9090", value_name = "ADDRESS")]
     pub(super) metrics_addr: String,
+    /// Serve pages for people at /debug/web/ there, to this node alone
+    #[arg(long, env, default_value_t = true, action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(super) debug_web_enabled: bool,
     #[command(flatten)]
     pub(super) containerd: ContainerdArgs,
     /// Serve this OCI image layout instead of containerd's content; may be given several times

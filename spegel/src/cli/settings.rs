@@ -39,6 +39,8 @@ pub struct RegistrySettings {
     pub data_dir: Option<PathBuf>,
     /// Where metrics are served.
     pub metrics_addr: ListenAddr,
+    /// Whether there are pages for people.
+    pub debug_web: bool,
     /// Where peers find this node.
     pub router_addr: ListenAddr,
     /// Where content is fetched.
@@ -165,6 +167,7 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
         bootstrap_endpoint: bootstrap_endpoint(&args.bootstrap)?,
         peers: peers(&args)?,
         metrics_addr: listen("--metrics-addr", &args.metrics_addr)?,
+        debug_web: args.debug_web_enabled,
         router_addr,
         registry_addr,
         ebpf,

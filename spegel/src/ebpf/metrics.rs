@@ -86,6 +86,11 @@ impl Pulled {
         self.local.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Bytes that were here, and those that came from peers.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.local.load(Ordering::Relaxed), self.peer.load(Ordering::Relaxed))
+    }
+
     /// From a peer.
     pub fn add_peer(&self, bytes: u64) {
         self.peer.fetch_add(bytes, Ordering::Relaxed);

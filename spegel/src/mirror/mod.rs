@@ -40,7 +40,7 @@ pub use client::{HOLDERS_HEADER, MAX_HOLDERS, PeerError, Timeouts};
 pub use lineage::{Asker, Chain, MAX_CHAIN, NodeId, ParseChainError, Tie};
 pub use metrics::MirrorMetrics;
 pub use shelf::Verified;
-pub use storms::{Feed, Served};
+pub use storms::{Feed, Served, StormImage, StormPull, StormSource, StormsView};
 
 /// Marks a request between nodes: it is answered from local content only, so that no request goes in circles.
 pub const MIRRORED_HEADER: &str = "X-Spegel-Mirrored";
@@ -314,6 +314,11 @@ impl Mirror {
         if let Some(storms) = &self.shared.storms {
             storms.look_at(Arc::clone(store));
         }
+    }
+
+    /// The storms that this node takes part in, for people, with `limit` of what is wanted at the most; nothing where they are off.
+    pub fn storms(&self, limit: usize) -> Option<StormsView> {
+        self.shared.storms.as_ref().map(|storms| storms.view(limit))
     }
 
     /// Whether somebody of this rank may wait for the first bytes of a blob that this node's containerd has none of either.

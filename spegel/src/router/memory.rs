@@ -216,6 +216,16 @@ impl Storms for MemoryStorms {
         answer
     }
 
+    fn own(&self) -> storm::Node {
+        storm::Node(number(&self.id))
+    }
+
+    fn trees(&self, trees: usize, places: usize) -> Vec<storm::TreeView> {
+        let table = self.network.lock();
+        let own = table.nodes.get(&self.id);
+        own.map(|node| node.coordinator.view(trees, places, Instant::now())).unwrap_or_default()
+    }
+
     fn peer(&self, node: storm::Node) -> Option<Peer> {
         let table = self.network.lock();
         let found = table.nodes.iter().find(|(id, _)| **id != self.id && number(id) == node.0);

@@ -115,6 +115,12 @@ pub trait Storms: Send + Sync + fmt::Debug + 'static {
     /// Sends a message to a coordinator. The channel closes without an answer if there is none within two seconds.
     fn ask(&self, to: storm::Node, request: storm::Request) -> oneshot::Receiver<storm::Response>;
 
+    /// This node, as coordinators call it.
+    fn own(&self) -> storm::Node;
+
+    /// What this node's own coordinator knows, for people: the trees that it heard of last, `trees` at the most with `places` nodes each.
+    fn trees(&self, trees: usize, places: usize) -> Vec<storm::TreeView>;
+
     /// The node that a coordinator named; nothing if it is not known here, or is this one.
     fn peer(&self, node: storm::Node) -> Option<Peer>;
 }

@@ -1,5 +1,7 @@
 //! Which images are here, what they reach, and so what is offered. Pure: what is in files comes in as [`Tree`]s.
 
+mod inventory;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::Instant;
 

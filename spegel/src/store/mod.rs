@@ -5,6 +5,7 @@ mod changes;
 mod containerd;
 mod index;
 mod ingest;
+mod inventory;
 mod metrics;
 mod oci_layout;
 mod pulls;
@@ -25,6 +26,7 @@ use crate::oci::{Digest, Key, Repository, TagName, TagOrDigest};
 pub use changes::{Changes, Feed};
 pub use containerd::{Containerd, ContainerdSettings, Inspection, inspect};
 pub use ingest::{Ingests, Receiving};
+pub use inventory::{Arriving, HeldImage, Inventory};
 pub use metrics::OfferedCollector;
 pub use oci_layout::OciLayout;
 pub use small::Small;
@@ -182,6 +184,11 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// implement it: it ends at once.
     fn outcomes(&self) -> broadcast::Receiver<Outcome> {
         broadcast::channel(1).1
+    }
+
+    /// What is here, for people: `limit` images and as many arrivals at the most. Stores that have nothing to show need not implement it.
+    fn inventory(&self, _limit: usize) -> Inventory {
+        Inventory::default()
     }
 
     /// How pulls in progress are noticed; nothing for stores that never receive anything.

@@ -17,7 +17,7 @@ use super::blobs::{BlobDir, io_error, read_bounded};
 use super::index::{Index, Verdict};
 use super::state::State;
 use super::tree::{Contents, Tree};
-use super::{Blob, Changes, Health, Offered, Referrer, Store, StoreError};
+use super::{Blob, Changes, Health, Inventory, Offered, Referrer, Store, StoreError};
 use crate::oci::{Algorithm, Descriptor, Digest, Filters, MAX_MANIFEST_BYTES, Manifest, Repository, TagName};
 
 /// How long to let changes gather before the layout is read again: writers put many blobs at once and the index last.
@@ -146,6 +146,10 @@ impl Store for OciLayout {
 
     fn offered(&self) -> BTreeMap<String, Offered> {
         self.inner.state.read(Index::offered)
+    }
+
+    fn inventory(&self, limit: usize) -> Inventory {
+        self.inner.state.read(|index| index.inventory(limit))
     }
 
     fn health(&self) -> watch::Receiver<Health> {

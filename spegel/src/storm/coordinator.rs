@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::rate::Rate;
 use super::tree::{Seeker, Standing, Tree};
-use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT, Want, Why, Zone};
+use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT, TreeView, Want, Why, Zone, view};
 
 /// How long a blob is remembered of which nothing is heard.
 const FORGOTTEN: Duration = Duration::from_secs(60);
@@ -93,6 +93,11 @@ impl Coordinator {
     /// How many blobs and how many places of nodes it keeps.
     pub fn size(&self) -> (usize, usize) {
         (self.trees.len(), self.places)
+    }
+
+    /// The trees that it heard of last, `trees` at the most with `places` nodes each, for people.
+    pub fn view(&self, trees: usize, places: usize, now: Instant) -> Vec<TreeView> {
+        view::of(&self.trees, trees, places, now)
     }
 
     /// Whether nothing is known of the blob: then [`Coordinator::holders`] should be told before anything else.

@@ -11,6 +11,7 @@ mod message;
 mod parent;
 mod rate;
 mod tree;
+mod view;
 
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ pub use message::{
     Have, Holding, MAX_AVOIDED, MAX_BLOB, MAX_MESSAGE, MAX_SLOTS, MessageError, Request, Response, VERSION, Want, Why,
 };
 pub use parent::{Asker, Look, Parent, Refusal, Standing};
+pub use view::{PlaceView, Stand, TreeView};
 
 /// How many coordinators a blob has: a child asks the nearest that answers, and a root reports to all.
 pub const COORDINATORS: usize = 3;

@@ -30,7 +30,7 @@ pub(super) struct Place {
     pub(super) rank: u32,
     zone: Zone,
     pub(super) parent: Option<Node>,
-    level: u16,
+    pub(super) level: u16,
     pub(super) position: u64,
     /// The furthest position of all when it told its own.
     furthest: u64,
@@ -115,6 +115,10 @@ impl Tree {
 
     pub(super) fn len(&self) -> usize {
         self.places.len()
+    }
+
+    pub(super) fn places(&self) -> impl Iterator<Item = (&Node, &Place)> {
+        self.places.iter()
     }
 
     pub(super) fn get(&self, node: Node) -> Option<&Place> {

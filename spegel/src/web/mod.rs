@@ -1,12 +1,16 @@
-//! The side port: what a scraper reads.
+//! The side port: what a scraper reads, and what people look at.
+
+mod debug;
+mod guard;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::extract::State;
 use axum::extract::connect_info::Connected;
-use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::from_fn;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::IncomingStream;
@@ -14,6 +18,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ebpf::Watch;
 use crate::metrics::{self, Figures, Format};
+
+pub use debug::{Examination, Examined, Parts, Verdict};
 
 /// Where a process on the same node reads what is known of peers, as JSON.
 pub const PEERS_PATH: &str = "/debug/peers";
@@ -26,16 +32,20 @@ pub struct Web {
 }
 
 impl Web {
-    /// Takes over a listener.
+    /// Takes over a listener. `debug` is what the pages for people are made of; without it there are none. They end with `stop`.
     ///
     /// # Errors
     /// The runtime does not accept it.
-    pub fn new(listener: std::net::TcpListener, figures: Figures, watch: Watch) -> std::io::Result<Self> {
+    pub fn new(
+        listener: std::net::TcpListener,
+        figures: Figures,
+        watch: Watch,
+        debug: Option<Parts>,
+        stop: CancellationToken,
+    ) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let peers = Router::new().route(PEERS_PATH, get(peers)).with_state(watch);
-        let router = Router::new().route("/metrics", get(scrape)).with_state(Arc::new(figures)).merge(peers);
-        Ok(Self { listener, router })
+        Ok(Self { listener, router: router(figures, watch, debug, stop) })
     }
 
     /// Serves until `stop`; requests under way are finished.
@@ -49,6 +59,16 @@ impl Web {
     }
 }
 
+/// Scrapers may come from anywhere, all else is for this node.
+fn router(figures: Figures, watch: Watch, debug: Option<Parts>, stop: CancellationToken) -> Router {
+    let mut inside = Router::new().route(PEERS_PATH, get(peers)).with_state(watch);
+    if let Some(parts) = debug {
+        inside = inside.merge(debug::router(parts, stop));
+    }
+    let inside = inside.layer(from_fn(guard::same_node));
+    Router::new().route("/metrics", get(scrape)).with_state(Arc::new(figures)).merge(inside)
+}
+
 async fn scrape(State(figures): State<Arc<Figures>>, headers: HeaderMap) -> Response {
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     let format = Format::of_accept(accept);
@@ -58,12 +78,12 @@ async fn scrape(State(figures): State<Arc<Figures>>, headers: HeaderMap) -> Resp
     }
 }
 
-/// Addresses of peers are nobody's business but of who is on this node already: a connection with both ends at one address never left it.
-async fn peers(ConnectInfo(Ends { local, remote }): ConnectInfo<Ends>, State(watch): State<Watch>) -> Response {
-    if !remote.is_loopback() && remote != local {
-        return (StatusCode::FORBIDDEN, "ask from this node itself, as `spegel peers` does\n").into_response();
-    }
-    match serde_json::to_vec(&watch.report()) {
+async fn peers(State(watch): State<Watch>) -> Response {
+    json(&watch.report())
+}
+
+fn json(value: &impl serde::Serialize) -> Response {
+    match serde_json::to_vec(value) {
         Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }

@@ -223,6 +223,28 @@ impl StormFigures {
         }
     }
 
+    /// The latest images, the newest first, for people.
+    pub(super) fn rows(&self) -> Vec<super::StormImage> {
+        let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        let names: Vec<Arc<str>> = images.iter().rev().map(|image| Arc::clone(&image.name)).collect();
+        drop(images);
+        let bytes = |name: &Arc<str>, from: From| {
+            let label = SourceLabel { image: name.to_string(), source: from.name() };
+            self.bytes.get(&label).map_or(0, |counter| counter.get())
+        };
+        let row = |name: Arc<str>| {
+            let label = ImageLabel { image: name.to_string() };
+            super::StormImage {
+                upstream: bytes(&name, From::Upstream),
+                peers: bytes(&name, From::Peers),
+                depth: self.depth.get(&label).map_or(0, |gauge| gauge.get()),
+                seconds: self.duration.get(&label).map_or(0.0, |gauge| gauge.get()),
+                name,
+            }
+        };
+        names.into_iter().map(row).collect()
+    }
+
     /// Somebody was let go.
     pub(super) fn shed(&self) {
         self.shed.inc();

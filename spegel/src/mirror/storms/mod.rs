@@ -7,6 +7,7 @@ mod drive;
 mod feeds;
 mod figures;
 mod held;
+mod view;
 
 use std::collections::HashMap;
 use std::future::pending;
@@ -28,6 +29,8 @@ use drive::Driver;
 
 pub use feeds::{Feed, Served};
 pub(crate) use figures::StormFigures;
+pub use view::{StormImage, StormPull, StormSource, StormsView};
+
 pub(super) use held::{Line, Offer, hold, resume};
 
 /// How many blobs are followed at a time. More are not held.

@@ -151,6 +151,14 @@ impl router::Storms for Storms {
         answer
     }
 
+    fn own(&self) -> Node {
+        node(&self.0.local)
+    }
+
+    fn trees(&self, trees: usize, places: usize) -> Vec<storm::TreeView> {
+        self.0.coordinator().view(trees, places, Instant::now())
+    }
+
     fn peer(&self, wanted: Node) -> Option<Peer> {
         let table = self.0.table.read();
         let contact = table.with_prefix(wanted.0)?;

@@ -23,7 +23,7 @@ use super::blobs::BlobDir;
 use super::index::{Index, Verdict};
 use super::ingest::{Ingests, News, Receptions};
 use super::state::State;
-use super::{Blob, Changes, Found, Health, Offered, Outcome, Referrer, Store, StoreError};
+use super::{Blob, Changes, Found, Health, Inventory, Offered, Outcome, Referrer, Store, StoreError};
 use crate::oci::{Digest, Filters, Repository, TagName, TagOrDigest};
 
 /// How long a request may wait for containerd to say whose content is. Past it the answer is that it is not here, which
@@ -210,6 +210,12 @@ impl Store for Containerd {
 
     fn outcomes(&self) -> broadcast::Receiver<Outcome> {
         self.inner.outcomes.subscribe()
+    }
+
+    fn inventory(&self, limit: usize) -> Inventory {
+        let held = self.inner.state.read(|index| index.inventory(limit));
+        let (arriving, more_arriving) = self.inner.receptions.arriving(limit);
+        Inventory { arriving, more_arriving, ..held }
     }
 
     fn ingests(&self) -> Option<Ingests> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use self::tracker::{MAX_KNOWN, Tracker};
-use super::StoreError;
+use super::{Arriving, StoreError};
 use super::blobs::{BlobDir, io_error};
 use crate::oci::Digest;
 use crate::zerocopy::Growing;
@@ -98,6 +98,15 @@ impl Receptions {
     /// Whether a blob is about to be received: containerd has asked for it, and has no bytes of it.
     pub(super) fn expects(&self, digest: &Digest) -> bool {
         self.lock().expects(digest)
+    }
+
+    /// What is being received, the largest first, `limit` at the most, and how much more.
+    pub(super) fn arriving(&self, limit: usize) -> (Vec<Arriving>, usize) {
+        let mut arriving = self.lock().arriving();
+        arriving.sort_unstable_by(|a, b| (b.total, &b.digest).cmp(&(a.total, &a.digest)));
+        let more = arriving.len().saturating_sub(limit);
+        arriving.truncate(limit);
+        (arriving, more)
     }
 
     /// Tells when [`Self::open`] or [`Self::expects`] may have another answer than before.

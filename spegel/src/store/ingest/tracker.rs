@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use super::reference::{Kind, Reference};
 use crate::oci::Digest;
+use crate::store::Arriving;
 use crate::zerocopy::Progress;
 
 /// How long after its writer closed a file it may take until the file is renamed. containerd does the one right after the
@@ -259,6 +260,18 @@ impl Tracker {
     pub(super) fn expects(&self, digest: &Digest) -> bool {
         let mut receptions = self.receptions.values().filter(|reception| reception.reference.digest == *digest);
         receptions.any(|reception| reception.is_awaited && reception.total.is_some())
+    }
+
+    /// What grows, and what is awaited.
+    pub(super) fn arriving(&self) -> Vec<Arriving> {
+        let receptions = self.receptions.values().filter(|reception| reception.live.is_some() || reception.is_awaited);
+        let arriving = receptions.map(|reception| Arriving {
+            digest: reception.reference.digest.clone(),
+            position: reception.sight.map_or(0, |sight| sight.position),
+            total: reception.total,
+            is_offered: reception.live.is_some(),
+        });
+        arriving.collect()
     }
 
     /// The folders of all known ingests.

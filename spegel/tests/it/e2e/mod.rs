@@ -21,6 +21,7 @@ mod receiving;
 mod signals;
 mod storms;
 mod upstream;
+mod web;
 
 /// Declares each scenario as a test for containerd 1.6 and one for 2.2.
 macro_rules! for_each_containerd {
