@@ -486,3 +486,31 @@ fn memory_of_what_arrived_is_bounded() {
     assert_eq!(removed, [digest(0).into()]);
     assert_eq!((index.arrivals.len(), index.contents.len()), (MAX_ARRIVED, MAX_ARRIVED));
 }
+
+#[test]
+fn the_inventory_is_bounded_and_counts_what_is_shared_once() {
+    let mut blobs = Blobs::default();
+    let (first, second) = (blobs.image(&["a", "shared"]), blobs.image(&["bb", "shared"]));
+    let lacking = blobs.image(&["c", "gone"]);
+    let mut index = index();
+    index.put(APP, blobs.walk(&first));
+    index.put("registry.test/app:also", blobs.walk(&first));
+    // As the CRI names what it has named already.
+    index.put("sha256:0000", blobs.walk(&first));
+    index.put("registry.test/other:v1", blobs.walk(&second));
+    index.put("registry.test/some:v1", blobs.without(&digest_of("gone")).walk(&lacking));
+    let all = index.inventory(10);
+    let names: Vec<_> = all.images.iter().map(|image| image.names.join(" ")).collect();
+    assert_eq!(
+        names,
+        ["registry.test/app:also registry.test/app:v1 sha256:0000", "registry.test/other:v1", "registry.test/some:v1"]
+    );
+    let counts: Vec<_> = all.images.iter().map(|image| (image.named, image.present, image.is_whole)).collect();
+    assert_eq!(counts, [(4, 4, true), (4, 4, true), (4, 3, false)]);
+    assert!(all.images[0].is_offered && all.images[0].bytes > 7);
+    assert_eq!((all.blobs, all.more_images), (4 + 3 + 3, 0));
+    let sum: u64 = all.images.iter().map(|image| image.bytes).sum();
+    assert_eq!(all.bytes, sum - "shared".len() as u64);
+    let few = index.inventory(1);
+    assert_eq!((few.images.as_slice(), few.more_images, few.bytes), (&all.images[..1], 2, all.bytes));
+}

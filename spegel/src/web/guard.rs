@@ -78,7 +78,17 @@ mod tests {
         for name in ["localhost", "LOCALHOST:9090", "127.0.0.1:9090", "10.0.0.7", "[::1]:9090", "[fd00::1]"] {
             assert!(is_this_node(name), "{name}");
         }
-        for name in ["evil.test", "evil.test:9090", "localhost.evil.test", "", ":9090", "127.0.0.1.evil.test", "?", "[x]", "a@localhost"] {
+        for name in [
+            "evil.test",
+            "evil.test:9090",
+            "localhost.evil.test",
+            "",
+            ":9090",
+            "127.0.0.1.evil.test",
+            "?",
+            "[x]",
+            "a@localhost",
+        ] {
             assert!(!is_this_node(name), "{name}");
         }
     }

@@ -73,7 +73,8 @@ impl Storms {
         let more_pulls = pulls.len().saturating_sub(limit);
         pulls.truncate(limit);
         let trees = self.asked.trees(TREES, PLACES);
-        let mut nodes: Vec<_> = trees.iter().flat_map(|tree| &tree.places).map(|place: &PlaceView| place.node).collect();
+        let mut nodes: Vec<_> =
+            trees.iter().flat_map(|tree| &tree.places).map(|place: &PlaceView| place.node).collect();
         nodes.sort_unstable();
         nodes.dedup();
         let nodes = nodes.into_iter().filter_map(|node| Some((node, self.asked.peer(node)?))).collect();

@@ -14,8 +14,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use self::tracker::{MAX_KNOWN, Tracker};
-use super::{Arriving, StoreError};
 use super::blobs::{BlobDir, io_error};
+use super::{Arriving, StoreError};
 use crate::oci::Digest;
 use crate::zerocopy::Growing;
 

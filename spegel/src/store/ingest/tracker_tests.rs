@@ -314,3 +314,14 @@ fn what_did_not_come_whole_was_not_discarded() {
         assert_eq!(cut.tracker.take_discarded(), []);
     }
 }
+
+#[test]
+fn what_arrives_is_told_and_what_was_left_behind_is_not() {
+    let mut fixture = Fixture::with_layer("a");
+    assert_eq!(fixture.tracker.arriving(), [], "nothing has grown");
+    fixture.saw("a", 3 * MIB);
+    let told = Arriving { digest: digest(), position: 3 * MIB, total: Some(10 * MIB), is_offered: true };
+    assert_eq!(fixture.tracker.arriving(), [told]);
+    fixture.wait(2 * STALL);
+    assert_eq!(fixture.tracker.arriving(), []);
+}

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::storm::{
-    Coordinator, GRACE, Have, Holding, Key, LEASE, Limits, Node, Request, Response, SUSPECT, Want, Why, Zone,
+    Coordinator, GRACE, Have, Holding, Key, LEASE, Limits, Node, Request, Response, SUSPECT, Stand, Want, Why, Zone,
 };
 
 const KEY: Key = Key([3; 32]);
@@ -359,4 +359,26 @@ fn who_got_nothing_in_its_time_is_no_root_for_saying_so() {
     talk.have(2, 0, Holding::Nothing);
     talk.have(1, 0, Holding::Root);
     assert!(matches!(talk.want(4), Response::Pull { .. }), "neither of them gets anything");
+}
+
+#[test]
+fn people_see_the_latest_trees_and_no_more_than_fits() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    talk.have(1, 8 << 20, Holding::Root);
+    talk.want(2);
+    talk.want(3);
+    talk.pass(Duration::from_secs(2));
+    let view = |trees, places| talk.coordinator.view(trees, places, talk.now);
+    let all = view(5, 5);
+    assert_eq!(all.len(), 1);
+    let tree = &all[0];
+    assert_eq!((tree.key, tree.total, tree.more, tree.quiet), (KEY, Some(TOTAL), 0, Duration::from_secs(2)));
+    let root = &tree.places[0];
+    assert_eq!((root.node, root.parent, root.position, root.stand), (Node(1), None, 8 << 20, Stand::Root));
+    let child = tree.places.iter().find(|place| place.parent == Some(Node(1)));
+    assert_eq!(child.map(|child| child.stand), Some(Stand::Child), "{tree:?}");
+    let few = view(5, 1);
+    assert_eq!((few[0].places.as_slice(), few[0].more), (&tree.places[..1], 2));
+    assert_eq!(view(0, 5), []);
 }

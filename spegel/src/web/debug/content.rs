@@ -35,7 +35,8 @@ fn arriving(held: &Inventory) -> Markup {
         ]
     };
     let rows: Vec<_> = held.arriving.iter().map(row).collect();
-    let heads = [head("Blob", false), head("Came", true), head("Of", true), head("Progress", false), head("Shared", false)];
+    let heads =
+        [head("Blob", false), head("Came", true), head("Of", true), head("Progress", false), head("Shared", false)];
     html! {
         section aria-labelledby="arriving-title" {
             h2 id="arriving-title" { "Receiving now" }
@@ -47,7 +48,8 @@ fn arriving(held: &Inventory) -> Markup {
 
 fn images(held: &Inventory) -> Markup {
     let rows: Vec<_> = held.images.iter().map(image).collect();
-    let heads = [head("Image", false), head("Digest", false), head("Blobs", true), head("Size", true), head("State", false)];
+    let heads =
+        [head("Image", false), head("Digest", false), head("Blobs", true), head("Size", true), head("State", false)];
     html! {
         section aria-labelledby="images-title" {
             h2 id="images-title" { "Images" }

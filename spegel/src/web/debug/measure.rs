@@ -187,7 +187,9 @@ impl<'a> Puller<'a> {
         let bytes = self.get("manifest", reference, &manifest(reference), None, true).await?;
         let mut parsed = Manifest::parse(&bytes).map_err(|error| error.to_string())?;
         if parsed.is_index {
-            let Some(child) = for_this_machine(&bytes, &parsed) else { return Err("the index names no manifest".to_owned()) };
+            let Some(child) = for_this_machine(&bytes, &parsed) else {
+                return Err("the index names no manifest".to_owned());
+            };
             let bytes = self.get("manifest", &child, &manifest(&child), None, true).await?;
             parsed = Manifest::parse(&bytes).map_err(|error| error.to_string())?;
         }
@@ -203,7 +205,14 @@ impl<'a> Puller<'a> {
     }
 
     /// One piece; its bytes if they are to be kept.
-    async fn get(&mut self, what: &'static str, name: &str, path: &str, size: Option<u64>, keep: bool) -> Result<Vec<u8>, String> {
+    async fn get(
+        &mut self,
+        what: &'static str,
+        name: &str,
+        path: &str,
+        size: Option<u64>,
+        keep: bool,
+    ) -> Result<Vec<u8>, String> {
         if self.pull.pieces.len() >= PIECES {
             return Err(format!("only {PIECES} pieces are measured"));
         }
@@ -212,7 +221,14 @@ impl<'a> Puller<'a> {
         timeout_at(deadline, self.fetch(what, name, path, size, keep)).await.map_err(late)?
     }
 
-    async fn fetch(&mut self, what: &'static str, name: &str, path: &str, size: Option<u64>, keep: bool) -> Result<Vec<u8>, String> {
+    async fn fetch(
+        &mut self,
+        what: &'static str,
+        name: &str,
+        path: &str,
+        size: Option<u64>,
+        keep: bool,
+    ) -> Result<Vec<u8>, String> {
         let failed = |error: &dyn std::fmt::Display| format!("this node's registry did not give a {what}: {error}");
         let start = Instant::now();
         let at = self.parts.registry_at;
@@ -220,7 +236,8 @@ impl<'a> Puller<'a> {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
         // It ends with the sender.
         let connection = tokio::spawn(connection);
-        let mut request = http::Request::get(path).header(http::header::HOST, at.to_string()).header(NODE_HEADER, &self.client);
+        let mut request =
+            http::Request::get(path).header(http::header::HOST, at.to_string()).header(NODE_HEADER, &self.client);
         if let Some(authorization) = &self.parts.authorization {
             request = request.header(http::header::AUTHORIZATION, authorization);
         }
@@ -322,7 +339,16 @@ mod tests {
         assert_eq!(key(&digest), digest);
         assert_eq!(key("registry.test/app:1"), "registry.test/app:1");
         assert_eq!(key(&format!("registry.test/app:1@{digest}")), digest);
-        for wrong in ["", "app", "registry.test/app", "http://10.0.0.1/", "registry.test/../x:1", "<script>", "a.test/b:c d", "sha256:zz"] {
+        for wrong in [
+            "",
+            "app",
+            "registry.test/app",
+            "http://10.0.0.1/",
+            "registry.test/../x:1",
+            "<script>",
+            "a.test/b:c d",
+            "sha256:zz",
+        ] {
             assert!(Request::parse(wrong).is_err(), "{wrong}");
         }
     }

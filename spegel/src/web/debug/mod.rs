@@ -74,7 +74,8 @@ pub(super) fn router(parts: Parts, stop: CancellationToken) -> Router {
         measuring: Semaphore::new(1),
         stop,
     }));
-    let file = |kind: &'static str, text: &'static str| get(move || async move { ([(header::CONTENT_TYPE, kind)], text) });
+    let file =
+        |kind: &'static str, text: &'static str| get(move || async move { ([(header::CONTENT_TYPE, kind)], text) });
     let mut router = Router::new()
         .route("/debug/web", get(|| async { Redirect::permanent(page::ROOT) }))
         .route("/debug/web/events", get(live::events))
@@ -137,7 +138,9 @@ impl Debug {
         headers: &HeaderMap,
     ) -> Result<Result<measure::Measured, String>, Response> {
         if guard::is_from_elsewhere(headers) {
-            return Err((StatusCode::FORBIDDEN, "a page of another site may not make this node do anything\n").into_response());
+            return Err(
+                (StatusCode::FORBIDDEN, "a page of another site may not make this node do anything\n").into_response()
+            );
         }
         let Ok(_turn) = self.0.measuring.try_acquire() else {
             return Ok(Err("Another measurement is under way. Try again in some seconds.".to_owned()));

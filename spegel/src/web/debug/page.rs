@@ -58,7 +58,8 @@ impl Page {
 /// A whole page.
 pub(super) fn document(facts: &Parts, page: Page, wish: &Wish, parts: &[Part]) -> Markup {
     let sort = wish.sort.as_deref().filter(|sort| super::peers::is_order(sort));
-    let events = format!("{ROOT}events?page={}{}", page.name(), sort.map(|sort| format!("&sort={sort}")).unwrap_or_default());
+    let events =
+        format!("{ROOT}events?page={}{}", page.name(), sort.map(|sort| format!("&sort={sort}")).unwrap_or_default());
     let is_live = page != Page::Try;
     html! {
         (DOCTYPE)

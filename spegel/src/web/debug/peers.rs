@@ -150,7 +150,13 @@ fn peers(rows: &[(IpAddr, Known)], rest: usize, order: &str) -> Markup {
 
 fn row(address: IpAddr, known: &Known) -> Vec<Cell> {
     let dash = || html! { span.quiet { "–" } };
-    let some = |bytes: u64| if bytes == 0 { dash() } else { html! { (text::bytes(bytes)) } };
+    let some = |bytes: u64| {
+        if bytes == 0 {
+            dash()
+        } else {
+            html! { (text::bytes(bytes)) }
+        }
+    };
     let member = known.member.as_ref().map(|member| &member.peer);
     let id = member.map_or_else(
         || html! { span.quiet { "no member: another version, or gone" } },
@@ -168,7 +174,14 @@ fn row(address: IpAddr, known: &Known) -> Vec<Cell> {
             known.round_trip_us.map_or_else(dash, |us| html! { (text::time(Duration::from_micros(us.into()))) }),
         ),
         Cell::figure("Sent again", html! { (format!("{:.2} %", 100.0 * known.resent_share())) }),
-        Cell::figure("Failed", if known.failed == 0 { dash() } else { html! { (known.failed) } }),
+        Cell::figure(
+            "Failed",
+            if known.failed == 0 {
+                dash()
+            } else {
+                html! { (known.failed) }
+            },
+        ),
     ]
 }
 
@@ -204,7 +217,10 @@ fn others(report: &Report) -> Markup {
         ("upstream", "Registries, as containerd reaches them"),
         ("other", "What else containerd reaches"),
     ];
-    let rows: Vec<_> = names.iter().filter_map(|(role, name)| Some((name, report.roles.iter().find(|row| row.role == *role)?))).collect();
+    let rows: Vec<_> = names
+        .iter()
+        .filter_map(|(role, name)| Some((name, report.roles.iter().find(|row| row.role == *role)?)))
+        .collect();
     let rows: Vec<_> = rows
         .iter()
         .map(|(name, role)| {

@@ -91,7 +91,10 @@ fn images(images: &[StormImage]) -> Markup {
             Cell::figure("From peers", html! { (bytes(image.peers)) }),
             Cell::figure("From upstream", html! { (bytes(image.upstream)) }),
             Cell::figure("Hops", html! { (image.depth) }),
-            Cell::figure("Took", html! { (time(std::time::Duration::try_from_secs_f64(image.seconds).unwrap_or_default())) }),
+            Cell::figure(
+                "Took",
+                html! { (time(std::time::Duration::try_from_secs_f64(image.seconds).unwrap_or_default())) },
+            ),
         ]
     };
     let rows: Vec<_> = images.iter().map(row).collect();

@@ -78,9 +78,11 @@ mod tests {
     fn figures_are_short_and_do_not_lie() {
         let told = [0, 1023, 1024, 150 << 10, 1 << 20, (1 << 30) - 1, u64::MAX].map(bytes);
         assert_eq!(told, ["0 B", "1023 B", "1.0 KiB", "150 KiB", "1.0 MiB", "1.0 GiB", "16.0 EiB"]);
-        let told = [50, 1_500, 25_000, 999_400, 1_000_000, 90_000_000, 3_600_000_000].map(|us| time(Duration::from_micros(us)));
+        let told = [50, 1_500, 25_000, 999_400, 1_000_000, 90_000_000, 3_600_000_000]
+            .map(|us| time(Duration::from_micros(us)));
         assert_eq!(told, ["50 µs", "1.50 ms", "25 ms", "999 ms", "1.00 s", "90 s", "60 min"]);
-        let told = [(0, 10), (1, 10_000), (1, 2), (9_999, 10_000), (7, 7)].map(|(part, whole)| percent(part, whole).unwrap());
+        let told =
+            [(0, 10), (1, 10_000), (1, 2), (9_999, 10_000), (7, 7)].map(|(part, whole)| percent(part, whole).unwrap());
         assert_eq!(told, ["0 %", "0.1 %", "50 %", "99.9 %", "100 %"]);
         assert_eq!(percent(0, 0), None);
         assert_eq!([count(1, "image"), count(1234, "image")], ["1 image", "1\u{202f}234 images"]);

@@ -20,7 +20,9 @@ pub(super) fn parts(parts: &Parts, image: &str, outcome: Option<&Result<Measured
                 "throws the bytes away, and tells what came from where: 64 MiB and 20 seconds at the most." }
         },
         Some(Err(why)) => html! { p.verdict.failure role="status" { (sign(Verdict::Failure)) span { (why) } } },
-        Some(Ok(measured)) => html! { (told(measured)) (lookup(&measured.lookup)) @if let Some(pull) = &measured.pull { (pulled(pull)) } },
+        Some(Ok(measured)) => {
+            html! { (told(measured)) (lookup(&measured.lookup)) @if let Some(pull) = &measured.pull { (pulled(pull)) } }
+        }
     };
     vec![Part { id: "form", html: form(parts, image) }, Part { id: "result", html: result }]
 }
@@ -45,10 +47,14 @@ fn form(parts: &Parts, image: &str) -> Markup {
 fn told(measured: &Measured) -> Markup {
     let found = measured.lookup.peers.len();
     let (verdict, answer) = match (&measured.pull, found, measured.is_here) {
-        (Some(pull), _, _) if pull.is_good() => {
-            (Verdict::Good, format!("It came: {} in {}.", bytes(pull.bytes), time(Duration::from_secs_f64(pull.seconds))))
-        }
-        (Some(pull), _, _) => (Verdict::Warning, format!("Not all of it came: {}.", pull.ended.as_deref().unwrap_or("a piece is missing"))),
+        (Some(pull), _, _) if pull.is_good() => (
+            Verdict::Good,
+            format!("It came: {} in {}.", bytes(pull.bytes), time(Duration::from_secs_f64(pull.seconds))),
+        ),
+        (Some(pull), _, _) => (
+            Verdict::Warning,
+            format!("Not all of it came: {}.", pull.ended.as_deref().unwrap_or("a piece is missing")),
+        ),
         (None, 0, true) => (Verdict::Good, "This node has it, and no other is known to.".to_owned()),
         (None, 0, false) => (Verdict::Warning, "No node has it. containerd would go to the registry.".to_owned()),
         (None, n, true) => (Verdict::Good, format!("This node has it, and {} too.", count(n, "other node"))),
@@ -64,7 +70,10 @@ fn lookup(lookup: &Lookup) -> Markup {
         .map(|found| {
             vec![
                 Cell::text("Node", html! { span.address { (found.address) } }),
-                Cell::text("Zone", found.zone.as_deref().map_or_else(|| html! { span.quiet { "–" } }, |zone| html! { (zone) })),
+                Cell::text(
+                    "Zone",
+                    found.zone.as_deref().map_or_else(|| html! { span.quiet { "–" } }, |zone| html! { (zone) }),
+                ),
                 Cell::figure("Found after", html! { (time(Duration::from_secs_f64(found.seconds))) }),
             ]
         })
@@ -88,10 +97,16 @@ fn pulled(pull: &Pull) -> Markup {
         vec![
             Cell::text("What", html! { (piece.what) " " (digest(&piece.name)) }),
             Cell::text("From", html! { (piece.source) }),
-            Cell::figure("Bytes", html! { (bytes(piece.bytes)) @if let Some(size) = piece.size.filter(|size| *size != piece.bytes) { span.quiet { " of " (bytes(size)) } } }),
+            Cell::figure(
+                "Bytes",
+                html! { (bytes(piece.bytes)) @if let Some(size) = piece.size.filter(|size| *size != piece.bytes) { span.quiet { " of " (bytes(size)) } } },
+            ),
             Cell::figure("First byte", html! { (time(Duration::from_secs_f64(piece.first_byte_seconds))) }),
             Cell::figure("Took", html! { (time(Duration::from_secs_f64(piece.seconds))) }),
-            Cell::text("", super::page::bar(&[("peers", micros(piece.seconds))], micros(longest), "its share of the longest")),
+            Cell::text(
+                "",
+                super::page::bar(&[("peers", micros(piece.seconds))], micros(longest), "its share of the longest"),
+            ),
             Cell::figure("A second", html! { (bytes(rate as u64)) }),
         ]
     };

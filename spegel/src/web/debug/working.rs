@@ -35,7 +35,9 @@ fn verdict(parts: &Parts, states: &[State], sources: Sources) -> Markup {
     let culprits: Vec<&str> = states.iter().filter(|state| state.verdict == worst).map(|state| state.part).collect();
     let (verdict, answer, said) = match (parts.registry.ready(), worst) {
         (Err(why), _) => (Verdict::Failure, "Not now.", format!("This node answers no requests: {why}.")),
-        (Ok(()), Verdict::Failure) => (Verdict::Failure, "No.", format!("Something keeps it from helping: {}.", culprits.join(", "))),
+        (Ok(()), Verdict::Failure) => {
+            (Verdict::Failure, "No.", format!("Something keeps it from helping: {}.", culprits.join(", ")))
+        }
         (Ok(()), Verdict::Warning) => (Verdict::Warning, "Yes, but look at this:", format!("{}.", culprits.join(", "))),
         (Ok(()), _) => (Verdict::Good, "Yes.", saved(sources)),
     };
@@ -107,7 +109,12 @@ fn router(parts: &Parts) -> State {
         Readiness::Joining => (Verdict::Warning, "Looking for first peers".to_owned()),
         Readiness::Isolated => (Verdict::Warning, "No peer could be reached; the search goes on".to_owned()),
     };
-    State { part: "Network of peers", verdict, said, more: Some(format!("this node is {}", super::text::short(&parts.identity))) }
+    State {
+        part: "Network of peers",
+        verdict,
+        said,
+        more: Some(format!("this node is {}", super::text::short(&parts.identity))),
+    }
 }
 
 fn serving(parts: &Parts) -> State {
@@ -133,7 +140,9 @@ fn kernel(parts: &Parts) -> State {
 
 fn storms(parts: &Parts) -> State {
     let (verdict, said) = match parts.mirror.storms(0) {
-        Some(storms) if storms.more_pulls > 0 => (Verdict::Good, format!("{} coordinated now", count(storms.more_pulls, "blob"))),
+        Some(storms) if storms.more_pulls > 0 => {
+            (Verdict::Good, format!("{} coordinated now", count(storms.more_pulls, "blob")))
+        }
         Some(_) => (Verdict::Good, "Calm".to_owned()),
         None => (Verdict::Idle, "Off".to_owned()),
     };

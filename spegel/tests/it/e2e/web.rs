@@ -17,8 +17,13 @@ use browser::Browser;
 const NODES: usize = 4;
 /// What the upstream's and a node's link carry, in Mbit/s: slow enough that a pull can be watched.
 const UPSTREAM: u32 = 40;
-const PAGES: [(&str, &str); 5] =
-    [("", "Is it working?"), ("content", "What is here?"), ("peers", "Who is out there?"), ("try", "Try it"), ("storm", "Storm")];
+const PAGES: [(&str, &str); 5] = [
+    ("", "Is it working?"),
+    ("content", "What is here?"),
+    ("peers", "Who is out there?"),
+    ("try", "Try it"),
+    ("storm", "Storm"),
+];
 
 /// A node that has pulled, one that knows its peers, and a browser on it.
 struct Stage {
@@ -32,7 +37,8 @@ impl Stage {
             println!("skipped: {reason}");
             return None;
         }
-        let cluster = Cluster::start_with(Version::V1_6, NODES, &Options::default(), &["--storm", "on", "--zone", "zone-a"])?;
+        let cluster =
+            Cluster::start_with(Version::V1_6, NODES, &Options::default(), &["--storm", "on", "--zone", "zone-a"])?;
         for node in &cluster.nodes {
             let members = || node.spegel().metric("spegel_router_members", &[]).unwrap_or(0.0);
             wait_until(Duration::from_secs(60), "all to know each other", || members() >= (NODES - 1) as f64).unwrap();
@@ -56,12 +62,24 @@ impl Stage {
             ("one main landmark", "document.querySelectorAll('main').length === 1"),
             ("a name of the navigation", "!!document.querySelector('nav[aria-label]')"),
             ("where one is", "document.querySelectorAll('nav [aria-current=page]').length === 1"),
-            ("a caption of each table", "[...document.querySelectorAll('table')].every(t => t.caption && t.caption.textContent)"),
-            ("words for each picture", "[...document.querySelectorAll('svg')].every(s => s.ariaHidden === 'true' || s.ariaLabel)"),
+            (
+                "a caption of each table",
+                "[...document.querySelectorAll('table')].every(t => t.caption && t.caption.textContent)",
+            ),
+            (
+                "words for each picture",
+                "[...document.querySelectorAll('svg')].every(s => s.ariaHidden === 'true' || s.ariaLabel)",
+            ),
             ("a label of each field", "[...document.querySelectorAll('input')].every(i => i.labels.length)"),
-            ("ids that are one's own", "new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size === document.querySelectorAll('[id]').length"),
+            (
+                "ids that are one's own",
+                "new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size === document.querySelectorAll('[id]').length",
+            ),
             ("its style", "getComputedStyle(document.querySelector('nav ul')).listStyleType === 'none'"),
-            ("nothing from elsewhere", "performance.getEntriesByType('resource').every(r => r.name.startsWith(location.origin))"),
+            (
+                "nothing from elsewhere",
+                "performance.getEntriesByType('resource').every(r => r.name.startsWith(location.origin))",
+            ),
             ("text that can be read", CONTRAST),
         ] {
             assert_eq!(browser.ask(expression), true, "{page} at {width} px lacks {what}");
@@ -147,7 +165,11 @@ fn a_pull_is_watched(stage: &Stage) {
     });
     browser.go(&stage.url(""));
     browser.wait("where bytes came from", "document.querySelector('#sources').innerText.includes('from peers')");
-    assert!(browser.ask("document.querySelector('#verdict').innerText").as_str().unwrap().contains("Yes"), "{}", browser.text());
+    assert!(
+        browser.ask("document.querySelector('#verdict').innerText").as_str().unwrap().contains("Yes"),
+        "{}",
+        browser.text()
+    );
     let complaints = browser.complaints();
     assert!(complaints.is_empty(), "{complaints:?}");
 }
@@ -156,11 +178,22 @@ fn every_page_fits_every_window(stage: &Stage, image: &str) {
     let browser = &stage.browser;
     let tried = format!("try?do=measure&image={image}");
     for (page, title) in PAGES.into_iter().chain([(tried.as_str(), "Try it")]) {
-        let name = if page.contains('?') { "measured" } else if page.is_empty() { "working" } else { page };
+        let name = if page.contains('?') {
+            "measured"
+        } else if page.is_empty() {
+            "working"
+        } else {
+            page
+        };
         browser.go(&stage.url(page));
-        for (width, height, colours) in
-            [(1280, 900, "light"), (1280, 900, "dark"), (768, 900, "light"), (320, 700, "light"), (320, 700, "dark"), (1920, 1080, "dark")]
-        {
+        for (width, height, colours) in [
+            (1280, 900, "light"),
+            (1280, 900, "dark"),
+            (768, 900, "light"),
+            (320, 700, "light"),
+            (320, 700, "dark"),
+            (1920, 1080, "dark"),
+        ] {
             browser.emulate(width, height, colours);
             stage.check_page(page, title, width);
             browser.keep(&format!("{name}-{width}-{colours}"));

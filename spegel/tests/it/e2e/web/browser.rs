@@ -167,7 +167,8 @@ impl Browser {
     /// What the console says since it was last asked: errors and warnings, those of the security policy among them.
     pub(super) fn complaints(&self) -> Vec<String> {
         let said = self.own("se/log", json!({ "type": "browser" }));
-        let told = said.as_array().into_iter().flatten().filter(|line| line["level"] != "INFO" && line["level"] != "DEBUG");
+        let told =
+            said.as_array().into_iter().flatten().filter(|line| line["level"] != "INFO" && line["level"] != "DEBUG");
         told.map(ToString::to_string).collect()
     }
 }
