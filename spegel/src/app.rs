@@ -163,7 +163,13 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
     }));
     ReadyCollector::register(&mut figures.all, Arc::downgrade(&registry));
     let (examined, examination) = tokio::sync::watch::channel(None);
-    let examine = doctor::at_start(doctor::settings_at_start(&settings, &watch), figures.doctor.clone(), examined);
+    let asked = Arc::new(tokio::sync::Notify::new());
+    let examine = doctor::at_start(
+        doctor::settings_at_start(&settings, &watch),
+        figures.doctor.clone(),
+        examined,
+        Arc::clone(&asked),
+    );
     figures.serve.set_open_files(open_files);
     if let Some(bytes) = strain::memory_limit() {
         figures.serve.set_memory(bytes);
@@ -185,6 +191,7 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         pulled: figures.registry.pulled(),
         engine: server.engine().engine.to_string(),
         examination,
+        examine: asked,
         registry_at: supervisor::reachable(at),
         authorization: settings.basic_auth.as_ref().map(|auth| auth.header().to_owned()),
     });

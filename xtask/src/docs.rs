@@ -166,7 +166,11 @@ fn blocks(text: &str) -> Result<Vec<Block>> {
     let mut before = "";
     let mut was_blank = true;
     while let Some((number, line)) = lines.next() {
-        ensure!(!was_blank || !line.starts_with("    "), "line {}: an indented block: write ```sh, or what it is", number + 1);
+        ensure!(
+            !was_blank || !line.starts_with("    "),
+            "line {}: an indented block: write ```sh, or what it is",
+            number + 1
+        );
         was_blank = line.trim().is_empty();
         if line.trim_start() == "```sh" {
             let place = place(before).with_context(|| format!("line {}", number + 1))?;
@@ -212,7 +216,12 @@ mod tests {
                 .unwrap();
         assert_eq!((found.len(), found[0].script.as_str(), found[0].line), (2, "b\nc", 4));
         assert_eq!((&found[0].place, &found[1].place), (&Place::Host, &Place::Nowhere("d".to_owned())));
-        for wrong in ["a\n\n    indented\n", "```sh\n```\n", "<!-- run: moon -->\n```sh\n```\n", "<!-- run: host -->\nbetween\n```sh\n```\n"] {
+        for wrong in [
+            "a\n\n    indented\n",
+            "```sh\n```\n",
+            "<!-- run: moon -->\n```sh\n```\n",
+            "<!-- run: host -->\nbetween\n```sh\n```\n",
+        ] {
             assert!(blocks(wrong).is_err(), "{wrong}");
         }
     }

@@ -71,7 +71,10 @@ impl HostsTest {
         for host in hosts.iter().filter(|host| host.systemd().is_some()) {
             booted::check(host, &image)?;
         }
-        step(start, "where systemd runs: a stopped process is replaced, and the sandbox keeps nothing from being served");
+        step(
+            start,
+            "where systemd runs: a stopped process is replaced, and the sandbox keeps nothing from being served",
+        );
         upgrade(&mut hosts, &second)?;
         pulls(&hosts, &image)?;
         step(start, "upgraded one after the other: settings kept, and each knows all others again");

@@ -2,9 +2,12 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::cli::{Content, DoctorSettings, RegistrySettings};
@@ -12,6 +15,9 @@ use crate::doctor::{self, Containerd, DoctorMetrics, Ebpf, Outside, Port, State}
 use crate::ebpf::Watch;
 use crate::serve::ListenAddr;
 use crate::web::{Examination, Examined, Verdict};
+
+/// How old an examination may be that somebody looks at.
+const FRESH: Duration = Duration::from_secs(20);
 
 fn port(addr: ListenAddr) -> Port {
     let listen = match addr {
@@ -85,11 +91,12 @@ fn examination(report: &doctor::Report) -> Examination {
     Examination { good: report.count(State::Good), found: found.collect() }
 }
 
-/// Examines once, and tells it in one line and a metric.
+/// Examines once, and tells it in one line and a metric; then anew when it is asked for, for the debug page.
 pub(super) async fn at_start(
     settings: doctor::Settings,
     metrics: DoctorMetrics,
     told: watch::Sender<Option<Examination>>,
+    asked: Arc<Notify>,
 ) {
     if settings.containerd.is_none() {
         return;
@@ -103,5 +110,13 @@ pub(super) async fn at_start(
         warn!(good, unknown, failures, warnings, "this node was examined: see `spegel doctor`");
     } else {
         info!(good, unknown, "this node was examined, and nothing found that keeps pulls from the mirror");
+    }
+    let mut last = Instant::now();
+    loop {
+        asked.notified().await;
+        if last.elapsed() >= FRESH {
+            told.send_replace(Some(examination(&doctor::examine(&settings).await)));
+            last = Instant::now();
+        }
     }
 }

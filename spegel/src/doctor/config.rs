@@ -270,7 +270,8 @@ mod tests {
     /// The same names mean nothing in a file of another version: 1.6 takes a file without one for version 1.
     #[test]
     fn a_section_that_is_not_read_is_named() {
-        let section = |first: &str, name: &str| format!("{first}\n[plugins.'{name}'.registry]\nconfig_path = '{WANTED}'\n");
+        let section =
+            |first: &str, name: &str| format!("{first}\n[plugins.'{name}'.registry]\nconfig_path = '{WANTED}'\n");
         let [newest, middle, oldest] = PLUGINS;
         for (first, name, version, is_read) in [
             ("", middle, (1, 6), false),

@@ -17,7 +17,8 @@ use super::host::Host;
 /// The page that tells an administrator what containerd's configuration needs: for 2.x, then for 1.6.
 const PAGE: &str = "docs/systemd.md";
 /// There is no journal; and the watchdog's own time would make the test wait.
-const DROP_IN: &str = "[Service]\nStandardOutput=append:/run/spegel.log\nStandardError=append:/run/spegel.log\nWatchdogSec=3\n";
+const DROP_IN: &str =
+    "[Service]\nStandardOutput=append:/run/spegel.log\nStandardError=append:/run/spegel.log\nWatchdogSec=3\n";
 /// How exposed the unit may be by the count of `systemd-analyze security`, in tenths.
 const MOST_EXPOSED: &str = "25";
 
@@ -26,7 +27,8 @@ pub(super) fn install(host: &Host, package: &Path, number: usize) -> Result<()> 
     // The newer containerd on one of them, where it was built.
     let newer = Version::V2_2.find().ok().filter(|_| number % 3 == 0);
     let page = fs::read_to_string(crate::root().join(PAGE))?;
-    let blocks: Vec<&str> = page.split("```toml\n").skip(1).filter_map(|rest| Some(rest.split_once("```")?.0)).collect();
+    let blocks: Vec<&str> =
+        page.split("```toml\n").skip(1).filter_map(|rest| Some(rest.split_once("```")?.0)).collect();
     let [for_2, for_1_6] = blocks[..] else { bail!("{PAGE} has not one configuration for 2.x and one for 1.6") };
     host.write("etc/containerd/config.toml", if newer.is_some() { for_2 } else { for_1_6 })?;
     if let Some(binaries) = newer {

@@ -31,7 +31,10 @@ fn arriving(held: &Inventory) -> Markup {
             Cell::figure("Came", html! { (bytes(blob.position)) }),
             Cell::figure("Of", html! { (blob.total.map_or_else(|| "–".to_owned(), bytes)) }),
             Cell::text("Progress", progress(blob.position, blob.total)),
-            Cell::text("Shared", html! { @if blob.is_offered { "while it arrives" } @else { "not yet" } }),
+            Cell::text(
+                "Shared",
+                html! { @if blob.is_offered { span.nowrap { "while it arrives" } } @else { "not yet" } },
+            ),
         ]
     };
     let rows: Vec<_> = held.arriving.iter().map(row).collect();

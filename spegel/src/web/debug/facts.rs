@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::ebpf::{Pulled, Watch};
 use crate::mirror::Mirror;
@@ -35,8 +35,10 @@ pub struct Parts {
     pub pulled: Arc<Pulled>,
     /// How bytes are served, in a word or two.
     pub engine: String,
-    /// What `doctor` found when the process started, once it has.
+    /// What `doctor` found last.
     pub examination: watch::Receiver<Option<Examination>>,
+    /// Asks for another look of it; one that is new is not done again.
+    pub examine: Arc<Notify>,
     /// Where our own registry answers: the only address that anything here connects to.
     pub registry_at: SocketAddr,
     /// What it asks of clients.

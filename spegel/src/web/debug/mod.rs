@@ -7,6 +7,7 @@ mod live;
 mod measure;
 mod page;
 mod peers;
+mod pulls;
 mod storm;
 mod text;
 mod tried;

@@ -115,34 +115,83 @@ fn images(images: &[StormImage]) -> Markup {
     }
 }
 
+/// What this node knows of blobs by their keys in the network: their digests, and how long those are that arrive here.
+struct Names(HashMap<[u8; 32], (String, Option<u64>)>);
+
+// === impl Names ===
+
+impl Names {
+    fn of(storms: &StormsView, held: &Inventory) -> Self {
+        if storms.trees.is_empty() {
+            return Self(HashMap::new());
+        }
+        let images = held.images.iter().map(|image| (&image.digest, None));
+        let pulls = storms.pulls.iter().map(|pull| (&pull.digest, None));
+        let arriving = held.arriving.iter().map(|blob| (&blob.digest, blob.total));
+        let named = images.chain(pulls).chain(arriving);
+        Self(named.map(|(digest, total)| (Key::Digest(digest.clone()).sha256(), (digest.to_string(), total))).collect())
+    }
+
+    fn shown(&self, tree: &TreeView) -> Markup {
+        match self.0.get(&tree.key.0) {
+            Some((name, _)) => digest(name),
+            None => html! {
+                code.digest title="A blob that this node does not know by its digest, by its key in the network" { "key " (hex::encode(&tree.key.0[..6])) }
+            },
+        }
+    }
+
+    /// The blob's length, where anybody told it or has all of it.
+    fn total(&self, tree: &TreeView) -> Option<u64> {
+        let complete = tree.places.iter().find(|place| is_complete(place)).map(|place| place.position);
+        let own = || self.0.get(&tree.key.0).and_then(|(_, total)| *total);
+        tree.total.or_else(own).or(complete.filter(|position| *position > 0))
+    }
+}
+
+fn is_complete(place: &PlaceView) -> bool {
+    place.stand == Stand::Complete
+}
+
 fn trees(storms: &StormsView, held: &Inventory) -> Markup {
-    let digests = storms.pulls.iter().map(|pull| &pull.digest).chain(held.arriving.iter().map(|blob| &blob.digest));
-    let digests = digests.chain(held.images.iter().map(|image| &image.digest));
-    let names: HashMap<[u8; 32], String> = match storms.trees.is_empty() {
-        true => HashMap::new(),
-        false => digests.map(|digest| (Key::Digest(digest.clone()).sha256(), digest.to_string())).collect(),
+    let names = Names::of(storms, held);
+    let (done, open): (Vec<&TreeView>, Vec<_>) =
+        storms.trees.iter().partition(|tree| tree.places.iter().all(is_complete));
+    let heads =
+        [head("Blob", false), head("Size", true), head("Nodes that have all of it", true), head("Heard of", true)];
+    let row = |tree: &&TreeView| {
+        vec![
+            Cell::text("Blob", names.shown(tree)),
+            Cell::figure("Size", html! { (names.total(tree).map_or_else(|| "–".to_owned(), bytes)) }),
+            Cell::figure("Nodes that have it", html! { (tree.places.len() + tree.more) }),
+            Cell::figure("Heard of", html! { (time(tree.quiet)) " ago" }),
+        ]
     };
+    let rows: Vec<_> = done.iter().map(row).collect();
     html! {
         section aria-labelledby="trees-title" {
             h2 id="trees-title" { "Who gets it from whom" }
-            @if storms.trees.is_empty() { p.quiet { "This node coordinates no blob. Each blob is coordinated by the nodes that are nearest to it." } }
-            @for tree in &storms.trees {
+            @if open.is_empty() { p.quiet { "No blob is under way of which this node is the coordinator. Each is coordinated by the nodes that are nearest to it." } }
+            @for tree in &open {
                 article.tree {
                     h3 {
-                        @if let Some(name) = names.get(&tree.key.0) { (digest(name)) }
-                        @else { code.digest title="A blob that this node does not know by its digest, by its key in the network" { "key " (hex::encode(&tree.key.0[..6])) } }
-                        " " span.quiet { (tree.total.map_or_else(|| "length not told".to_owned(), bytes)) " · heard of " (time(tree.quiet)) " ago" }
+                        (names.shown(tree)) " "
+                        span.quiet { (names.total(tree).map_or_else(|| "length not told".to_owned(), bytes)) " · heard of " (time(tree.quiet)) " ago" }
                     }
-                    (drawn(tree, storms))
+                    (drawn(tree, names.total(tree), storms))
                     (more(tree.more, "node"))
                 }
+            }
+            @if !rows.is_empty() {
+                h3.apart { "Done" }
+                (table("Blobs that this node coordinated and that all who wanted them have", &heads, &rows))
             }
         }
     }
 }
 
 /// The tree as nested lists: whoever has no parent here stands at the top.
-fn drawn(tree: &TreeView, storms: &StormsView) -> Markup {
+fn drawn(tree: &TreeView, total: Option<u64>, storms: &StormsView) -> Markup {
     let known: HashSet<Node> = tree.places.iter().map(|place| place.node).collect();
     let mut children: HashMap<Option<Node>, Vec<&PlaceView>> = HashMap::new();
     for place in &tree.places {
@@ -150,17 +199,17 @@ fn drawn(tree: &TreeView, storms: &StormsView) -> Markup {
         children.entry(parent).or_default().push(place);
     }
     let mut left: HashSet<Node> = known;
-    let drawn = beneath(None, &children, &mut left, tree, storms, 0);
+    let drawn = beneath(None, &children, &mut left, total, storms, 0);
     // Two that name each other, for as long as one of them has not been heard of.
     let circle: Vec<&PlaceView> = tree.places.iter().filter(|place| left.contains(&place.node)).collect();
-    html! { (drawn) @if !circle.is_empty() { ul { @for place in circle { li { (node(place, tree, storms)) } } } } }
+    html! { (drawn) @if !circle.is_empty() { ul { @for place in circle { li { (node(place, total, storms)) } } } } }
 }
 
 fn beneath(
     parent: Option<Node>,
     children: &HashMap<Option<Node>, Vec<&PlaceView>>,
     left: &mut HashSet<Node>,
-    tree: &TreeView,
+    total: Option<u64>,
     storms: &StormsView,
     depth: usize,
 ) -> Markup {
@@ -171,8 +220,8 @@ fn beneath(
             ul {
                 @for place in own {
                     li {
-                        (node(place, tree, storms))
-                        @if depth < DEEPEST { (beneath(Some(place.node), children, left, tree, storms, depth + 1)) }
+                        (node(place, total, storms))
+                        @if depth < DEEPEST { (beneath(Some(place.node), children, left, total, storms, depth + 1)) }
                     }
                 }
             }
@@ -180,7 +229,7 @@ fn beneath(
     }
 }
 
-fn node(place: &PlaceView, tree: &TreeView, storms: &StormsView) -> Markup {
+fn node(place: &PlaceView, total: Option<u64>, storms: &StormsView) -> Markup {
     let peer = storms.nodes.iter().find(|(node, _)| *node == place.node).and_then(|(_, peer)| address(peer));
     let name = match peer {
         _ if place.node == storms.own => "this node".to_owned(),
@@ -194,14 +243,15 @@ fn node(place: &PlaceView, tree: &TreeView, storms: &StormsView) -> Markup {
         Stand::Root => ("upstream", "from the registry"),
         Stand::Complete => ("local", "has all of it"),
     };
-    let total = tree.total.unwrap_or(0);
-    let position = if place.stand == Stand::Complete { total } else { place.position };
-    let share = percent(position, total).unwrap_or_else(|| bytes(place.position));
+    // Of an unknown length nothing is drawn.
+    let whole = total.unwrap_or(u64::MAX);
+    let position = if is_complete(place) { whole } else { place.position };
+    let share = total.and_then(|total| percent(position, total)).unwrap_or_else(|| bytes(place.position));
     html! {
         div.place {
             span.address { (name) }
             span class={ "chip " (class) } { (what) }
-            (bar(&[(class, position)], total, &format!("{share} of it")))
+            (bar(&[(class, position)], whole, &format!("{share} of it")))
             span.figure { (share) }
         }
     }

@@ -8,13 +8,13 @@ use axum::body::Body;
 use axum::extract::ConnectInfo;
 use axum::http::{Request, StatusCode, header};
 use http_body_util::BodyExt as _;
-use prometheus_client::registry::Registry as Metrics;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use super::{Examination, Examined, Parts, Verdict};
 use crate::ebpf::Watch;
+use crate::metrics::Figures;
 use crate::mirror::{Mirror, MirrorMetrics};
 use crate::oci::{Digest, Filters, Repository, TagName};
 use crate::registry::{Registry, RegistryMetrics, Settings, UploadLimits};
@@ -98,7 +98,7 @@ fn node_with(inventory: Inventory, enabled: bool, health: Health) -> Node {
     let other = network.join("<b>them</b>", SocketAddr::from(([10, 0, 0, 2], 5000)));
     network.set_zone("<b>them</b>", "<i>zone");
     let store: Arc<dyn Store> = Arc::new(Shown(inventory, watch::Sender::new(health)));
-    let mut metrics = Metrics::default();
+    let mut metrics = Figures::default();
     let settings = crate::mirror::Settings {
         storm: Some(crate::mirror::StormSettings { max_wait: std::time::Duration::from_secs(1) }),
         ..Default::default()
@@ -134,6 +134,7 @@ fn node_with(inventory: Inventory, enabled: bool, health: Health) -> Node {
         pulled,
         engine: "tokio".into(),
         examination: watch::channel(Some(Examination { good: 7, found })).1,
+        examine: Arc::default(),
         registry_at: SocketAddr::from((LOOPBACK, 1)),
         authorization: None,
     };

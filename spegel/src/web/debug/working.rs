@@ -18,6 +18,7 @@ struct State {
 }
 
 pub(super) fn parts(parts: &Parts) -> Vec<Part> {
+    parts.examine.notify_one();
     let states = states(parts);
     let sources = Sources::of(parts);
     let examination = parts.examination.borrow().clone();
@@ -25,6 +26,7 @@ pub(super) fn parts(parts: &Parts) -> Vec<Part> {
         Part { id: "verdict", html: verdict(parts, &states, sources) },
         Part { id: "sources", html: by_source(sources) },
         Part { id: "states", html: cards(&states) },
+        super::pulls::part(parts),
         Part { id: "doctor", html: doctor(examination.as_ref()) },
     ]
 }
@@ -165,7 +167,7 @@ fn examined(parts: &Parts) -> State {
             };
             // What cannot be seen is no fault.
             let verdict = if wrong == 0 { Verdict::Good } else { worst };
-            (verdict, said, Some(format!("{} good when it started", count(*good, "check"))))
+            (verdict, said, Some(format!("{} good", count(*good, "check"))))
         }
     };
     State { part: "Doctor", verdict, said, more }
@@ -193,7 +195,7 @@ fn doctor(examination: Option<&Examination>) -> Markup {
     html! {
         @if !found.is_empty() {
             section aria-labelledby="doctor-title" {
-                h2 id="doctor-title" { "What doctor found when it started" }
+                h2 id="doctor-title" { "What doctor found" }
                 ul.findings {
                     @for examined in found {
                         li { (sign(examined.verdict)) div {
@@ -202,7 +204,7 @@ fn doctor(examination: Option<&Examination>) -> Markup {
                         } }
                     }
                 }
-                p.quiet { code { "spegel doctor" } " on the node looks again." }
+                p.quiet { code { "spegel doctor" } " on the node looks at more." }
             }
         }
     }

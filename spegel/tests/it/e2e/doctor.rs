@@ -386,7 +386,8 @@ fn a_mirror_that_reaches_nobody_is_named() {
 fn a_clock_that_differs_from_a_peers_is_named() {
     let Some(cluster) = cluster(&Options::default()) else { return };
     let other = cluster.nodes[1].containerd.node();
-    let answer = "HTTP/1.1 200 OK\r\nDate: Wed, 01 Jan 2025 00:00:00 GMT\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    let answer =
+        "HTTP/1.1 200 OK\r\nDate: Wed, 01 Jan 2025 00:00:00 GMT\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
     let script = format!(
         "import socket\nr=socket.create_server(('{0}',6001))\ns=socket.create_server(('{0}',6000))\nprint('up',flush=True)\n\
          while True:\n c,_=s.accept()\n c.recv(4096)\n c.sendall({answer:?}.encode())\n c.close()",
@@ -405,8 +406,7 @@ fn a_clock_that_differs_from_a_peers_is_named() {
     said.has("clock", "warning", &format!("that of {} are ", other.address()));
     // That of a mirror as it is.
     let peer = format!("{}:5001", other.address());
-    let said =
-        doctor(&cluster.nodes[0].containerd, &["--bootstrap-kind", "static", "--static-bootstrap-peers", &peer]);
+    let said = doctor(&cluster.nodes[0].containerd, &["--bootstrap-kind", "static", "--static-bootstrap-peers", &peer]);
     said.has("clock", "good", "clocks agree with those of 1 peers");
 }
 

@@ -55,7 +55,11 @@ impl Browser {
     /// Starts one on a node, whose own pages it may see.
     pub(super) fn start(node: &Node, folder: &Path) -> Self {
         let port = format!("--port={PORT}");
-        let command = ["env", "HOME=/nonexistent", "chromedriver", &port, "--allowed-ips=", "--allowed-origins=*"];
+        // The browsers that it starts are not ours to end: they end with the first process of their namespace.
+        let alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+        let home = format!("HOME={}", folder.display());
+        let own = ["env", &home, "chromedriver", &port, "--allowed-ips=", "--allowed-origins=*"];
+        let command = [&alone[..], &own].concat();
         let mut driver = Daemon::start("chromedriver", Some(node), &command, &folder.join("chromedriver.log")).unwrap();
         let at = std::net::SocketAddr::from((node.address(), PORT));
         driver.wait_until(SOON, "its port", || std::net::TcpStream::connect(at).is_ok()).unwrap();
