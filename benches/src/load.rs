@@ -249,7 +249,14 @@ impl Waits {
         ensure!(!waits.is_empty(), "no answer at all");
         waits.sort();
         let at = |part: usize| waits[(waits.len() * part / 100).min(waits.len() - 1)].as_secs_f64() * 1e6;
-        Ok(Self { count: waits.len(), seconds: time.as_secs_f64(), p50: at(50), p99: at(99), worst: at(100), cpu_seconds: 0.0 })
+        Ok(Self {
+            count: waits.len(),
+            seconds: time.as_secs_f64(),
+            p50: at(50),
+            p99: at(99),
+            worst: at(100),
+            cpu_seconds: 0.0,
+        })
     }
 }
 

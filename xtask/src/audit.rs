@@ -50,7 +50,9 @@ impl Audit {
             Err(error) => {
                 let why = error.to_string();
                 let why = why.lines().last().unwrap_or_default();
-                println!("advisories ... skipped: their database is a git repository, which cannot be fetched here ({why})");
+                println!(
+                    "advisories ... skipped: their database is a git repository, which cannot be fetched here ({why})"
+                );
                 true
             }
         };

@@ -85,7 +85,8 @@ pub(crate) fn check(root: &Path, toolchain: &Toolchain) -> Result<Checked> {
         return Ok(Checked::Same);
     }
     if !recorded.contains(&versions) {
-        let by = recorded.lines().find_map(|line| line.strip_prefix("compiler: ")).unwrap_or("one that is not recorded");
+        let by =
+            recorded.lines().find_map(|line| line.strip_prefix("compiler: ")).unwrap_or("one that is not recorded");
         println!(
             "NOT PROVEN: {OBJECT} was made by {by}, and what is to be had here is {versions}, which makes {} other bytes of the same source. \
              That the object is this source's own is proven only where that compiler is, or after `cargo xtask ebpf`.",

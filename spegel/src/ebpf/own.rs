@@ -60,7 +60,8 @@ mod tests {
             eth0\t00000000\t0105F40A\t0003\t0\neth0\t0005F40A\t00000000\t0001\t0\n";
         assert_eq!(gateways(table), [ip("10.244.5.1")]);
         let (none, one) = ("0".repeat(32), "fd00001000000000000000000000000a");
-        let line = |to: &str, hop: &str| format!("{to} 00 {none} 00 {hop} 00000400 00000001 00000000 00000003     eth0\n");
+        let line =
+            |to: &str, hop: &str| format!("{to} 00 {none} 00 {hop} 00000400 00000001 00000000 00000003     eth0\n");
         let table = line(&none, one) + &line(&none, one) + &line("fd000010000000000000000000000000", &none);
         assert_eq!(gateways_v6(&table), [ip("fd00:10::a")]);
         assert_eq!((gateways(""), gateways_v6("x\n")), (vec![], vec![]));

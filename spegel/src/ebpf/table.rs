@@ -154,7 +154,14 @@ impl Table {
     }
 
     /// Takes over what one of our own sockets has moved since it was asked before, and what it says of its path.
-    pub(super) fn sampled(&mut self, remote: IpAddr, role: Role, info: &TcpInfo, before: &Moved, now: Instant) -> Moved {
+    pub(super) fn sampled(
+        &mut self,
+        remote: IpAddr,
+        role: Role,
+        info: &TcpInfo,
+        before: &Moved,
+        now: Instant,
+    ) -> Moved {
         let moved = Moved::of(info, role);
         let more = Counts {
             sent: moved.sent.saturating_sub(before.sent),

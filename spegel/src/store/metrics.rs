@@ -89,7 +89,7 @@ fn bounded(offered: BTreeMap<String, Offered>) -> BTreeMap<String, Offered> {
         return offered;
     }
     let mut largest: Vec<_> = offered.into_iter().collect();
-    largest.sort_by(|(_, a), (_, b)| b.content_digests.cmp(&a.content_digests));
+    largest.sort_by_key(|(_, offered)| std::cmp::Reverse(offered.content_digests));
     let mut other = Offered::default();
     for (_, offered) in largest.drain(REGISTRIES..) {
         other.image_tags += offered.image_tags;

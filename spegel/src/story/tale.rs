@@ -70,7 +70,7 @@ impl Tale {
     /// A peer gave nothing.
     pub fn failed(&self, peer: Option<SocketAddr>, why: &dyn Display) {
         self.note(|met| {
-            met.failure = Some(peer.map_or_else(|| bounded(why), |peer| bounded(&format!("{peer}: {why}"))))
+            met.failure = Some(peer.map_or_else(|| bounded(why), |peer| bounded(&format!("{peer}: {why}"))));
         });
     }
 

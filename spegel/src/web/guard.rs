@@ -8,6 +8,7 @@
 use std::net::IpAddr;
 
 use axum::extract::{ConnectInfo, Request};
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -44,7 +45,7 @@ fn refusal(Ends { local, remote }: Ends, uri: &Uri, headers: &HeaderMap) -> Opti
         return Some("ask from this node itself: `spegel peers`, or a browser through `kubectl port-forward`\n");
     }
     let host = headers.get(header::HOST).map(|host| host.to_str().unwrap_or("?"));
-    let named = host.into_iter().chain(uri.authority().map(|authority| authority.as_str()));
+    let named = host.into_iter().chain(uri.authority().map(Authority::as_str));
     if !named.into_iter().all(is_this_node) {
         return Some("ask by an address, or as localhost: no other name is taken for this node's\n");
     }

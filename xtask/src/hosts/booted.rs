@@ -25,7 +25,7 @@ const MOST_EXPOSED: &str = "25";
 /// Sets containerd up, and installs the package, which starts nothing by itself.
 pub(super) fn install(host: &Host, package: &Path, number: usize) -> Result<()> {
     // The newer containerd on one of them, where it was built.
-    let newer = Version::V2_2.find().ok().filter(|_| number % 3 == 0);
+    let newer = Version::V2_2.find().ok().filter(|_| number.is_multiple_of(3));
     let page = fs::read_to_string(crate::root().join(PAGE))?;
     let blocks: Vec<&str> =
         page.split("```toml\n").skip(1).filter_map(|rest| Some(rest.split_once("```")?.0)).collect();

@@ -147,7 +147,11 @@ mod tests {
         screen.now.peers.extend((3..=7).map(|n| row(n, 0)));
         assert!(lines(&mut screen)[0].starts_with("4 rows more; "), "{:?}", lines(&mut screen));
         screen.now.more_peers = 5;
-        assert!(lines(&mut screen)[0].starts_with("5 more: only the 7 with the most bytes"), "{:?}", lines(&mut screen));
+        assert!(
+            lines(&mut screen)[0].starts_with("5 more: only the 7 with the most bytes"),
+            "{:?}",
+            lines(&mut screen)
+        );
         screen.now = report(vec![]);
         screen.trouble = Some("gone".into());
         assert_eq!(lines(&mut screen)[0], "not the newest: gone");

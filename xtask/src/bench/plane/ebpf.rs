@@ -81,7 +81,7 @@ fn tell(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], accounts: &[[(f64, f6
         let take = |of: fn(&(f64, f64)) -> f64| median(accounts.iter().map(|account| of(&account[at / 2])).collect());
         let (runs, seconds) = (take(|(runs, _)| *runs), take(|(_, seconds)| *seconds));
         let whole = column(0, at) / if at == 0 { 1.0 } else { 1e6 };
-        (at % 2 == 0).then_some((seconds / whole * 100.0, seconds, runs))
+        at.is_multiple_of(2).then_some((seconds / whole * 100.0, seconds, runs))
     };
     let programs = |at: usize| match shares(at) {
         Some((share, seconds, runs)) => format!("{share:+.2} % ({:.2} µs, {runs:.1} runs)", seconds * 1e6),
@@ -176,7 +176,8 @@ struct Group(String);
 impl Drop for Group {
     fn drop(&mut self) {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let points = mounts.lines().filter(|line| line.contains(" - cgroup2 ")).filter_map(|line| line.split(' ').nth(4));
+        let points =
+            mounts.lines().filter(|line| line.contains(" - cgroup2 ")).filter_map(|line| line.split(' ').nth(4));
         for point in points {
             let _ = fs::remove_dir(PathBuf::from(point).join(&self.0));
         }
