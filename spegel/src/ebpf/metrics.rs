@@ -225,6 +225,7 @@ mod tests {
     use super::*;
     use crate::zerocopy::TcpInfo;
     use std::net::IpAddr;
+    use std::time::Instant;
 
     #[test]
     fn peers_that_come_and_go_do_not_add_up() {
@@ -233,10 +234,10 @@ mod tests {
             // Each moves more than all before.
             let mut probe = watch.probe(IpAddr::from(n.to_be_bytes()), Role::Served).unwrap();
             let info = |bytes| TcpInfo { bytes_acked: bytes, ..TcpInfo::default() };
-            probe.take(&info(1 << (n / 16).min(40)), false);
-            watch.table().name();
-            probe.take(&info((1 << (n / 16).min(40)) + u64::from(n)), true);
-            watch.table().name();
+            probe.take(&info(1 << (n / 16).min(40)));
+            watch.table().rank(Instant::now());
+            probe.take(&info((1 << (n / 16).min(40)) + u64::from(n)));
+            watch.table().rank(Instant::now());
         }
         let mut figures = Figures::default();
         watch.register(&mut figures, Arc::default());
@@ -266,7 +267,7 @@ mod tests {
         watch.register(&mut figures, Arc::clone(&pulled));
         let text = crate::metrics::encode(&figures, crate::metrics::Format::OpenMetrics).unwrap();
         let series = text.lines().filter(|line| line.starts_with("spegel_peer_sent_bytes_total{")).count();
-        assert!(series <= super::super::table::SHOWN + 3, "{text}");
+        assert!(series <= SHOWN + 3, "{text}");
         // Only who connects knows what fails.
         let failed: Vec<_> = text.lines().filter(|line| line.starts_with("spegel_peer_failed_connections_total{")).collect();
         assert!(failed.iter().all(|line| line.contains("role=\"fetched\"")), "{failed:?}");

@@ -207,7 +207,7 @@ impl Table {
 
     /// Gives names to those that moved the most bytes. Who loses its name keeps its series, which stands still, as long as there is room: then the
     /// one goes of which nothing was heard for longest. Should it get a name again, it goes on where it stood.
-    fn rank(&mut self, now: Instant) {
+    pub(super) fn rank(&mut self, now: Instant) {
         self.ranked_at = Some(now);
         let mut sizes: Vec<_> = self.rows.iter().map(|(key, row)| (row.bytes(), *key)).collect();
         if sizes.len() > NAMED {
