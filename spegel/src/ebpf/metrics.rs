@@ -33,9 +33,11 @@ static RESETS: Described =
         .labels(&[PEER, ROLE]);
 static SEGMENTS: Described =
     Described::counter("spegel_peer_segments", "Segments with data that were sent to a peer").labels(&[PEER, ROLE]);
-static RETRANSMITS: Described =
-    Described::counter("spegel_peer_retransmits", "Segments that were sent to a peer again; what the peer sends again is not seen here")
-        .labels(&[PEER, ROLE]);
+static RETRANSMITS: Described = Described::counter(
+    "spegel_peer_retransmits",
+    "Segments that were sent to a peer again; what the peer sends again is not seen here",
+)
+.labels(&[PEER, ROLE]);
 static ROUND_TRIP: Described =
     Described::gauge("spegel_peer_round_trip_seconds", "Smoothed round trip to a peer").labels(&[PEER, ROLE]);
 static RATE: Described =
@@ -114,20 +116,20 @@ type Gauge = (&'static Described, fn(&Row) -> Option<f64>);
 /// Who knows a figure.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Known {
-    ToSockets,
+    Sockets,
     /// And to who connects.
-    ToConnecting,
-    ToKernelOnly,
+    Connecting,
+    KernelOnly,
 }
 
 const COUNTERS: [Counter; 7] = [
-    (&SENT, |counts| counts.sent, Known::ToSockets),
-    (&RECEIVED, |counts| counts.received, Known::ToSockets),
-    (&CONNECTIONS, |counts| counts.opened, Known::ToSockets),
-    (&FAILED, |counts| counts.failed, Known::ToConnecting),
-    (&RESETS, |counts| counts.reset, Known::ToKernelOnly),
-    (&SEGMENTS, |counts| counts.segments, Known::ToSockets),
-    (&RETRANSMITS, |counts| counts.retransmits, Known::ToSockets),
+    (&SENT, |counts| counts.sent, Known::Sockets),
+    (&RECEIVED, |counts| counts.received, Known::Sockets),
+    (&CONNECTIONS, |counts| counts.opened, Known::Sockets),
+    (&FAILED, |counts| counts.failed, Known::Connecting),
+    (&RESETS, |counts| counts.reset, Known::KernelOnly),
+    (&SEGMENTS, |counts| counts.segments, Known::Sockets),
+    (&RETRANSMITS, |counts| counts.retransmits, Known::Sockets),
 ];
 
 const GAUGES: [Gauge; 2] = [
@@ -155,10 +157,10 @@ impl PeersCollector {
         let mut named: Vec<_> = table.rows().filter(|(.., row)| row.has_series).collect();
         named.sort_unstable_by_key(|(address, role, _)| (*role, *address));
         for (what, figure, known) in COUNTERS {
-            if known == Known::ToKernelOnly && !kernels {
+            if known == Known::KernelOnly && !kernels {
                 continue;
             }
-            let is_known = |role: &Role| known != Known::ToConnecting || knows_failures(kernels, *role);
+            let is_known = |role: &Role| known != Known::Connecting || knows_failures(kernels, *role);
             let mut family = what.begin(encoder)?;
             for (address, role, row) in named.iter().filter(|(_, role, _)| is_known(role)) {
                 let labels = [("peer", address.to_string()), ("role", role.name().to_owned())];
@@ -269,7 +271,8 @@ mod tests {
         let series = text.lines().filter(|line| line.starts_with("spegel_peer_sent_bytes_total{")).count();
         assert!(series <= SHOWN + 3, "{text}");
         // Only who connects knows what fails.
-        let failed: Vec<_> = text.lines().filter(|line| line.starts_with("spegel_peer_failed_connections_total{")).collect();
+        let failed: Vec<_> =
+            text.lines().filter(|line| line.starts_with("spegel_peer_failed_connections_total{")).collect();
         assert!(failed.iter().all(|line| line.contains("role=\"fetched\"")), "{failed:?}");
         assert_eq!(failed.iter().filter(|line| line.ends_with(" 1")).count(), 1, "{failed:?}");
         assert!(text.contains("spegel_pull_bytes_total{source=\"peer\"} 7"), "{text}");

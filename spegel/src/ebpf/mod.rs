@@ -281,7 +281,9 @@ impl Shared {
     /// Something has become of containerd's control group.
     fn turn(&self, group: Result<PathBuf, String>) {
         match &group {
-            Ok(group) => tracing::info!(containerd = %group.display(), "eBPF is attached to containerd's control group"),
+            Ok(group) => {
+                tracing::info!(containerd = %group.display(), "eBPF is attached to containerd's control group")
+            }
             Err(why) => tracing::warn!(why, "what containerd gets from upstream is not seen"),
         }
         let mut upstream = self.upstream.lock().unwrap_or_else(PoisonError::into_inner);
@@ -311,10 +313,8 @@ fn watch(settings: &Settings, told: &mpsc::SyncSender<Outcome>, end: &mpsc::Rece
             return;
         }
     };
-    let attached = Attached {
-        own: kernel.own.clone(),
-        kept: privilege::drop_but_for_reading(|| kernel.totals().is_ok()),
-    };
+    let attached =
+        Attached { own: kernel.own.clone(), kept: privilege::drop_but_for_reading(|| kernel.totals().is_ok()) };
     let (reader, shared) = mpsc::sync_channel(1);
     if told.send(Ok((attached, kernel.containerd(), reader))).is_err() {
         return;
