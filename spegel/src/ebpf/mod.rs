@@ -282,7 +282,7 @@ impl Shared {
     fn turn(&self, group: Result<PathBuf, String>) {
         match &group {
             Ok(group) => {
-                tracing::info!(containerd = %group.display(), "eBPF is attached to containerd's control group")
+                tracing::info!(containerd = %group.display(), "eBPF is attached to containerd's control group");
             }
             Err(why) => tracing::warn!(why, "what containerd gets from upstream is not seen"),
         }
