@@ -26,6 +26,9 @@ const PULL: Duration = Duration::from_secs(20);
 const BYTES: u64 = 64 << 20;
 const PIECES: usize = 64;
 
+/// What a measurement says that it is, before its number.
+pub(super) const CLIENT: &str = "debug-page-";
+
 /// What to look for.
 #[derive(Clone, Debug)]
 pub(super) struct Request {
@@ -165,7 +168,7 @@ struct Puller<'a> {
 impl<'a> Puller<'a> {
     fn new(parts: &'a Parts) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let client = format!("debug-page-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let client = format!("{CLIENT}{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         let deadline = tokio::time::Instant::now() + PULL;
         Self { parts, client, start: Instant::now(), deadline, pull: Pull::default() }
     }

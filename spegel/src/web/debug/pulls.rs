@@ -6,6 +6,7 @@ use maud::{Markup, html};
 
 use super::Part;
 use super::facts::Parts;
+use super::measure::CLIENT;
 use super::page::{Cell, digest, head, table};
 use super::text::{bytes, count, time};
 use crate::story::{Carriage, Met, Origin, Source, Story};
@@ -111,6 +112,9 @@ fn told(story: &Story) -> String {
     }
     told.extend(story.met.breaks.last().map(|last| format!("broke off {last}")));
     told.extend(story.met.failure.as_ref().filter(|_| story.source == Source::Upstream).cloned());
+    if story.client.starts_with(CLIENT) {
+        told.push("measured by a debug page".to_owned());
+    }
     match (story.status, story.whole) {
         (None, _) => told.push("the client left first".to_owned()),
         (Some(200..300), false) if story.method != "HEAD" => told.push("it ended early".to_owned()),
@@ -186,6 +190,8 @@ mod tests {
              10.0.0.1:5000 to 10.0.0.2:5000: it stood still; it ended early"
         );
         assert_eq!(from(&cut), "10.0.0.1");
+        let measured = Story { client: format!("{CLIENT}7"), ..story(Source::Local, Met::default()) };
+        assert_eq!(told(&measured), "it was here; measured by a debug page");
     }
 
     #[test]
