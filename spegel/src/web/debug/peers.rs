@@ -159,7 +159,7 @@ fn row(address: IpAddr, known: &Known) -> Vec<Cell> {
     };
     let member = known.member.as_ref().map(|member| &member.peer);
     let id = member.map_or_else(
-        || html! { span.quiet { "no member: another version, or gone" } },
+        || html! { span.quiet { "no member" } },
         |peer| html! { code.digest title=(peer.id) { (tail(&peer.id)) } },
     );
     vec![

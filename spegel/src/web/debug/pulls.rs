@@ -47,7 +47,7 @@ fn row(story: &Story, now: SystemTime) -> Vec<Cell> {
         Cell::text("Its story", html! { span.story title=(format!("trace {}", story.trace_id)) { (told(story)) } }),
         Cell::figure(
             "Bytes",
-            html! { @if story.method == "HEAD" { span.quiet { "head" } } @else { (bytes(story.bytes)) } },
+            html! { @if story.source == Source::Upstream { span.quiet { "–" } } @else if story.method == "HEAD" { span.quiet { "head" } } @else { (bytes(story.bytes)) } },
         ),
         Cell::figure("Took", html! { (time(story.total)) }),
         Cell::figure("Ago", html! { (time(ago)) }),

@@ -53,7 +53,7 @@ fn pulls(storms: &StormsView, held: &Inventory) -> Markup {
         vec![
             Cell::text("Image", html! { (pull.image) }),
             Cell::text("Blob", digest(pull.digest.as_str())),
-            Cell::text("Comes from", html! { (source(&pull.source)) }),
+            Cell::text("Comes from", html! { span.nowrap { (source(&pull.source)) } }),
             Cell::text("Progress", progress(position, total)),
         ]
     };
@@ -254,5 +254,65 @@ fn node(place: &PlaceView, total: Option<u64>, storms: &StormsView) -> Markup {
             (bar(&[(class, position)], whole, &format!("{share} of it")))
             span.figure { (share) }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn place(node: u64, parent: Option<u64>, position: u64, stand: Stand) -> PlaceView {
+        PlaceView { node: Node(node), parent: parent.map(Node), level: 0, position, stand }
+    }
+
+    fn storms(places: Vec<PlaceView>) -> StormsView {
+        let tree = TreeView {
+            key: crate::storm::Key([7; 32]),
+            total: Some(100),
+            quiet: Duration::from_secs(1),
+            places,
+            more: 0,
+        };
+        let peer = Peer::new("<b>".into(), vec![SocketAddr::from(([10, 0, 0, 2], 5000))]);
+        let nodes = vec![(Node(2), peer)];
+        StormsView { pulls: Vec::new(), more_pulls: 0, images: Vec::new(), trees: vec![tree], nodes, own: Node(1) }
+    }
+
+    #[test]
+    fn who_gets_it_from_whom_is_drawn_as_a_tree() {
+        let places = vec![
+            place(1, None, 60, Stand::Root),
+            place(2, Some(1), 50, Stand::Child),
+            place(3, Some(2), 40, Stand::Child),
+            place(4, Some(99), 0, Stand::Waits),
+        ];
+        let html = trees(&storms(places), &Inventory::default()).into_string();
+        let order = ["this node", "60 %", "<ul>", "10.0.0.2", "50 %", "<ul>", "40 %", "</ul>", "0 %"];
+        let mut rest = html.as_str();
+        for text in order {
+            rest = rest.split_once(text).unwrap_or_else(|| panic!("{text} is not there in its turn: {html}")).1;
+        }
+        assert!(!html.contains("Done"), "{html}");
+    }
+
+    #[test]
+    fn nodes_that_name_each_other_are_drawn_once() {
+        let places = vec![
+            place(5, Some(6), 1, Stand::Child),
+            place(6, Some(5), 1, Stand::Child),
+            place(7, Some(7), 2, Stand::Child),
+        ];
+        let html = trees(&storms(places), &Inventory::default()).into_string();
+        assert_eq!(html.matches("class=\"place\"").count(), 3, "{html}");
+    }
+
+    #[test]
+    fn what_all_have_is_a_row() {
+        let places = vec![place(1, None, 100, Stand::Complete), place(2, None, 100, Stand::Complete)];
+        let html = trees(&storms(places), &Inventory::default()).into_string();
+        assert!(html.contains("Done") && html.contains("key 070707") && !html.contains("class=\"place\""), "{html}");
     }
 }

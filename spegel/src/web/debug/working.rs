@@ -67,17 +67,22 @@ fn by_source(sources: Sources) -> Markup {
     ];
     let told = rows.iter().filter_map(|(_, name, bytes)| bytes.map(|bytes| format!("{} {name}", share(bytes))));
     let label = told.collect::<Vec<_>>().join(", ");
+    // Without the kernel's word the bar is of what went through the mirror, and must not look like all of it.
+    let title = match sources.upstream {
+        Some(_) => "Where pulled bytes came from",
+        None => "Where the bytes came from that the mirror gave",
+    };
     let shares: Vec<_> = rows.iter().map(|(class, _, bytes)| (*class, bytes.unwrap_or(0))).collect();
     html! {
         section aria-labelledby="sources-title" {
-            h2 id="sources-title" { "Where pulled bytes came from" }
+            h2 id="sources-title" { (title) }
             (bar(&shares, whole, &label))
             dl.legend {
                 @for (class, name, part) in rows {
                     div { dt { span class={ "swatch " (class) } aria-hidden="true" {} (name) }
                         dd {
                             @if let Some(part) = part { b { (bytes(part)) } " " span.quiet { (share(part)) } }
-                            @else { span.quiet { "not seen without eBPF" } }
+                            @else { span.quiet { "beside these, and not seen without eBPF" } }
                         } }
                 }
             }

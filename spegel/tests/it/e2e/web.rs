@@ -232,8 +232,21 @@ fn without_scripts_all_is_there(stage: &Stage, image: &str) {
     let peer = stage.cluster.nodes[0].spegel().url().replace("http://", "");
     assert!(browser.text().contains(&peer), "{}", browser.text());
     browser.keep("measured-from-a-peer");
+    a_peers_rate_is_drawn(stage, absent.reference());
     browser.go(&stage.url("try?do=lookup&image=registry.test/nobody:1"));
     assert!(browser.text().contains("No node has it."), "{}", browser.text());
+}
+
+/// What a peer gives meanwhile is drawn on the page that is open.
+fn a_peers_rate_is_drawn(stage: &Stage, image: &str) {
+    let browser = &stage.browser;
+    browser.go(&stage.url("peers"));
+    browser.wait("the word that it is live", "document.getElementById('live').textContent === 'Live.'");
+    let measure = format!("fetch('/debug/web/measure?image={image}')");
+    browser.ask(&format!("({measure}.then(a => a.json()).then(told => {{ window.told = told; }}), 1)"));
+    browser.wait("the measurement", "!!window.told && window.told.pull.bytes > 3000000 && !window.told.pull.ended");
+    browser.wait("its rate", "!!document.querySelector('#peers .spark polyline')");
+    browser.keep("peers-live");
 }
 
 fn only_this_node_is_told(stage: &Stage) {
