@@ -56,6 +56,8 @@ enum Name {
     Cold,
     /// What counting in the kernel costs: eBPF on and off, bulk, small requests, connections
     Ebpf,
+    /// What it costs to be watched: metrics, log, eBPF and debug pages on and off, small requests
+    Everything,
     /// Memory that a control group is charged for, with and without a limit of 128 MiB
     Memory,
     /// The router with up to 3,000 nodes under simulated time: lookups, advertising, deaths, the member list
@@ -94,6 +96,7 @@ impl Bench {
             Name::Mixed => plane::mixed(&settings)?,
             Name::Cold => plane::cold(&settings)?,
             Name::Ebpf => plane::ebpf(&settings)?,
+            Name::Everything => plane::everything(&settings)?,
             Name::Memory => plane::memory(&settings)?,
             Name::Connections => plane::connections(&settings)?,
             Name::Router => {

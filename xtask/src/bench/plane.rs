@@ -4,6 +4,7 @@
 mod bulk;
 mod cold;
 mod ebpf;
+mod everything;
 mod many;
 mod memory;
 mod requests;
@@ -23,6 +24,7 @@ use spegel_benches::netns::{Lab, Node};
 pub(super) use bulk::{relay, serve};
 pub(super) use cold::cold;
 pub(super) use ebpf::ebpf;
+pub(super) use everything::everything;
 pub(super) use many::connections;
 pub(super) use memory::memory;
 pub(super) use requests::{mixed, small};
@@ -43,6 +45,8 @@ const RELAYS: u16 = 4;
 /// The name of the image that is served.
 const REPOSITORY: &str = "bench/app";
 const REGISTRY: &str = "registry.test";
+/// Its config.
+const CONFIG: &[u8] = b"{}";
 
 /// The namespace, the content, and a folder that goes with it.
 pub(super) struct Plane {
@@ -114,6 +118,11 @@ impl Plane {
         format!("/v2/{REPOSITORY}/manifests/sha256:{}?ns={REGISTRY}", self.manifest)
     }
 
+    /// The image's config, of two bytes.
+    pub(super) fn config_path(&self) -> String {
+        format!("/v2/{REPOSITORY}/blobs/sha256:{}?ns={REGISTRY}", hex::encode(Sha256::digest(CONFIG)))
+    }
+
     pub(super) fn tag_path(&self) -> String {
         format!("/v2/{REPOSITORY}/manifests/latest?ns={REGISTRY}")
     }
@@ -179,7 +188,7 @@ fn write_layout(folder: &Path, length: u64) -> Result<(String, String)> {
         std::fs::write(blobs.join(&hex), bytes)?;
         Ok(hex)
     };
-    let config = put(b"{}")?;
+    let config = put(CONFIG)?;
     let text = |filler: &str| {
         serde_json::json!({
             "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",

@@ -305,6 +305,14 @@ mod tests {
     }
 
     #[test]
+    fn who_is_shed_is_counted() {
+        let mut shown = Figures::default();
+        StormFigures::register(&mut shown).shed();
+        let text = crate::metrics::encode(&shown, crate::metrics::Format::OpenMetrics).unwrap();
+        assert!(text.contains("spegel_storm_shed_total 1\n"), "{text}");
+    }
+
+    #[test]
     fn a_pull_after_a_gap_is_another_one() {
         let (figures, start, image) = (StormFigures::default(), Instant::now(), Arc::<str>::from("registry.test/app"));
         let label = ImageLabel { image: image.to_string() };

@@ -489,7 +489,7 @@ impl Driver {
         figures.peers.set(count(self.table.read().connected()));
         figures.records.set(count(self.records.lock().foreign_count()));
         (0..self.membership.take_refused()).for_each(|_| figures.refuse(Reason::Card));
-        self.advertiser.measure();
+        self.advertiser.measure(Instant::now());
     }
 
     /// Whether the search has been without success for so long that it is no reason any more to serve nothing.

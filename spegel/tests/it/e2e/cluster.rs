@@ -1,6 +1,7 @@
 //! Nodes with a containerd and a spegel each, beside an upstream registry.
 
-use std::path::Path;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use spegel_benches::containerd::{Containerd, Options, Version, check_content};
@@ -30,6 +31,7 @@ pub(super) struct Cluster {
     pub(super) lab: Lab,
     /// Further arguments of each spegel.
     arguments: Vec<String>,
+    program: PathBuf,
 }
 
 /// One node.
@@ -49,6 +51,17 @@ impl Cluster {
 
     /// The same, with further arguments of each spegel.
     pub(super) fn start_with(version: Version, size: usize, options: &Options, arguments: &[&str]) -> Option<Self> {
+        Self::start_by(Path::new(PROGRAM), version, size, options, arguments)
+    }
+
+    /// The same, by another program, which becomes the one under test.
+    pub(super) fn start_by(
+        program: &Path,
+        version: Version,
+        size: usize,
+        options: &Options,
+        arguments: &[&str],
+    ) -> Option<Self> {
         let ready = Lab::available().and(Registry::available()).and(version.find());
         let binaries = match ready {
             Ok(binaries) => binaries,
@@ -65,19 +78,23 @@ impl Cluster {
             .map(|node| Member { spegel: None, containerd: Containerd::start(&binaries, node, options).unwrap() });
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let (nodes, folder) = (members.collect(), tempfile::tempdir().unwrap());
-        let mut cluster = Self { nodes, upstream, folder, lab, arguments };
+        let mut cluster = Self { nodes, upstream, folder, lab, arguments, program: program.to_path_buf() };
         cluster.start_mirrors();
         Some(cluster)
     }
 
     fn start_mirrors(&mut self) {
         let settings: Vec<Settings> = (0..self.nodes.len()).map(|n| self.settings(n)).collect();
+        // Before they start, as on a node, since they look whether containerd is told of them.
+        for (member, settings) in self.nodes.iter().zip(&settings) {
+            let (certs, name) = (member.containerd.certs_dir(), settings.address.to_string());
+            let url = format!("http://{}", SocketAddr::new(settings.address, settings.ports.registry));
+            configure(Path::new(PROGRAM), &certs, &url, &[&self.upstream.url()], &name).unwrap();
+        }
         // All at once: each needs another to be ready.
         let mut started: Vec<Spegel> = settings.into_iter().map(|settings| settings.spawn().unwrap()).collect();
         for (member, mut spegel) in self.nodes.iter_mut().zip(started.drain(..)) {
             spegel.wait_ready(Duration::from_secs(30)).unwrap();
-            let (certs, name) = (member.containerd.certs_dir(), spegel.settings().address.to_string());
-            configure(Path::new(PROGRAM), &certs, &spegel.url(), &[&self.upstream.url()], &name).unwrap();
             member.spegel = Some(spegel);
         }
     }
@@ -86,7 +103,7 @@ impl Cluster {
     pub(super) fn settings(&self, n: usize) -> Settings {
         let peers: Vec<_> = self.nodes.iter().map(|member| member.containerd.node().address().into()).collect();
         let log = self.folder.path().join(format!("spegel-{n}.log"));
-        let mut settings = Settings::on_node(Path::new(PROGRAM), &self.nodes[n].containerd, &peers, &log);
+        let mut settings = Settings::on_node(&self.program, &self.nodes[n].containerd, &peers, &log);
         settings.arguments = vec!["--mirror-resolve-timeout".into(), RESOLVE_TIMEOUT.into()];
         let certs = self.nodes[n].containerd.certs_dir().display().to_string();
         settings.arguments.extend(["--containerd-registry-config-path".into(), certs]);

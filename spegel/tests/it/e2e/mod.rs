@@ -16,6 +16,7 @@ mod kernel;
 mod layers;
 mod many;
 mod mdns;
+mod monitoring;
 mod pulls;
 mod receiving;
 mod signals;

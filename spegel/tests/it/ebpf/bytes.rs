@@ -11,7 +11,7 @@ use rand::{Rng as _, SeedableRng as _};
 use rustix::pipe::SpliceFlags;
 use socket2::{Domain, Socket, Type};
 
-use super::{report_when, row, settings, watch};
+use super::{figure, report_when, row, settings, watch};
 
 /// The largest body.
 const LARGEST: u64 = 256 << 10;
@@ -168,6 +168,7 @@ fn an_aborted_transfer_is_a_reset_with_what_had_arrived() {
     });
     let row = row(&report, peer, "served").unwrap();
     assert!((read.into_inner()..=written).contains(&row.sent), "{} of {written}", row.sent);
+    assert_eq!(figure(&watch, "spegel_peer_resets_total{", "127.0.7.2"), 50.0);
 }
 
 #[test]
@@ -182,4 +183,5 @@ fn a_peer_that_refuses_is_a_failure() {
     let report = report_when(&watch, "the failures", |report| row(report, peer, "fetched").is_some());
     let row = row(&report, peer, "fetched").unwrap();
     assert_eq!((row.failed, row.opened, row.open, row.reset), (Some(3), 0, 0, Some(0)));
+    assert_eq!(figure(&watch, "spegel_peer_failed_connections_total{", "127.0.7.3"), 3.0);
 }

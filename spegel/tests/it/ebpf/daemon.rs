@@ -21,7 +21,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_spegel");
 const CAPABILITIES: u64 = 1 << 12 | 1 << 21 | 1 << 38 | 1 << 39;
 
 /// A process with an empty layout on loopback, with ports from `port` on, started by `before`.
-fn start(folder: &Path, port: u16, before: &[&str], arguments: &[&str]) -> Daemon {
+pub(crate) fn start(folder: &Path, port: u16, before: &[&str], arguments: &[&str]) -> Daemon {
     let layout = folder.join("layout");
     fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
     fs::write(layout.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
@@ -42,7 +42,7 @@ fn start(folder: &Path, port: u16, before: &[&str], arguments: &[&str]) -> Daemo
 }
 
 /// Three ports that were free a moment ago, and that no other test of this process was given.
-fn ports() -> u16 {
+pub(crate) fn ports() -> u16 {
     use std::net::TcpListener;
     use std::sync::atomic::{AtomicU16, Ordering};
     static GIVEN: AtomicU16 = AtomicU16::new(0);
@@ -53,7 +53,7 @@ fn ports() -> u16 {
         .unwrap()
 }
 
-fn metrics(port: u16) -> String {
+pub(crate) fn metrics(port: u16) -> String {
     let url = format!("http://127.0.0.1:{}/metrics", port + 2);
     Client::new(Duration::from_secs(5)).get(&url, &[]).map(|answer| answer.text()).unwrap_or_default()
 }

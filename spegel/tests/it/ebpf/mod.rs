@@ -5,15 +5,17 @@
 #![allow(clippy::unwrap_used)]
 
 mod bytes;
-mod daemon;
+pub(crate) mod daemon;
 mod peers;
 mod quality;
 pub(crate) mod upstream;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use spegel::ebpf::{Mode, PeerRow, Refusal, Report, Settings, Watch};
+use spegel::ebpf::{Mode, PeerRow, Pulled, Refusal, Report, Settings, Watch};
+use spegel::metrics::{Figures, Format};
 use spegel_benches::daemon::wait_until;
 
 /// How soon what has happened is in the table.
@@ -54,6 +56,16 @@ fn watch_or_refusal(settings: &Settings) -> Result<Watch, Refusal> {
 
 fn row(report: &Report, address: IpAddr, role: &str) -> Option<PeerRow> {
     report.peers.iter().find(|row| row.address == address && row.role == role).cloned()
+}
+
+/// The sum of a metric's samples with this in their labels, as they are scraped.
+fn figure(watch: &Watch, name: &str, label: &str) -> f64 {
+    let (mut figures, pulled) = (Figures::default(), Arc::<Pulled>::default());
+    pulled.add_peer(5_000_003);
+    watch.register(&mut figures, pulled);
+    let text = spegel::metrics::encode(&figures, Format::OpenMetrics).unwrap();
+    let samples = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
+    samples.map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum()
 }
 
 /// The report in which `is_there` holds.

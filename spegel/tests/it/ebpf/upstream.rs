@@ -13,7 +13,7 @@ use spegel_benches::netns::Lab;
 
 use spegel::ebpf::{Mode, Refusal, Report};
 
-use super::{report_when, row, settings, watch, watch_or_refusal};
+use super::{figure, report_when, row, settings, watch, watch_or_refusal};
 
 /// A control group that is removed when dropped.
 pub(crate) struct Group(pub(crate) PathBuf);
@@ -86,6 +86,9 @@ fn bytes_from_upstream_are_told_from_what_else_containerd_has() {
     assert_eq!((upstream.opened, upstream.received, upstream.sent), (1, layer as u64, 4));
     assert_eq!((other.opened, other.received), (1, 7_000));
     assert_eq!(report.peers.len(), 2, "{report:#?}");
+    // As much came from peers.
+    assert_eq!(figure(&watch, "spegel_pull_bytes_total{", "source=\"upstream\""), layer as f64);
+    assert_eq!(figure(&watch, "spegel_pull_offload_ratio ", ""), 0.5);
     assert_eq!(report.containerd.as_deref(), group.0.to_str());
 }
 

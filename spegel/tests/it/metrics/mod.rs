@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod log;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;

@@ -123,6 +123,7 @@ async fn what_is_asked_for_again_speaks_against_its_sender() {
         assert!(!lies.gets(n).await, "{n}: its client found it wrong");
     }
     assert!(!lies.gets(3).await, "three times is enough for all");
+    assert_eq!((lies.b.figure("spegel_wrong_bytes_total"), lies.b.figure("spegel_peers_set_aside_total")), (3.0, 1.0));
     let honest = Node::join(&lies.network, "2-honest");
     lies.blobs.iter().for_each(|(_, bytes)| {
         honest.offer(bytes);
@@ -342,6 +343,7 @@ async fn a_busy_peer_names_another_and_clients_are_never_refused() {
     held.read_exact(&mut [0; 100]).await.unwrap();
     let refused = a.ask("GET", &target(&digest), &[("X-Spegel-Mirrored", "true")]).await;
     assert_eq!((refused.status, refused.header("x-spegel-holders")), (503, c.address().to_string().as_str()));
+    assert_eq!(a.figure("spegel_rejected_uploads_total"), 1.0);
 
     let reply = b.get(&target(&digest)).await;
     assert!(reply.status == 200 && reply.body == bytes);

@@ -162,6 +162,7 @@ struct Node {
     shelf: Arc<Shelf>,
     router: Arc<MemoryRouter>,
     server: Server,
+    figures: spegel::metrics::Figures,
 }
 
 #[derive(Default)]
@@ -233,7 +234,15 @@ impl Node {
         };
         let options = Options { runtimes: 2, ..Options::default() };
         let server = Server::bind(&[ListenAddr::One(address)], options, Arc::new(handler)).unwrap();
-        Self { registry, shelf, router, server }
+        Self { registry, shelf, router, server, figures }
+    }
+
+    /// The sum of a metric's samples, as they are scraped.
+    fn figure(&self, name: &str) -> f64 {
+        let text = spegel::metrics::encode(&self.figures, spegel::metrics::Format::OpenMetrics).unwrap();
+        let samples =
+            text.lines().filter_map(|line| line.strip_prefix(name)).filter(|rest| rest.starts_with([' ', '{']));
+        samples.map(|rest| rest.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum()
     }
 
     fn address(&self) -> SocketAddr {

@@ -181,6 +181,7 @@ async fn a_body_that_breaks_off_goes_on_from_another_peer_at_the_same_byte() {
         assert!(reply.status == 200 && reply.orderly);
         assert!(reply.body == bytes, "{} of {} bytes", reply.body.len(), bytes.len());
         if asked.load(Ordering::Relaxed) > 0 {
+            assert_eq!(b.figure("spegel_relay_resumes_total"), 1.0);
             return;
         }
     }

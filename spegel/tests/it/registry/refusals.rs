@@ -36,6 +36,7 @@ async fn a_chunk_after_the_first_is_refused_by_an_orderly_close_and_then_by_a_st
     assert_eq!(reply.header("content-length"), "1048576");
     let reply = chunk("bytes=1048576-").await;
     assert_eq!((reply.status, reply.error_code().as_str()), (404, "BLOB_UNKNOWN"));
+    assert_eq!(b.figure("spegel_cut_responses_total"), 1.0);
 
     let reply = b.ask("GET", &target, &[("X-Spegel-Node", "b")]).await;
     assert_eq!((reply.status, reply.body.len(), reply.orderly), (200, 0, true), "the whole, to the same client");
@@ -151,6 +152,7 @@ async fn a_node_that_is_about_to_run_out_refuses_new_work_until_that_has_passed(
         assert_eq!(node.registry.set_strain(None), Some(strain));
         // As a peer, which is promised nothing by it.
         assert!(node.ask("GET", &target(&other), &[("X-Spegel-Mirrored", "true")]).await.body == b"other");
+        assert!(node.figure("spegel_refused_requests_total") >= 3.0);
     }
 }
 

@@ -258,4 +258,5 @@ async fn who_loses_its_parent_is_given_another_one() {
     // Whoever of them was first; if it was the one that gave up, another one pulled the rest.
     let others = pulled.iter().flatten();
     assert_eq!(others.filter(|pulled| pulled.from_upstream).count(), 1, "{pulled:?}");
+    assert!(nodes.iter().map(|node| node.figure("spegel_storm_moves_total")).sum::<f64>() > 0.0);
 }

@@ -161,6 +161,11 @@ pub(super) fn upstream(plane: &Plane) -> Result<Running> {
     )
 }
 
+/// The port of a spegel's figures.
+pub(super) fn metrics_port(number: u16) -> u16 {
+    9090 + 10 * number
+}
+
 #[allow(clippy::too_many_arguments)]
 fn start_spegel(
     program: &Path,
@@ -179,7 +184,7 @@ fn start_spegel(
         None if core == CLIENT_CORE => (plane.address(), REGISTRY),
         None => (plane.address(), REGISTRY + 10 * (number + 1)),
     };
-    let ports = Ports { registry, router: 5001 + 10 * number, metrics: 9090 + 10 * number };
+    let ports = Ports { registry, router: 5001 + 10 * number, metrics: metrics_port(number) };
     let arguments =
         ["--log-level", "WARN", "--serve-engine", engine, "--serve-transfer", transfer, "--max-connections", "20000"];
     let mut settings = Settings {
@@ -250,7 +255,7 @@ fn install_nginx() -> Result<()> {
 }
 
 /// Starts a process on one core from its first instruction on, so that it finds no more cores than it has.
-fn on_core<T>(core: usize, start: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn on_core<T>(core: usize, start: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = sched_getaffinity(None)?;
     let mut only = CpuSet::new();
     only.set(core);

@@ -48,11 +48,11 @@ impl Advertiser {
     }
 
     /// Brings the figures of the queue up to date.
-    pub(super) fn measure(&self) {
+    pub(super) fn measure(&self, now: Instant) {
         let (count, since) = self.offers().waiting();
         let figures = &self.metrics.0;
         figures.advertise_queue.set(i64::try_from(count).unwrap_or(i64::MAX));
-        let age = since.map_or(0, |since| since.elapsed().as_secs());
+        let age = since.map_or(0, |since| now.saturating_duration_since(since).as_secs());
         figures.advertise_age.set(i64::try_from(age).unwrap_or(i64::MAX));
     }
 
@@ -183,4 +183,37 @@ pub(super) fn pace(ttl: Duration) -> (Duration, usize) {
     let within = ttl * 4 / 5;
     let pause = TICK.min(within / 2).max(Duration::from_secs(1));
     (pause, usize::try_from(within.as_secs() / pause.as_secs()).unwrap_or(usize::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use tokio::sync::mpsc;
+
+    use super::super::records::{RecordLimits, Records};
+    use super::*;
+    use crate::oci::Key;
+
+    #[test]
+    fn what_waits_to_be_told_is_measured() {
+        let (local, metrics) = (PeerId::random(), RouterMetrics::default());
+        let limits = RecordLimits { foreign: 10, validity: Duration::from_secs(100) };
+        let records = SharedRecords::new(Records::new(local, limits, Instant::now()));
+        let client = Client::new(local, mpsc::channel(1).0, metrics.clone());
+        let advertiser = Advertiser::new(records, SharedTable::default(), client, metrics.clone());
+        let measured = |now| {
+            advertiser.measure(now);
+            (metrics.0.advertise_queue.get(), metrics.0.advertise_age.get())
+        };
+        assert_eq!(measured(Instant::now()), (0, 0));
+        let digest = format!("sha256:{}", "7".repeat(64)).parse().unwrap();
+        let before = Instant::now();
+        advertiser.change(&Change::Added(vec![Key::Digest(digest)]));
+        let (count, age) = measured(Instant::now() + Duration::from_secs(60));
+        let most = before.elapsed().as_secs() + 60;
+        assert!(count == 1 && (60..=i64::try_from(most).unwrap()).contains(&age), "{count}, {age} s");
+        advertiser.offers().take(None, &SharedTable::default().read());
+        assert_eq!(measured(Instant::now()), (0, 0));
+    }
 }
