@@ -25,9 +25,14 @@ pub(super) async fn look(settings: &Settings, process: Option<&Process>) -> Cert
     let look = move || {
         let place = seen_from(process.as_ref(), &wanted);
         let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
+        let mut found = inspect(&place).map_err(|error| error.to_string());
+        // Named as containerd sees them, not as they are reached from here.
+        for file in found.iter_mut().flat_map(|found| &mut found.files) {
+            file.path = wanted.join(file.path.strip_prefix(&place).unwrap_or(&file.path));
+        }
         Certs {
             is_there: place.is_dir(),
-            found: inspect(&place).map_err(|error| error.to_string()),
+            found,
             path: wanted,
             addresses: interfaces.iter().map(if_addrs::Interface::ip).collect(),
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -80,6 +81,9 @@ fn content(containerd: &Containerd, said: &Inspection) -> Finding {
             Ok(_) if told.is_empty() => Finding::good(CHECK, format!("{} can be read", path.display())),
             Ok(_) => {
                 Finding::warning(CHECK, format!("{} can be read, and has nothing yet{told}", path.display()), change)
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound && said.content_path.as_ref() == Some(path) => {
+                Finding::note(CHECK, format!("{} is not there: containerd makes it with its first pull", path.display()))
             }
             Err(error) => Finding::failure(CHECK, format!("{}: {error}{told}", path.display()), change),
         },

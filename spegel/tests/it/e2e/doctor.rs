@@ -248,6 +248,9 @@ fn flags(containerd: &Containerd) {
 }
 
 fn certs(containerd: &Containerd, file: &Path, ours: &str) {
+    // Files are named as an administrator knows them, however doctor reaches them.
+    let said = doctor(containerd, &["--node-name", "elsewhere"]);
+    said.has("certs.d", "warning", &format!("{}: containerd says", file.display()));
     let try_with = |text: &str, state: &str, says: &str| {
         fs::write(file, text).unwrap();
         doctor(containerd, &[]).has("certs.d", state, says);
@@ -328,6 +331,8 @@ fn a_node_without_a_mirror_is_told_what_to_do_first() {
     said.has("certs.d", "failure", "no hosts.toml below");
     said.has("process", "failure", "does not run");
     said.has("probe", "unknown", "no blob to fetch");
+    // A containerd that has never pulled has no such directory as yet.
+    said.has("content", "note", "makes it with its first pull");
 }
 
 /// A disk that has changed what is on it: the mirror gives it, and only its digest tells.
