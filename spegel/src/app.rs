@@ -1,5 +1,6 @@
 //! The only composer: builds the rooms, connects them, runs them, and takes them down.
 
+mod ask;
 mod cleanup;
 mod doctor;
 mod figures;
@@ -82,6 +83,7 @@ pub fn run(command: Command, watch: ebpf::Watch) -> anyhow::Result<ExitCode> {
         Command::Cleanup(settings) => block_on(cleanup::clean(settings))?,
         Command::CleanupWait(settings) => block_on(cleanup::wait(*settings))?,
         Command::Peers(settings) => peers::show(&settings)?,
+        Command::Level(settings) => ask::level(&settings)?,
         Command::Completions(script) => std::io::stdout().write_all(&script)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -195,7 +197,8 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         registry_at: supervisor::reachable(at),
         authorization: settings.basic_auth.as_ref().map(|auth| auth.header().to_owned()),
     });
-    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures.all, watch, debug, stop.clone())?;
+    let log = Arc::new(trace::OwnLog);
+    let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures.all, watch, log, debug, stop.clone())?;
     tokio::spawn(web.serve(stop.clone()));
     tokio::spawn(tell_outcomes(store.outcomes(), Arc::clone(&registry)));
     tokio::spawn(announce(store, router.clone()));

@@ -4,6 +4,7 @@ mod args;
 mod cleanup;
 mod doctor;
 mod ebpf;
+mod level;
 mod peers;
 mod serve;
 mod settings;
@@ -15,6 +16,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 pub use args::{LogFormat, LogLevel, VersionFormat};
 pub use cleanup::{CleanupSettings, CleanupWaitSettings, ClusterSettings};
 pub use doctor::DoctorSettings;
+pub use level::LevelSettings;
 pub use peers::{PeersOrder, PeersSettings, PeersShow};
 pub use serve::ServeSettings;
 pub use settings::{Bootstrap, BootstrapEndpoint, Content, Peers, RegistrySettings, Zone};
@@ -54,6 +56,8 @@ pub enum Command {
     Doctor(Box<DoctorSettings>),
     /// Show a running process's connections.
     Peers(PeersSettings),
+    /// Show or change the level of a running process's log.
+    Level(LevelSettings),
     /// Print this script.
     Completions(Vec<u8>),
 }
@@ -90,6 +94,7 @@ fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result
             Command::Doctor(Box::new(doctor::doctor(*args)?))
         }
         (args::Command::Peers(args), _) => Command::Peers(peers::peers(&args)?),
+        (args::Command::Level(args), _) => Command::Level(level::level(&args)?),
         (args::Command::Completions { shell }, _) => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut args::Cli::command(), "spegel", &mut script);

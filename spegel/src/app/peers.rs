@@ -3,20 +3,14 @@
 mod live;
 
 use std::fmt::Write as _;
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::net::SocketAddr;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result};
 
+use super::ask::ask;
 use crate::cli::{PeersOrder, PeersSettings, PeersShow};
 use crate::ebpf::{PeerRow, Report};
 use crate::web::PEERS_PATH;
-
-/// How long the process may take to answer.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// The longest answer that is read: a thousand rows are less than half a megabyte.
-const LONGEST: u64 = 16 << 20;
 
 /// The table's heads, and how wide its columns are.
 const COLUMNS: [(&str, usize); 13] = [
@@ -53,21 +47,8 @@ pub(super) fn show(settings: &PeersSettings) -> Result<()> {
 }
 
 fn fetch(addr: SocketAddr) -> Result<Report> {
-    let ask = || -> std::io::Result<Vec<u8>> {
-        let mut stream = TcpStream::connect_timeout(&addr, PATIENCE)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        write!(stream, "GET {PEERS_PATH} HTTP/1.0\r\nHost: {addr}\r\n\r\n")?;
-        let mut answer = Vec::new();
-        stream.take(LONGEST).read_to_end(&mut answer)?;
-        Ok(answer)
-    };
-    let answer = ask().with_context(|| format!("ask spegel at {addr} (--metrics-addr)"))?;
-    let end = answer.windows(4).position(|window| window == b"\r\n\r\n");
-    let Some(end) = end else { bail!("{addr} does not answer as spegel does") };
-    let status = String::from_utf8_lossy(&answer[..end]).lines().next().unwrap_or_default().to_owned();
-    let body = &answer[end + 4..];
-    ensure!(status.contains(" 200"), "{addr} answers {status:?}: {}", String::from_utf8_lossy(body).trim());
-    serde_json::from_slice(body).with_context(|| format!("{addr} does not answer as spegel does"))
+    let body = ask(addr, "GET", PEERS_PATH, "")?;
+    serde_json::from_slice(&body).with_context(|| format!("{addr} does not answer as spegel does"))
 }
 
 /// A report before the present one, and how many seconds lie between.

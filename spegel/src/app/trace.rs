@@ -4,7 +4,7 @@
 //! is dropped and counted.
 
 use std::io::IsTerminal as _;
-use std::sync::{OnceLock, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -15,11 +15,12 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGua
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{EnvFilter, Layer as _};
+use tracing_subscriber::{EnvFilter, Layer as _, Registry, reload};
 
 use crate::cli::{Log, LogFormat, LogLevel};
 use crate::metrics::{Described, Figures};
 use crate::router::KadErrors;
+use crate::web::LogControl;
 
 static DROPPED_LINES: Described = Described::counter(
     "spegel_log_dropped_lines",
@@ -34,22 +35,16 @@ const LAST_LINES: Duration = Duration::from_millis(500);
 
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
+/// What decides which lines are written, and the level that it is made from.
+static FILTER: OnceLock<(reload::Handle<EnvFilter, Registry>, Mutex<LogLevel>)> = OnceLock::new();
+
 /// What kad tells its log only.
 pub(super) static KAD_ERRORS: KadErrors = KadErrors::new();
 
 /// Sends log lines to standard error from now on. Those that wait are written when what is returned is dropped.
 pub fn trace(log: &Log) -> WorkerGuard {
-    let level = match log.level {
-        LogLevel::Debug => LevelFilter::DEBUG,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Warn => LevelFilter::WARN,
-        LogLevel::Error => LevelFilter::ERROR,
-    };
-    // What libraries have to say is an operator's business only while something is being looked into.
-    let libraries = if level == LevelFilter::DEBUG { LevelFilter::INFO } else { LevelFilter::ERROR };
-    let filter = EnvFilter::default().add_directive(libraries.into());
-    let own = format!("spegel={level}").parse();
-    let filter = own.into_iter().fold(filter, EnvFilter::add_directive);
+    let (filter, handle) = reload::Layer::new(filter(log.level));
+    let _ = FILTER.set((handle, Mutex::new(log.level)));
     let writer = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(WAITING).thread_name("log");
     let (writer, guard) = writer.finish(std::io::stderr());
     // Only the first call's lines go anywhere.
@@ -62,6 +57,44 @@ pub fn trace(log: &Log) -> WorkerGuard {
     };
     tracing_subscriber::registry().with(lines.with_filter(filter)).with(KAD_ERRORS.layer()).init();
     guard
+}
+
+/// Which lines are written at a level.
+fn filter(level: LogLevel) -> EnvFilter {
+    let level = match level {
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Error => LevelFilter::ERROR,
+    };
+    // What libraries have to say is an operator's business only while something is being looked into.
+    let libraries = if level == LevelFilter::DEBUG { LevelFilter::INFO } else { LevelFilter::ERROR };
+    let filter = EnvFilter::default().add_directive(libraries.into());
+    let own = format!("spegel={level}").parse();
+    own.into_iter().fold(filter, EnvFilter::add_directive)
+}
+
+/// The level of this process's log.
+#[derive(Debug)]
+pub(super) struct OwnLog;
+
+impl LogControl for OwnLog {
+    fn level(&self) -> String {
+        FILTER.get().map_or_else(String::new, |(_, level)| {
+            level.lock().unwrap_or_else(PoisonError::into_inner).name().to_owned()
+        })
+    }
+
+    fn set(&self, name: &str) -> Result<(), String> {
+        let level = LogLevel::of(name).ok_or_else(LogLevel::names)?;
+        let Some((handle, present)) = FILTER.get() else {
+            return Err("not to be changed before there is a log".to_owned());
+        };
+        let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
+        handle.reload(filter(level)).map_err(|error| error.to_string())?;
+        *present = level;
+        Ok(())
+    }
 }
 
 /// Writes the lines that wait, for no longer than half a second: standard error may be stuck.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::cleanup::{CleanupArgs, CleanupWaitArgs};
 use super::doctor::DoctorArgs;
 use super::ebpf::EbpfArgs;
+use super::level::LevelArgs;
 use super::peers::PeersArgs;
 use super::serve::ServeArgs;
 use clap::parser::ValueSource;
@@ -37,6 +38,28 @@ pub enum LogLevel {
     Warn,
     /// What does not work.
     Error,
+}
+
+impl LogLevel {
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Debug => "DEBUG",
+            Self::Info => "INFO",
+            Self::Warn => "WARN",
+            Self::Error => "ERROR",
+        }
+    }
+
+    /// The one of this name, whatever its case.
+    pub fn of(name: &str) -> Option<Self> {
+        Self::value_variants().iter().copied().find(|level| level.name().eq_ignore_ascii_case(name))
+    }
+
+    /// All of them.
+    pub fn names() -> String {
+        Self::value_variants().iter().map(|level| level.name()).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// The form of log lines.
@@ -88,6 +111,9 @@ pub(super) enum Command {
     /// but in that peer's own table. `path/s` is what the path to a peer delivers, `idle` the time since something was last counted. A dash is what is
     /// not known. At most 1,024 rows are told, those with the most bytes
     Peers(PeersArgs),
+    /// Show the level of a running process's log, or change it until that process ends
+    #[command(name = "log-level")]
+    Level(LevelArgs),
     /// Write a shell's completion script to standard output
     Completions {
         /// The shell

@@ -66,14 +66,19 @@ pub enum PeersShow {
     Live(Duration),
 }
 
+/// Where a process on this node that was given `metrics_addr` is asked.
+pub(super) fn side_port(metrics_addr: &str) -> Result<std::net::SocketAddr, clap::Error> {
+    Ok(match listen("--metrics-addr", metrics_addr)? {
+        ListenAddr::One(addr) if !addr.ip().is_unspecified() => addr,
+        addr => (std::net::Ipv4Addr::LOCALHOST, addr.port()).into(),
+    })
+}
+
 pub(super) fn peers(args: &PeersArgs) -> Result<PeersSettings, clap::Error> {
     if args.json && args.once {
         return Err(usage("--json or --once"));
     }
-    let addr = match listen("--metrics-addr", &args.metrics_addr)? {
-        ListenAddr::One(addr) if !addr.ip().is_unspecified() => addr,
-        addr => (std::net::Ipv4Addr::LOCALHOST, addr.port()).into(),
-    };
+    let addr = side_port(&args.metrics_addr)?;
     let show = match (args.json, args.once) {
         (true, _) => PeersShow::Json,
         (_, true) => PeersShow::Once,

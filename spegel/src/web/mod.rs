@@ -2,6 +2,8 @@
 
 mod debug;
 mod guard;
+mod level;
+mod pprof;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -20,6 +22,8 @@ use crate::ebpf::Watch;
 use crate::metrics::{self, Figures, Format};
 
 pub use debug::{Examination, Examined, Parts, Verdict};
+pub use level::{LEVEL_PATH, LogControl};
+pub use pprof::PROFILE_PATH;
 
 /// Where a process on the same node reads what is known of peers, as JSON.
 pub const PEERS_PATH: &str = "/debug/peers";
@@ -32,7 +36,7 @@ pub struct Web {
 }
 
 impl Web {
-    /// Takes over a listener. `debug` is what the pages for people are made of; without it there are none. They end with `stop`.
+    /// Takes over a listener. `debug` is what the pages for people are made of; without it there are none, and no profiles. They end with `stop`.
     ///
     /// # Errors
     /// The runtime does not accept it.
@@ -40,12 +44,14 @@ impl Web {
         listener: std::net::TcpListener,
         figures: Figures,
         watch: Watch,
+        log: Arc<dyn LogControl>,
         debug: Option<Parts>,
         stop: CancellationToken,
     ) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        Ok(Self { listener, router: router(figures, watch, debug, stop) })
+        let level = level::routes(log).layer(from_fn(guard::same_node));
+        Ok(Self { listener, router: router(figures, watch, debug, stop).merge(level) })
     }
 
     /// Serves until `stop`; requests under way are finished.
@@ -63,7 +69,7 @@ impl Web {
 fn router(figures: Figures, watch: Watch, debug: Option<Parts>, stop: CancellationToken) -> Router {
     let mut inside = Router::new().route(PEERS_PATH, get(peers)).with_state(watch);
     if let Some(parts) = debug {
-        inside = inside.merge(debug::router(parts, stop));
+        inside = inside.merge(debug::router(parts, stop)).merge(pprof::routes());
     }
     let inside = inside.layer(from_fn(guard::same_node));
     Router::new().route("/metrics", get(scrape)).with_state(Arc::new(figures)).merge(inside)

@@ -14,6 +14,7 @@ mod doctor;
 mod faults;
 mod kernel;
 mod layers;
+mod logs;
 mod many;
 mod mdns;
 mod monitoring;
