@@ -280,6 +280,12 @@ mod tests {
     }
 
     #[test]
+    fn what_log_level_is_told_changes_something() {
+        let told = [&["log-level"][..], &["log-level", "debug"], &["log-level", "--metrics-addr", ":1"]].map(settings);
+        assert!(told[0] != told[1] && told[0] != told[2] && told[1].contains("level: Some(Debug)"), "{told:?}");
+    }
+
+    #[test]
     fn each_flag_of_cleanup_changes_something() {
         check_flags(
             "cleanup",
@@ -362,6 +368,7 @@ mod tests {
             (&["configuration"], "--mirror-targets"),
             (&["registry", "--bootstrap-kind", "mdns", "--upstream-ports", "https"], "--upstream-ports https"),
             (&["peers", "--json", "--once"], "--json or --once"),
+            (&["log-level", "loud"], "possible values: DEBUG, INFO, WARN, ERROR"),
             (&["cleanup"], "--addr"),
             (&["cleanup-wait"], "--probe-endpoint"),
             (&["cleanup-wait", "--probe-endpoint", "nowhere"], "host and a port"),
