@@ -91,7 +91,7 @@ fn tell(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], accounts: &[[(f64, f6
         (Some(aim), is_worse) => {
             let change = changed(1, at).median;
             let verdict = if (if is_worse { change } else { -change }) <= aim { "reached" } else { "missed" };
-            format!("{} {aim} %: {verdict}", if is_worse { "≤ +" } else { "≥ -" })
+            format!("{}{aim} %: {verdict}", if is_worse { "≤ +" } else { "≥ -" })
         }
         (None, _) => "-".to_owned(),
     };
