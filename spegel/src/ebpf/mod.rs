@@ -6,6 +6,7 @@
 //! Nothing here is needed to serve: it only watches.
 
 mod cgroup;
+mod counts;
 mod kernel;
 mod metrics;
 mod own;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use spegel_common::{Congestion, Counts, PeerKey, PeerStats, Role};
 
+use super::counts::{difference, difference_of_part, each, sum};
 use super::kernel::Reading;
 use crate::zerocopy::TcpInfo;
 
@@ -353,35 +354,6 @@ impl Newest {
 
 fn address(key: &PeerKey) -> IpAddr {
     IpAddr::V6(Ipv6Addr::from(key.address)).to_canonical()
-}
-
-/// Each of the counts of `a` with that of `b`.
-fn each(a: &Counts, b: &Counts, of: impl Fn(u64, u64) -> u64) -> Counts {
-    Counts {
-        opened: of(a.opened, b.opened),
-        closed: of(a.closed, b.closed),
-        failed: of(a.failed, b.failed),
-        reset: of(a.reset, b.reset),
-        sent: of(a.sent, b.sent),
-        received: of(a.received, b.received),
-        segments: of(a.segments, b.segments),
-        retransmits: of(a.retransmits, b.retransmits),
-    }
-}
-
-fn sum(to: &mut Counts, more: &Counts) {
-    *to = each(to, more, u64::saturating_add);
-}
-
-/// How much the kernel's counts have grown. A row that has less than before was pushed out and made anew: all that it has is new.
-fn difference(now: &Counts, before: &Counts) -> Counts {
-    let fell = each(now, before, |now, before| u64::from(now < before));
-    if fell == Counts::default() { each(now, before, |now, before| now - before) } else { *now }
-}
-
-/// What is left of a whole without one of its parts.
-fn difference_of_part(whole: &Counts, part: &Counts) -> Counts {
-    each(whole, part, u64::saturating_sub)
 }
 
 #[cfg(test)]
