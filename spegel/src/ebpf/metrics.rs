@@ -224,10 +224,21 @@ fn offload(saved: u64, upstream: u64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::super::kernel::Reading;
+    use super::super::table::Table;
     use super::*;
     use crate::zerocopy::TcpInfo;
     use std::net::IpAddr;
     use std::time::Instant;
+
+    #[test]
+    fn events_that_were_lost_are_told() {
+        let (mut table, mut reading) = (Table::new(true), Reading::default());
+        reading.totals[Role::Served as usize].lost = 2;
+        reading.totals[Role::Other as usize].lost = 1;
+        table.apply(&reading, Instant::now());
+        assert_eq!(table.lost(), 3);
+    }
 
     #[test]
     fn peers_that_come_and_go_do_not_add_up() {

@@ -407,15 +407,6 @@ mod tests {
         assert_eq!(table.unlisted(Role::Served).sent, 20, "what nobody read of the old row");
     }
 
-    #[test]
-    fn events_that_were_lost_are_told() {
-        let (mut table, mut reading) = (Table::new(true), reading(&[], 0));
-        reading.totals[Role::Served as usize].lost = 2;
-        reading.totals[Role::Other as usize].lost = 1;
-        table.apply(&reading, Instant::now());
-        assert_eq!(table.lost(), 3);
-    }
-
     /// Metrics must not go backwards, whoever is named when, and must sum up to what was counted.
     #[test]
     fn what_metrics_tell_grows_and_sums_up() {
