@@ -47,8 +47,9 @@ const STANDS: [&str; 16] = [
 ];
 
 /// What moves only when something goes wrong, or for a moment, and the test that makes it.
-const ELSEWHERE: [(&str, &str); 20] = [
+const ELSEWHERE: [(&str, &str); 21] = [
     ("spegel_cut_responses_total", "a_chunk_after_the_first_is_refused_by_an_orderly_close_and_then_by_a_status"),
+    ("spegel_ebpf_containerd_attached", "containerds_group_may_come_late_and_come_back"),
     ("spegel_ebpf_lost_events_total", "events_that_were_lost_are_told"),
     ("spegel_ingests", "many_at_once_and_writers_that_give_up"),
     ("spegel_log_dropped_lines_total", "lines_that_nobody_reads_are_counted"),

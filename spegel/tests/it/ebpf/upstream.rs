@@ -133,6 +133,7 @@ fn containerds_group_may_come_late_and_come_back() {
     for round in 1..=2 {
         fs::create_dir(&group.0).unwrap();
         report_when(&watch, "the group", |report| report.containerd.is_some());
+        assert_eq!(figure(&watch, "spegel_ebpf_containerd_attached ", ""), 1.0);
         assert_eq!(group.run(&node, &pull).trim(), "10000");
         let upstream = |report: &Report| row(report, host.into(), "upstream");
         let report = report_when(&watch, "the pull", |report| upstream(report).is_some_and(|row| row.opened == round));
@@ -140,6 +141,7 @@ fn containerds_group_may_come_late_and_come_back() {
         wait_until(Duration::from_secs(5), "an empty group", || fs::remove_dir(&group.0).is_ok()).unwrap();
         let report = report_when(&watch, "that it is gone", |report| report.containerd.is_none());
         assert!(report.containerd_unseen.unwrap().contains("is gone"));
+        assert_eq!(figure(&watch, "spegel_ebpf_containerd_attached ", ""), 0.0);
         assert!(report.roles.iter().any(|role| role.role == "upstream"), "what was told stays");
     }
 }
