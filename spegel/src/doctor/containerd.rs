@@ -83,7 +83,10 @@ fn content(containerd: &Containerd, said: &Inspection) -> Finding {
                 Finding::warning(CHECK, format!("{} can be read, and has nothing yet{told}", path.display()), change)
             }
             Err(error) if error.kind() == ErrorKind::NotFound && said.content_path.as_ref() == Some(path) => {
-                Finding::note(CHECK, format!("{} is not there: containerd makes it with its first pull", path.display()))
+                Finding::note(
+                    CHECK,
+                    format!("{} is not there: containerd makes it with its first pull", path.display()),
+                )
             }
             Err(error) => Finding::failure(CHECK, format!("{}: {error}{told}", path.display()), change),
         },
