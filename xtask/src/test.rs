@@ -78,7 +78,7 @@ fn suites(quick: bool) -> Vec<Suite> {
     }
     if !quick {
         // The debug binary that the tests before have built.
-        suites.push(cargo("hosts", minutes(4), "run --quiet -p xtask -- hosts-test --binary target/debug/spegel"));
+        suites.push(cargo("hosts", minutes(6), "run --quiet -p xtask -- hosts-test --binary target/debug/spegel"));
         suites.push(cargo("pages", minutes(3), "run --quiet -p xtask -- docs --binary target/debug/spegel"));
     }
     suites.push(cargo("audit", minutes(3), "run --quiet -p xtask -- audit"));
