@@ -140,7 +140,23 @@ impl Group {
         let path = points.next().context("no cgroup2 is mounted")?.join(name);
         fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
         ensure!(path.join("cgroup.kill").exists(), "the kernel is older than 5.14");
+        remove_stale(&path);
         Ok(Self(path))
+    }
+}
+
+/// Removes the groups beside this one whose test was killed: nodes' names carry its number, as in `spegel-sp123a-n4`.
+fn remove_stale(group: &Path) {
+    let beside = group.parent().and_then(|folder| fs::read_dir(folder).ok()).into_iter().flatten().flatten();
+    for entry in beside {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some((lab, _)) = name.strip_prefix("spegel-sp").and_then(|rest| rest.split_once("-n")) else { continue };
+        let owner = lab.trim_end_matches(|c: char| c.is_ascii_lowercase());
+        let is_number = !owner.is_empty() && owner.bytes().all(|byte| byte.is_ascii_digit());
+        if is_number && !Path::new("/proc").join(owner).exists() {
+            // Another test may be removing it, too.
+            let _ = remove(&entry.path());
+        }
     }
 }
 
