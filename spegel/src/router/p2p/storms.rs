@@ -116,14 +116,7 @@ impl router::Storms for Storms {
     fn coordinators(&self, key: &Key) -> (storm::Key, Vec<Node>) {
         let id = ContentId::of(key);
         let target = id.position();
-        let table = self.0.table.read();
-        let speaks = |contact: &Contact| table.traits(&contact.peer()).storms;
-        let mut nearest: Vec<Position> = table
-            .closest(&target)
-            .iter()
-            .filter(|contact| speaks(contact))
-            .map(|contact| *contact.position())
-            .collect();
+        let mut nearest = self.0.table.read().nearest_for_storms(&target, COORDINATORS);
         nearest.push(self.0.local);
         nearest.sort_unstable_by_key(|position| position.distance(&target));
         (storm::Key(*id.hash()), nearest.iter().take(COORDINATORS).map(node).collect())

@@ -1,6 +1,6 @@
 //! The peers that can be asked: those that are connected, and the members beyond them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -40,6 +40,8 @@ pub(super) struct Table {
     known: BTreeMap<Position, Entry>,
     connected: usize,
     members: usize,
+    /// Where the members are that answer questions about storms.
+    storms: BTreeSet<Position>,
 }
 
 /// One peer. At least one of both is there.
@@ -103,6 +105,11 @@ impl Table {
 
     /// Adds a member, or replaces what is known of it.
     pub(super) fn set_member(&mut self, contact: Contact, traits: Arc<Traits>) {
+        if traits.storms {
+            self.storms.insert(*contact.position());
+        } else {
+            self.storms.remove(contact.position());
+        }
         let entry = self.known.entry(*contact.position()).or_default();
         self.members += usize::from(entry.member.replace((contact, traits)).is_none());
     }
@@ -112,6 +119,7 @@ impl Table {
         let position = Position::of_peer(peer);
         let Some(entry) = self.known.get_mut(&position) else { return };
         self.members -= usize::from(entry.member.take().is_some());
+        self.storms.remove(&position);
         if entry.connected.is_none() {
             self.known.remove(&position);
         }
@@ -172,7 +180,9 @@ impl Table {
 
     /// The known peers nearest to a position, in no order.
     pub(super) fn closest(&self, target: &Position) -> Vec<Contact> {
-        let bits = self.common_to_closest(target);
+        let below = self.known.range(..target).rev().map(|(at, _)| at);
+        let above = self.known.range(target..).map(|(at, _)| at);
+        let bits = common_to_closest(target, REPLICAS, below, above);
         let mut found: Vec<Contact> = Vec::with_capacity(REPLICAS);
         let mut farthest: Vec<&Contact> = Vec::with_capacity(REPLICAS);
         for contact in self.known.range(target.around(bits)).filter_map(|(_, entry)| entry.contact()) {
@@ -191,19 +201,14 @@ impl Table {
         found
     }
 
-    /// How many bits those nearest to a position have in common with it at least: the most that so many share, or none if there are
-    /// not so many. Those who share the most stand beside it on either side, the more the nearer.
-    fn common_to_closest(&self, target: &Position) -> usize {
-        let bits = |(at, _): (&Position, &Entry)| target.common_bits(at);
-        let mut below = self.known.range(..target).rev().map(bits).peekable();
-        let mut above = self.known.range(target..).map(bits).peekable();
-        let mut last = 0;
-        for _ in 0..REPLICAS {
-            let next = if below.peek() > above.peek() { below.next() } else { above.next() };
-            let Some(bits) = next else { return 0 };
-            last = bits;
-        }
-        last
+    /// Of the members that answer questions about storms, so many nearest to a position, the nearest first. They may be few among all.
+    pub(super) fn nearest_for_storms(&self, target: &Position, count: usize) -> Vec<Position> {
+        let (below, above) = (self.storms.range(..target).rev(), self.storms.range(target..));
+        let bits = common_to_closest(target, count, below, above);
+        let mut found: Vec<Position> = self.storms.range(target.around(bits)).copied().collect();
+        found.sort_unstable_by_key(|position| position.distance(target));
+        found.truncate(count);
+        found
     }
 
     /// Whether everyone that is known is near to every key.
@@ -251,6 +256,25 @@ impl SharedTable {
     }
 }
 
+/// How many bits the `count` nearest to a position have in common with it at least: the most that so many share, or none if there are not so
+/// many. Those who share the most stand beside it on either side, the more the nearer: `below` and `above` go away from it.
+fn common_to_closest<'a>(
+    target: &Position,
+    count: usize,
+    below: impl Iterator<Item = &'a Position>,
+    above: impl Iterator<Item = &'a Position>,
+) -> usize {
+    let bits = |at: &Position| target.common_bits(at);
+    let (mut below, mut above) = (below.map(bits).peekable(), above.map(bits).peekable());
+    let mut last = 0;
+    for _ in 0..count {
+        let next = if below.peek() > above.peek() { below.next() } else { above.next() };
+        let Some(bits) = next else { return 0 };
+        last = bits;
+    }
+    last
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -293,6 +317,26 @@ mod tests {
                 prop_assert!(found.contains(first), "the target itself");
             }
             prop_assert_eq!((table.connected(), table.members()), (connected + both, both + apart));
+        }
+    }
+
+    /// One of ten answers questions about storms: they are found all the same, the nearest first, and not once they are gone or do not any more.
+    #[test]
+    fn few_among_many_are_found_for_storms() {
+        let mut table = Table::default();
+        let contacts: Vec<Contact> = (0..400).map(|_| contact()).collect();
+        let speaks = |storms| Arc::new(Traits { storms, ..Traits::default() });
+        for (n, contact) in contacts.iter().enumerate() {
+            table.set_member(contact.clone(), speaks(n % 10 == 0));
+        }
+        table.set_member(contacts[0].clone(), speaks(false));
+        table.remove_member(&contacts[10].peer());
+        let speakers: Vec<Contact> = contacts.iter().step_by(10).skip(2).cloned().collect();
+        for _ in 0..50 {
+            let target = Position::of_peer(&PeerId::random());
+            let wanted: Vec<Position> = sorted(speakers.clone(), &target).iter().map(|one| *one.position()).collect();
+            assert_eq!(table.nearest_for_storms(&target, 3), wanted[..3]);
+            assert_eq!(table.nearest_for_storms(&target, 100), wanted);
         }
     }
 
