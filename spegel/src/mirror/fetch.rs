@@ -106,15 +106,13 @@ pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found
     let (peer, taken, line) = match shared.storms.as_ref().filter(|storms| storms.concern(wanted)) {
         Some(storms) => match storms::hold(shared, storms, wanted).await {
             Offer::Taken(peer, taken, line) => (peer, *taken, Some(line)),
-            // Nobody coordinates it, so it is as without storms.
-            Offer::Nobody(None) => {
-                let (peer, taken) = race_or_wait(shared, wanted).await?;
-                (peer, taken, None)
+            Offer::Unheld(line) => {
+                let ((peer, taken), line) = storms::follow(line, race_or_wait(shared, wanted)).await?;
+                (peer, taken, line)
             }
-            Offer::Nobody(Some(mut line)) => {
-                let (peer, taken) = race_once(shared, wanted).await?;
-                line.is_given_elsewhere();
-                (peer, taken, Some(line))
+            Offer::Nobody(line) => {
+                let ((peer, taken), line) = storms::follow(Some(line), race_once(shared, wanted)).await?;
+                (peer, taken, line)
             }
         },
         None => {

@@ -326,10 +326,10 @@ impl Mirror {
         self.shared.storms.as_ref().is_some_and(|storms| storms.may_wait(digest, rank))
     }
 
-    /// Ends when those who wait for the first bytes of a blob have to look elsewhere.
-    pub async fn sent_away(&self, digest: &Digest) {
+    /// Ends when somebody of this rank may not wait for the first bytes of a blob any more.
+    pub async fn sent_away(&self, digest: &Digest, rank: Rank) {
         match &self.shared.storms {
-            Some(storms) => storms.sent_away(digest).await,
+            Some(storms) => storms.sent_away(digest, rank).await,
             None => std::future::pending().await,
         }
     }

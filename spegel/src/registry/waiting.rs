@@ -86,16 +86,19 @@ impl Registry {
         let end = Instant::now() + wait;
         loop {
             let left = end.saturating_duration_since(Instant::now());
+            let sent_away = async {
+                match ask.rank {
+                    Some(rank) => self.settings.mirror.sent_away(digest, rank).await,
+                    None => std::future::pending().await,
+                }
+            };
             let found = tokio::select! {
                 found = self.settings.store.expect(digest, ask.repository.as_ref(), left) => found?,
-                () = self.settings.mirror.sent_away(digest) => return Ok(None),
+                // Its own pull may have ended because all of it has come.
+                () = sent_away => return self.settings.store.find(digest, ask.repository.as_ref()).await,
             };
             if found.is_some() || Instant::now() >= end {
                 return Ok(found);
-            }
-            if self.declines(ask, digest) {
-                // Its own pull may have ended because all of it has come.
-                return self.settings.store.find(digest, ask.repository.as_ref()).await;
             }
             tokio::time::sleep(LOOK.min(left)).await;
         }

@@ -82,25 +82,29 @@ impl Budget {
     /// Holds a request, and says until when at most; nothing if too little is left.
     pub fn begin(&mut self, now: Instant) -> Option<(Hold, Instant)> {
         self.used = now;
-        let hold = Hold(self.next);
-        self.held.push((hold, now));
-        match self.deadline() {
-            Some(deadline) if deadline >= now + LEAST => {
-                self.next += 1;
-                Some((hold, deadline))
-            }
-            _ => {
-                self.held.pop();
-                None
-            }
+        if !self.has_left(now) {
+            return None;
         }
+        let hold = Hold(self.next);
+        self.next += 1;
+        self.held.push((hold, now));
+        self.deadline().map(|deadline| (hold, deadline))
+    }
+
+    /// Whether a request could be held now.
+    pub fn has_left(&self, now: Instant) -> bool {
+        let first = self.held.iter().map(|(_, since)| *since).min().unwrap_or(now);
+        self.deadline_of(first) >= now + LEAST
     }
 
     /// Until when the requests that are held now may be. Never earlier than it was said before.
     pub fn deadline(&self) -> Option<Instant> {
-        let first = self.held.iter().map(|(_, since)| *since).min()?;
+        self.held.iter().map(|(_, since)| *since).min().map(|first| self.deadline_of(first))
+    }
+
+    fn deadline_of(&self, first: Instant) -> Instant {
         let before: Duration = union(&self.charged, Some(first));
-        Some(first + (self.max + self.forgiven).saturating_sub(self.spent).saturating_sub(before))
+        first + (self.max + self.forgiven).saturating_sub(self.spent).saturating_sub(before)
     }
 
     /// The pull has just got bytes: what it asks for from now on is still the same pull.
@@ -261,7 +265,9 @@ mod tests {
         let start = Instant::now();
         let mut budget = Budget::new(MAX, start);
         let (hold, deadline) = budget.begin(start).unwrap();
+        assert!(budget.has_left(deadline - ms(50)) && !budget.has_left(deadline - ms(49)));
         budget.end(hold, HoldEnd::InVain, deadline);
+        assert!(!budget.has_left(deadline));
         assert_eq!(budget.begin(deadline), None);
         assert_eq!(budget.spent(), MAX);
     }

@@ -114,6 +114,8 @@ pub struct Child {
     source: Source,
     /// Until when a request is held without a byte.
     deadline: Instant,
+    /// A body can be left for another parent: its request could be held until that gives it.
+    can_move: bool,
     /// Until when a parent that was asked may give nothing.
     patience: Instant,
     rank: Option<Rank>,
@@ -144,14 +146,24 @@ impl Child {
     /// A request that is held until `deadline` at most. `coordinators` are the nearest live nodes to the key, the nearest first. `number` is
     /// larger than any that this node used for the key before; the microseconds since 1970 are.
     pub fn new(wish: Wish, slots: u16, coordinators: Vec<Node>, number: u64, deadline: Instant, now: Instant) -> Self {
-        let mut child = Self {
+        let mut child = Self::apart(wish, slots, coordinators, number, now);
+        child.deadline = deadline;
+        child.ask(Why::New, now);
+        child
+    }
+
+    /// A request that is not held, for want of time, and of which no coordinator is asked: somebody may give it all the same, or it goes upstream
+    /// when [`Child::give_up`] says so. The others follow it there.
+    pub fn apart(wish: Wish, slots: u16, coordinators: Vec<Node>, number: u64, now: Instant) -> Self {
+        Self {
             wish,
             slots,
             coordinators,
             at: 0,
             number,
             source: Source::Nobody,
-            deadline,
+            deadline: now + NOTHING,
+            can_move: true,
             patience: now,
             rank: None,
             avoid: VecDeque::new(),
@@ -168,9 +180,7 @@ impl Child {
             to_report: false,
             told: 0,
             actions: VecDeque::new(),
-        };
-        child.ask(Why::New, now);
-        child
+        }
     }
 
     /// What is to be done now. To be called until there is nothing, after each event and at [`Child::wake`].
@@ -227,6 +237,10 @@ impl Child {
             (Response::Fetch { parent, .. }, Source::Parent(current)) if parent == current => {}
             // It has begun to come again.
             (_, Source::Parent(_)) if question.why == Why::Still && self.grown > question.sent => {}
+            // It would be left for nobody.
+            (Response::Fetch { .. }, Source::Parent(_)) if !self.can_move => {
+                self.again = Some((now + SLOW_PAUSE, question.why))
+            }
             (Response::Fetch { parent, rank, patience }, _) => self.fetch(parent, rank, patience, now),
             (Response::Pull { .. }, _) => self.go_upstream(Action::Pull, now),
             (Response::Wait { pause }, _) => self.again = Some((now + pause, question.why)),
@@ -297,12 +311,24 @@ impl Child {
             // It catches up.
             Some((_, before)) if lacks <= before / 2 => self.slow = Some((now, lacks)),
             Some(_) => {
-                if self.question.is_none() && self.again.is_none() && now >= self.not_slow_before {
+                if self.can_move && self.question.is_none() && self.again.is_none() && now >= self.not_slow_before {
                     (self.slow, self.not_slow_before) = (None, now + SLOW_PAUSE);
                     self.ask(Why::Slow, now);
                 }
             }
             None => self.slow = Some((now, lacks)),
+        }
+    }
+
+    /// Whether a body may be left for another parent, since its request could be held until that gives it.
+    pub fn can_move(&mut self, can: bool) {
+        self.can_move = can;
+    }
+
+    /// Our containerd goes upstream for it.
+    pub fn give_up(&mut self, now: Instant) {
+        if !matches!(self.source, Source::Upstream | Source::Over) {
+            self.go_upstream(Action::GiveUp, now);
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use super::rate::Rate;
-use super::tree::{Seeker, Standing, Tree};
+use super::tree::{Roots, Seeker, Standing, Tree};
 use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT, TreeView, Want, Why, Zone, view};
 
 /// How long a blob is remembered of which nothing is heard.
@@ -19,6 +19,8 @@ const BEYOND_USUAL: Duration = Duration::from_millis(250);
 const FED_FIRST_BYTE: Duration = Duration::from_millis(4500);
 /// How long to wait at a parent that has bytes.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long at a root that gave nothing before: both times and another one's first byte must fit in what a pull may be held.
+const ONCE_MORE: Duration = Duration::from_millis(500);
 /// What a child may lack of what a root has, if that is so for all.
 const SLACK: u64 = 4 << 20;
 /// Whoever lacks so much of what another has should get that from it before it pulls itself; or this part of the blob.
@@ -248,7 +250,12 @@ impl Asked<'_> {
             }
             (Why::New | Why::Still, _) => {}
             (why, _) => {
-                parent.into_iter().for_each(|parent| self.hear_of(parent, why));
+                if let Some(parent) = parent {
+                    self.hear_of(parent, why);
+                    if want.position == 0 && why != Why::Slow {
+                        self.tree.was_in_vain(parent);
+                    }
+                }
                 if why != Why::Slow {
                     self.tree.stand(self.from, Standing::Orphan, None);
                 }
@@ -289,16 +296,22 @@ impl Asked<'_> {
         // Not the one that it has just lost.
         let latest = want.avoid.len().saturating_sub(1);
         let at_need = Seeker { avoid: &want.avoid[latest..], at_need: true, ..seeker };
-        if want.position > 0
-            && let Some(parent) = self.parent(at_need).filter(|parent| !at_need.avoid.contains(parent))
+        if let Some(parent) = self.tree.parent_for(at_need, self.now)
+            && !at_need.avoid.contains(&parent)
+            && (want.position > 0 || self.tree.has_some(parent))
         {
             return self.fetch(parent);
         }
-        if self.tree.has_root(self.now) {
-            // There is a root, and nobody who is ahead of the asker and would do.
-            return Response::Wait { pause: SOON };
+        let avoid = if want.position == 0 { &want.avoid[..] } else { &[] };
+        match self.tree.judge_roots(avoid, self.now) {
+            // Nobody is ahead of the asker and would do.
+            Roots::Hope => Response::Wait { pause: SOON },
+            Roots::Again(root) => match self.fetch(root) {
+                Response::Fetch { parent, rank, .. } => Response::Fetch { parent, rank, patience: ONCE_MORE },
+                answer => answer,
+            },
+            Roots::None | Roots::InVain => self.pull(want),
         }
-        self.pull(want)
     }
 
     /// Another place for one that has one, if there is a better one.

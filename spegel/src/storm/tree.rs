@@ -19,6 +19,10 @@ const ZONES: usize = 64;
 const ROOTS: usize = 64;
 /// How many of them report often.
 const MAIN_ROOTS: usize = 3;
+/// How many times a root must have been asked in vain before another one may pull beside it.
+const IN_VAIN: u8 = 2;
+/// How long it must have had bytes by then.
+const TRIED: Duration = Duration::from_secs(1);
 /// One level for each so many bytes of the blob, between these bounds, and no fewer than a tree of two children each needs.
 const BYTES_A_LEVEL: u64 = 10 << 20;
 const FEWEST_LEVELS: u64 = 4;
@@ -44,6 +48,10 @@ pub(super) struct Place {
     shunned: Option<Instant>,
     /// A child has said since it was last heard of that it broke off.
     suspected: bool,
+    /// When its first bytes were heard of.
+    began: Option<Instant>,
+    /// How many times somebody without a byte asked it in vain since it gave anything to anybody.
+    in_vain: u8,
     /// It was told to pull once, and got nothing: it is not told again.
     pub(super) refused: bool,
     /// It is only said to have it, and was never heard of itself.
@@ -83,6 +91,19 @@ pub(super) struct Tree {
     pub(super) furthest: u64,
     pub(super) first_heard: Instant,
     pub(super) touched: Instant,
+}
+
+/// What may come of those that get a blob from upstream, for one that finds no parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Roots {
+    /// There are none.
+    None,
+    /// Something, of one at least.
+    Hope,
+    /// This one may be asked once more.
+    Again(Node),
+    /// Nothing: they grow, and whoever was sent to them got nothing.
+    InVain,
 }
 
 /// Who asks for a parent.
@@ -148,6 +169,8 @@ impl Tree {
                 grown: now,
                 shunned: None,
                 suspected: false,
+                began: None,
+                in_vain: 0,
                 refused: false,
                 is_hearsay: false,
                 number: 0,
@@ -157,9 +180,15 @@ impl Tree {
             self.places.insert(node, place);
         }
         let furthest = self.furthest.max(position);
+        if position > 0
+            && let Some(parent) = self.places.get(&node).and_then(|place| place.parent)
+        {
+            self.change(parent, |place| place.in_vain = 0);
+        }
         self.change(node, |place| {
             if position > place.position {
                 (place.position, place.grown) = (position, now);
+                place.began = place.began.or(Some(now));
             }
             place.furthest = furthest;
             (place.slots, place.heard, place.suspected, place.is_hearsay) = (slots, now, false, false);
@@ -229,6 +258,36 @@ impl Tree {
             place.suspected |= broke;
             place.shunned = Some(now + SHUNNED);
         });
+    }
+
+    /// A child without a byte got nothing from the node.
+    pub(super) fn was_in_vain(&mut self, node: Node) {
+        // What has nothing itself can give nothing.
+        self.change(node, |place| place.in_vain = place.in_vain.saturating_add(u8::from(place.position > 0)));
+    }
+
+    /// Whether the node has bytes to give at once, and is not known to give them to nobody.
+    pub(super) fn has_some(&self, node: Node) -> bool {
+        self.places.get(&node).is_some_and(|place| place.position > 0 && place.in_vain < IN_VAIN)
+    }
+
+    /// What is to be done about roots, if there are some and none of them gives anything to one who avoids these.
+    pub(super) fn judge_roots(&self, avoid: &[Node], now: Instant) -> Roots {
+        let mut found = Roots::None;
+        for node in &self.roots {
+            let Some(place) = self.places.get(node).filter(|place| place.is_source(now)) else { continue };
+            // One that grows and is well may yet be a bad parent. Who was sent to it and does not complain gets something.
+            let is_tried = place.standing == Standing::Root && avoid.contains(node) && place.children == 0;
+            let is_old = place.began.is_some_and(|began| now.saturating_duration_since(began) >= TRIED);
+            match (is_tried, place.in_vain >= IN_VAIN) {
+                (false, _) => return Roots::Hope,
+                (true, false) => found = Roots::Again(*node),
+                (true, true) if !is_old => return Roots::Hope,
+                (true, true) if found == Roots::None => found = Roots::InVain,
+                (true, true) => {}
+            }
+        }
+        found
     }
 
     /// The node is said to have all of it.

@@ -60,7 +60,9 @@ pub(super) struct Driver {
     /// Why the parent was left that gave it before.
     left: Option<Why>,
     depth: usize,
+    /// It comes from upstream now, or some of it did.
     from_upstream: bool,
+    was_upstream: bool,
     /// Other parts of the image were arriving when it was sent upstream.
     is_fed_others: bool,
     /// When it was sent upstream, until something came.
@@ -101,6 +103,7 @@ impl Driver {
             left: None,
             depth: 0,
             from_upstream: false,
+            was_upstream: false,
             is_fed_others: false,
             told: None,
             members: now,
@@ -158,7 +161,11 @@ impl Driver {
                     }
                 }
                 Action::Probe { parent } => self.probe(parent),
-                Action::SendAway => self.pull.away.notify_waiters(),
+                Action::SendAway => {
+                    // Those who wait look at it when they are told.
+                    self.pull.state().rank = self.child.rank();
+                    self.pull.away.notify_waiters();
+                }
                 // Nothing has come for long: that is for the body's own bounds.
                 Action::GiveUp if self.is_fed => self.is_silent = true,
                 Action::Pull | Action::GiveUp => {
@@ -220,9 +227,15 @@ impl Driver {
                 self.child.failed(failure, deadline, now);
             }
             Event::Elsewhere => {
-                (self.from_upstream, self.told, self.is_silent) = (false, None, true);
+                let mut state = self.pull.state();
+                (state.is_root, state.told) = (false, None);
+                drop(state);
+                // Those who were told that it comes from outside the tree are not told otherwise: it does.
+                self.is_silent = self.child.source() != Source::Upstream;
+                (self.from_upstream, self.told) = (false, None);
                 (self.is_fed, self.is_awaited) = (true, true);
             }
+            Event::Upstream => self.child.give_up(now),
             Event::Ended => (self.is_fed, self.is_awaited) = (false, false),
             Event::Left => {
                 self.is_awaited = false;
@@ -236,6 +249,8 @@ impl Driver {
 
     fn be_told(&mut self, news: News) {
         let now = Instant::now();
+        let left = self.storms.with_budget(&self.pull.image, now, |budget| Some(budget.has_left(now)));
+        self.child.can_move(left.unwrap_or(false));
         match news {
             News::Answered(number, Some(response)) => self.child.answered(number, response, now),
             News::Answered(number, None) => {
@@ -286,8 +301,8 @@ impl Driver {
         match self.store.find(&self.pull.digest, asked).await.ok().flatten() {
             Some(Found::Complete(blob)) => {
                 self.reached(blob.size, now);
-                let from = if self.from_upstream { From::Upstream } else { From::Peers };
-                let depth = if self.from_upstream { 0 } else { self.depth.max(1) };
+                let from = if self.was_upstream { From::Upstream } else { From::Peers };
+                let depth = if self.was_upstream { 0 } else { self.depth.max(1) };
                 self.storms.figures.got(&self.pull.image, from, depth, now);
                 self.child.complete(now);
             }
@@ -312,6 +327,7 @@ impl Driver {
             return;
         }
         let from = if self.from_upstream { From::Upstream } else { From::Peers };
+        self.was_upstream |= self.from_upstream;
         let stood = now.duration_since(self.grown);
         if let Some(told) = self.told.take() {
             let took = now.duration_since(told);
@@ -329,7 +345,7 @@ impl Driver {
             budget.goes_on(now);
             None::<()>
         });
-        self.storms.figures.came(&self.pull.image, from, more);
+        self.storms.figures.came(&self.pull.image, from, more, now);
         self.depth = self.depth.max(self.shared.lineage.of(&self.pull.digest).len());
         (self.position, self.grown) = (position, now);
         self.pull.state().grown = Some(now);

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -164,7 +164,7 @@ impl StormFigures {
 
     /// A part of the image is asked for.
     pub(super) fn asked(&self, image: &Arc<str>, now: Instant) {
-        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut images = self.images();
         if let Some(place) = images.iter().position(|known| known.name == *image) {
             let Some(mut known) = images.remove(place) else { return };
             if now.duration_since(known.used) >= GAP {
@@ -186,7 +186,8 @@ impl StormFigures {
     }
 
     /// Bytes of it came.
-    pub(super) fn came(&self, image: &Arc<str>, from: From, bytes: u64) {
+    pub(super) fn came(&self, image: &Arc<str>, from: From, bytes: u64, now: Instant) {
+        self.images().iter_mut().filter(|known| known.name == *image).for_each(|known| known.used = now);
         if let Some(image) = self.known(image) {
             self.bytes.get_or_create(&SourceLabel { image, source: from.name() }).inc_by(bytes);
         }
@@ -195,7 +196,7 @@ impl StormFigures {
     /// A part of it is here, and came by way of so many nodes.
     pub(super) fn got(&self, image: &Arc<str>, from: From, depth: usize, now: Instant) {
         let began = {
-            let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut images = self.images();
             let Some(known) = images.iter_mut().find(|known| known.name == *image) else { return };
             known.used = now;
             known.began
@@ -250,9 +251,12 @@ impl StormFigures {
         self.shed.inc();
     }
 
+    fn images(&self) -> MutexGuard<'_, VecDeque<Image>> {
+        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn known(&self, image: &Arc<str>) -> Option<String> {
-        let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
-        images.iter().any(|known| known.name == *image).then(|| image.to_string())
+        self.images().iter().any(|known| known.name == *image).then(|| image.to_string())
     }
 
     fn forget(&self, image: &Arc<str>) {
@@ -287,7 +291,7 @@ mod tests {
         for n in 0..3 * IMAGES {
             let image: Arc<str> = format!("registry.test/app{n}").into();
             figures.asked(&image, start);
-            figures.came(&image, From::Upstream, 5);
+            figures.came(&image, From::Upstream, 5, start);
             figures.waited(&image, Wait::Parent, GAP);
             figures.moved(&image, Why::Slow);
             figures.got(&image, From::Upstream, 2, start + GAP / 2);
@@ -300,7 +304,7 @@ mod tests {
         assert!(!text.contains("app0\"") && text.contains(&format!("app{}\"", 3 * IMAGES - 1)));
         let long: Arc<str> = "x".repeat(LONGEST + 1).into();
         figures.asked(&long, start);
-        figures.came(&long, From::Peers, 1);
+        figures.came(&long, From::Peers, 1, start);
         assert!(!crate::metrics::encode(&shown, crate::metrics::Format::OpenMetrics).unwrap().contains(&*long));
     }
 
@@ -322,6 +326,13 @@ mod tests {
         figures.asked(&image, start + 3 * GAP);
         figures.got(&image, From::Peers, 3, start + 3 * GAP + Duration::from_secs(1));
         assert_eq!(figures.duration.get_or_create(&label).get(), 1.0);
+        // One layer for longer than the gap, and then the next one: it is still the same pull.
+        let (began, end) = (start + 6 * GAP, start + 9 * GAP);
+        figures.asked(&image, began);
+        (1..30).for_each(|n| figures.came(&image, From::Peers, 1, began + GAP * n / 10));
+        figures.asked(&image, end);
+        figures.got(&image, From::Peers, 1, end);
+        assert_eq!(figures.duration.get_or_create(&label).get(), (3 * GAP).as_secs_f64());
         assert_eq!(figures.depth.get_or_create(&label).get(), 3);
     }
 }

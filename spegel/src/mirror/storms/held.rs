@@ -11,7 +11,7 @@ use tokio::time::{sleep_until, timeout};
 use tracing::debug;
 
 use super::figures::Wait;
-use super::{Driver, Event, Order, Pull, Storms};
+use super::{Begun, Driver, Event, Order, Pull, Storms};
 use crate::mirror::attempt::{Contact, attempt};
 use crate::mirror::client::{PeerError, Timeouts};
 use crate::mirror::fetch::{Streamed, Taken, Use, race_among};
@@ -47,8 +47,10 @@ pub(super) struct Ended<'a>(pub(super) Option<&'a Pull>);
 pub(in crate::mirror) enum Offer {
     /// Somebody gives it, and the body's end is to be told here.
     Taken(Peer, Box<Taken>, Line),
-    /// Nobody was asked, or nobody gives it: whoever has it may, and else upstream.
-    Nobody(Option<Line>),
+    /// No coordinator named one who gives it: whoever has it may, and else upstream.
+    Nobody(Line),
+    /// It was not held: it is as without storms.
+    Unheld(Option<Line>),
 }
 
 /// What a body has to do with the storm that it comes by.
@@ -102,6 +104,10 @@ impl Drop for Ended<'_> {
 // === impl Line ===
 
 impl Line {
+    fn of(storms: &Arc<Storms>, pull: Arc<Pull>, is_led: bool) -> Self {
+        Self { storms: Arc::clone(storms), orders: pull.orders.subscribe(), pull, is_led }
+    }
+
     /// The body comes by this connection now.
     pub(in crate::mirror) fn comes_by(&self, stream: &tokio::net::TcpStream) {
         self.pull.comes_by(stream);
@@ -126,7 +132,6 @@ impl Line {
     /// A peer gives it that no coordinator named.
     pub(in crate::mirror) fn is_given_elsewhere(&mut self) {
         self.is_led = false;
-        self.pull.state().is_root = false;
         self.pull.tell(Event::Elsewhere);
     }
 }
@@ -137,17 +142,11 @@ impl std::fmt::Debug for Line {
     }
 }
 
-/// Larger than any before of this node: what comes later is newer.
-fn number() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2)
-}
-
 /// Asks who pulls what may be here for nobody, and takes it from whom a coordinator names. It goes upstream if it is told so, or for want of
 /// anything better, after what is left of the pull's time at the most.
 pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, wanted: &Wanted) -> Offer {
     let (Key::Digest(digest), Some(image), Some(store)) = (&wanted.key, &wanted.pull, storms.store.get()) else {
-        return Offer::Nobody(None);
+        return Offer::Unheld(None);
     };
     let (key, coordinators) = storms.asked.coordinators(&wanted.key);
     let now = Instant::now();
@@ -157,12 +156,16 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
         Some(_) => None,
     };
     // Alone there is nobody to wait for.
-    let Some(position) = position.filter(|_| coordinators.len() >= 2) else { return Offer::Nobody(None) };
+    let Some(position) = position.filter(|_| coordinators.len() >= 2) else { return Offer::Unheld(None) };
     storms.figures.asked(image, now);
-    let Some(mut held) = Held::begin(storms, image, now) else { return Offer::Nobody(None) };
-    let Some((pull, events)) = storms.begin(digest, image, now) else { return Offer::Nobody(None) };
+    let (pull, events) = match storms.begin(digest, image, now) {
+        Begun::New(pull, events) => (pull, events),
+        Begun::Back(pull) => return Offer::Unheld(Some(Line::of(storms, pull, false))),
+        Begun::TooMany => return Offer::Unheld(None),
+    };
     let mut ended = Ended(Some(&pull));
     let holding = wanted.tale.hold();
+    let held = Held::begin(storms, image, now);
     let total = shared.sizes.of(digest);
     let wish = Wish {
         key,
@@ -172,11 +175,18 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
         busy: storms.is_root(),
         fed: storms.is_arriving(image, digest, now),
     };
-    let child = Child::new(wish, storms.feeds.slots(total), coordinators, number(), held.deadline, now);
-    let orders = pull.orders.subscribe();
+    let (slots, number) = (storms.feeds.slots(total), storms.number(now));
+    let child = match &held {
+        Some(held) => Child::new(wish, slots, coordinators, number, held.deadline, now),
+        None => Child::apart(wish, slots, coordinators, number, now),
+    };
+    let mut line = Line::of(storms, Arc::clone(&pull), held.is_some());
     let driver = Driver::new(Arc::clone(shared), Arc::clone(storms), Arc::clone(store), wanted, child, &pull, events);
     tokio::spawn(driver.run());
-    let mut line = Line { storms: Arc::clone(storms), pull: Arc::clone(&pull), orders, is_led: true };
+    let Some(mut held) = held else {
+        ended.0 = None;
+        return Offer::Unheld(Some(line));
+    };
     let lookup = shared.router.lookup(&wanted.key);
     let taken = obey(shared, &mut line, wanted, &held, Some(lookup)).await;
     if taken.is_some() {
@@ -191,8 +201,28 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     debug!(%trace_id, %digest, outcome, ms = took.as_secs_f64() * 1e3, "asked who has it");
     match taken {
         Some((peer, taken)) => Offer::Taken(peer, Box::new(taken), line),
-        None => Offer::Nobody(Some(line)),
+        None => Offer::Nobody(line),
     }
+}
+
+/// Tells who follows a blob that no coordinator's word brought what came of looking for it otherwise.
+///
+/// # Errors
+/// That of `search`.
+pub(in crate::mirror) async fn follow<T, E>(
+    mut line: Option<Line>,
+    search: impl Future<Output = Result<T, E>>,
+) -> Result<(T, Option<Line>), E> {
+    let pull = line.as_ref().map(|line| Arc::clone(&line.pull));
+    let mut ended = Ended(pull.as_deref());
+    let found = search.await;
+    ended.0 = None;
+    match (&found, &mut line) {
+        (Ok(_), Some(line)) => line.is_given_elsewhere(),
+        (Err(_), Some(line)) => line.pull.tell(Event::Upstream),
+        (_, None) => {}
+    }
+    found.map(|found| (found, line))
 }
 
 /// Takes the rest of a body from whom a coordinator names, after the peer that gave it was left or failed.

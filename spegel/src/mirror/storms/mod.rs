@@ -10,10 +10,9 @@ mod held;
 mod view;
 
 use std::collections::HashMap;
-use std::future::pending;
 use std::net::Shutdown;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use socket2::{SockRef, Socket};
 use tokio::net::TcpStream;
@@ -31,7 +30,7 @@ pub use feeds::{Feed, Served};
 pub(crate) use figures::StormFigures;
 pub use view::{StormImage, StormPull, StormSource, StormsView};
 
-pub(super) use held::{Line, Offer, hold, resume};
+pub(super) use held::{Line, Offer, follow, hold, resume};
 
 /// How many blobs are followed at a time. More are not held.
 const PULLS: usize = 1024;
@@ -53,6 +52,8 @@ pub(crate) struct Storms {
     usual: Mutex<Option<Duration>>,
     feeds: feeds::Feeds,
     figures: StormFigures,
+    /// The microseconds since 1970 at an instant.
+    numbers: (Instant, u64),
 }
 
 /// Something that our containerd wants, as long as it has not got it.
@@ -94,6 +95,16 @@ enum Order {
     Upstream,
 }
 
+/// What our containerd's request for something came to.
+enum Begun {
+    /// It is followed from now on.
+    New(Arc<Pull>, mpsc::Receiver<Event>),
+    /// It was sent upstream a moment ago, and is followed.
+    Back(Arc<Pull>),
+    /// Too many are.
+    TooMany,
+}
+
 /// What happened to a request or a body.
 #[derive(Clone, Copy, Debug)]
 enum Event {
@@ -101,8 +112,10 @@ enum Event {
     Fed,
     /// The parent that was asked, or gave it, failed. It is held again until then at the most.
     Failed(Failure, Option<Instant>),
-    /// A peer gives it that no coordinator named, or a parent has given all of it.
+    /// A peer gives it that no coordinator named.
     Elsewhere,
+    /// Nobody gives it: our containerd goes upstream, if it was not sent there already.
+    Upstream,
     /// The body has ended.
     Ended,
     /// The client has left before it got anything.
@@ -129,6 +142,7 @@ impl Storms {
             usual: Mutex::default(),
             feeds: feeds::Feeds::new(Instant::now()),
             figures,
+            numbers: (Instant::now(), since_1970()),
         }))
     }
 
@@ -150,12 +164,16 @@ impl Storms {
         own.may_feed(&Asker { position: 0, rank: Some(rank) })
     }
 
-    /// Ends when those who wait for the first bytes of a blob have to leave.
-    pub(super) async fn sent_away(&self, digest: &Digest) {
-        let pull = self.pulls().get(digest).cloned();
-        match pull {
-            Some(pull) => pull.away.notified().await,
-            None => pending().await,
+    /// Ends when somebody of this rank may not wait for the first bytes of a blob any more.
+    pub(super) async fn sent_away(&self, digest: &Digest, rank: Rank) {
+        loop {
+            let Some(pull) = self.pulls().get(digest).cloned() else { return };
+            // Before the look: what is told between the two counts as well.
+            let away = pull.away.notified();
+            if !self.may_wait(digest, rank) {
+                return;
+            }
+            away.await;
         }
     }
 
@@ -163,14 +181,16 @@ impl Storms {
         self.pulls().get(digest).map(|pull| *pull.state()).unwrap_or_default()
     }
 
-    /// From now on our containerd wants it; nothing if too many are wanted, or it was sent upstream for this one a moment ago.
-    fn begin(&self, digest: &Digest, image: &Arc<str>, now: Instant) -> Option<(Arc<Pull>, mpsc::Receiver<Event>)> {
+    /// From now on our containerd wants it.
+    fn begin(&self, digest: &Digest, image: &Arc<str>, now: Instant) -> Begun {
         let mut pulls = self.pulls();
         let before = pulls.get(digest);
-        let told = before.and_then(|pull| pull.state().told);
-        let is_back = told.is_some_and(|told| now.saturating_duration_since(told) < JUST_TOLD);
-        if is_back || (before.is_none() && pulls.len() >= PULLS) {
-            return None;
+        let is_recent = |told: Instant| now.saturating_duration_since(told) < JUST_TOLD;
+        if let Some(before) = before.filter(|before| before.state().told.is_some_and(is_recent)) {
+            return Begun::Back(Arc::clone(before));
+        }
+        if before.is_none() && pulls.len() >= PULLS {
+            return Begun::TooMany;
         }
         let (events, heard) = mpsc::channel(EVENTS);
         let pull = Arc::new(Pull {
@@ -185,7 +205,13 @@ impl Storms {
         if let Some(before) = pulls.insert(digest.clone(), Arc::clone(&pull)) {
             before.away.notify_waiters();
         }
-        Some((pull, heard))
+        Begun::New(pull, heard)
+    }
+
+    /// Larger than any before of this node: what comes later is newer. A clock that is set back does not matter while the process lasts.
+    fn number(&self, now: Instant) -> u64 {
+        let (since, epoch) = self.numbers;
+        epoch.saturating_add(u64::try_from(now.saturating_duration_since(since).as_micros()).unwrap_or(u64::MAX / 2))
     }
 
     /// It is not wanted any more, unless it was asked for anew since.
@@ -238,6 +264,11 @@ impl Storms {
     fn pulls(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Pull>>> {
         self.pulls.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn since_1970() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2)
 }
 
 // === impl Pull ===

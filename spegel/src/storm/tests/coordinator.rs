@@ -13,6 +13,7 @@ const TOTAL: u64 = 256 << 20;
 struct Talk {
     coordinator: Coordinator,
     now: Instant,
+    began: Instant,
     number: u64,
 }
 
@@ -23,7 +24,7 @@ impl Talk {
 
     fn with(limits: Limits) -> Self {
         let now = Instant::now();
-        Self { coordinator: Coordinator::new(limits, now), now, number: 0 }
+        Self { coordinator: Coordinator::new(limits, now), now, began: now, number: 0 }
     }
 
     fn pass(&mut self, time: Duration) {
@@ -381,4 +382,51 @@ fn people_see_the_latest_trees_and_no_more_than_fits() {
     let few = view(5, 1);
     assert_eq!((few[0].places.as_slice(), few[0].more), (&tree.places[..1], 2));
     assert_eq!(view(0, 5), []);
+}
+
+/// A root that reports and grows, and that nobody can fetch from: it is asked once more, and then another one pulls, in much less than a pull may be
+/// held.
+#[test]
+fn a_root_that_gives_nothing_to_anybody_is_not_waited_for() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    let grow = |talk: &mut Talk, time| {
+        talk.pass(Duration::from_millis(time));
+        let at = talk.now;
+        talk.have(1, (at - talk.began).as_millis() as u64 * 10_000, Holding::Root);
+    };
+    grow(&mut talk, 100);
+    assert_eq!(parent(talk.want(2)), 1);
+    grow(&mut talk, 250);
+    let failed =
+        |talk: &mut Talk, node| talk.want_as(node, 0, |want| (want.why, want.avoid) = (Why::Broke, vec![Node(1)]));
+    let answer = failed(&mut talk, 2);
+    assert!(matches!(answer, Response::Fetch { parent: Node(1), patience, .. } if patience < GRACE), "{answer:?}");
+    // It may be about to give something.
+    grow(&mut talk, 250);
+    assert!(matches!(failed(&mut talk, 2), Response::Wait { .. }));
+    (0..3).for_each(|_| grow(&mut talk, 250));
+    let answer = failed(&mut talk, 2);
+    assert!(matches!(answer, Response::Pull { .. }), "{answer:?}");
+    // The others follow that one, also those that were at the first.
+    talk.have(2, 1 << 20, Holding::Root);
+    assert_eq!(parent(failed(&mut talk, 3)), 2);
+}
+
+/// A root to which others are attached, and that fails one: it is well.
+#[test]
+fn a_root_that_somebody_gets_it_from_stays_the_only_one() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    talk.have(1, 1 << 20, Holding::Root);
+    assert_eq!(parent(talk.want(2)), 1);
+    for _ in 0..4 {
+        talk.pass(Duration::from_millis(400));
+        talk.number += 1;
+        let position = 4 * talk.number << 20;
+        talk.have(1, position, Holding::Root);
+        let answer = talk.want_as(3, 0, |want| (want.why, want.avoid) = (Why::Broke, vec![Node(1), Node(2)]));
+        assert!(!matches!(answer, Response::Pull { .. }), "{answer:?}");
+    }
+    assert_eq!(talk.coordinator.leases(), 1);
 }

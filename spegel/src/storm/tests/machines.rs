@@ -92,6 +92,61 @@ fn a_held_request_ends_at_its_deadline() {
 }
 
 #[test]
+fn one_that_is_not_held_asks_nobody_and_is_followed_once_it_goes_upstream() {
+    let start = Instant::now();
+    let wish = Wish { key: KEY, position: 0, total: Some(64 << 20), usual: None, busy: false, fed: false };
+    let apart = || Child::apart(wish, 1, vec![Node(1), Node(2), Node(3)], 100, start);
+    let mut child = apart();
+    assert_eq!(actions(&mut child, start + PROBE), []);
+    child.give_up(start + PROBE);
+    let upstream = actions(&mut child, start + PROBE);
+    assert_eq!((upstream[0].clone(), reports(&upstream).len()), (Action::GiveUp, 3));
+    child.give_up(start + PROBE);
+    assert_eq!(actions(&mut child, start + PROBE), [], "once only");
+    // A peer has given all of it, or the client has left, or nobody says what came of it.
+    let mut child = apart();
+    child.complete(start + PROBE);
+    assert_eq!(reports(&actions(&mut child, start + PROBE)), [(1, Holding::All, 64 << 20)]);
+    let mut child = apart();
+    child.gone(start + PROBE);
+    actions(&mut child, start + PROBE);
+    assert!(child.is_finished());
+    assert!(actions(&mut apart(), start + NOTHING).contains(&Action::GiveUp));
+}
+
+/// A body is not left for a better parent that could not be asked, since no time is left in which the request may be held.
+#[test]
+fn a_body_is_not_left_where_nothing_could_be_held() {
+    let start = Instant::now();
+    let lag = |child: &mut Child, from: u64| {
+        (from..from + 4)
+            .filter_map(|n| {
+                let now = start + Duration::from_millis(700 * n);
+                child.grew(n << 10, now);
+                child.parent_has(40 << 20, now);
+                let asked = actions(child, now);
+                asked
+                    .iter()
+                    .any(|action| matches!(action, Action::Send { request: Request::Want(_), .. }))
+                    .then_some(asked)
+            })
+            .next()
+    };
+    let mut child = fed_child(start);
+    child.can_move(false);
+    assert_eq!(lag(&mut child, 1), None);
+    child.can_move(true);
+    let asked = lag(&mut child, 5).expect("it is slow");
+    let (_, want) = question(&asked);
+    assert_eq!(want.why, Why::Slow);
+    // Spent meanwhile.
+    child.can_move(false);
+    child.answered(want.number, fetch(8), start + Duration::from_secs(6));
+    assert_eq!(child.source(), Source::Parent(Node(7)));
+    assert!(!actions(&mut child, start + Duration::from_secs(6)).iter().any(|it| matches!(it, Action::Fetch { .. })));
+}
+
+#[test]
 fn a_root_reports_to_all_until_it_has_everything() {
     let start = Instant::now();
     let mut child = child(start);

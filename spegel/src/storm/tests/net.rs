@@ -207,7 +207,9 @@ impl Net {
             Event::Response { to, number, bytes } => {
                 let now = self.clock(to);
                 let response = Response::decode(&bytes).map_err(|error| error.to_string())?;
+                let can_move = self.peers[to].budget.has_left(now);
                 if let Some(child) = &mut self.peers[to].child {
+                    child.can_move(can_move);
                     child.answered(number, response, now);
                 }
                 self.drive(to)?;

@@ -245,6 +245,14 @@ impl Node {
         samples.map(|rest| rest.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum()
     }
 
+    /// The sum of what the lines of a metric say that have all these labels.
+    fn metric(&self, name: &str, labels: &[&str]) -> f64 {
+        let text = spegel::metrics::encode(&self.figures, spegel::metrics::Format::OpenMetrics).unwrap();
+        let is_it =
+            |line: &&str| line.split(['{', ' ']).next() == Some(name) && labels.iter().all(|it| line.contains(it));
+        text.lines().filter(is_it).map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    }
+
     fn address(&self) -> SocketAddr {
         self.server.addrs()[0]
     }

@@ -260,3 +260,97 @@ async fn who_loses_its_parent_is_given_another_one() {
     assert_eq!(others.filter(|pulled| pulled.from_upstream).count(), 1, "{pulled:?}");
     assert!(nodes.iter().map(|node| node.figure("spegel_storm_moves_total")).sum::<f64>() > 0.0);
 }
+
+/// What is not held, for want of time, is followed as well: where it came from is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_held_is_counted_as_well() {
+    let nodes = nodes(3, || storm(Duration::ZERO));
+    let bytes = noise(76, 3 * MIB);
+    let pulled = pull_all(&nodes[..2], &bytes, 0).await;
+    assert!(
+        pulled.iter().all(|pulled| pulled.from_upstream && pulled.answered_after < Duration::from_secs(5)),
+        "{pulled:?}"
+    );
+    let got = |node: &Node, source: &str| {
+        let label = [format!("source=\"{source}\"")];
+        let labels = [label[0].as_str()];
+        (node.metric("spegel_storm_blobs_total", &labels), node.metric("spegel_storm_received_bytes_total", &labels))
+    };
+    let (one, all) = (1.0, bytes.len() as f64);
+    for node in &nodes[..2] {
+        eventually("it is counted", || got(node, "upstream") == (one, all)).await;
+        assert_eq!(got(node, "peers"), (0.0, 0.0));
+    }
+    // The third comes when they have it.
+    let pulled =
+        Containerd::at(&nodes[2], "node-2", &digest_of(&bytes), bytes.len()).pull(|| None, bytes.len(), Duration::ZERO);
+    assert!(!tokio::time::timeout(PATIENCE, pulled).await.unwrap().from_upstream);
+    eventually("it is counted", || got(&nodes[2], "peers") == (one, all)).await;
+    assert_eq!(got(&nodes[2], "upstream"), (0.0, 0.0));
+}
+
+/// A node whose filters exclude an image pulls that by itself, at once, and nobody is sent to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whose_filters_exclude_an_image_has_no_part_in_its_storm() {
+    let network = MemoryNetwork::new();
+    let filters = |n: usize| (n == 0).then(|| Filters::new(&[], &["^registry.test/app".to_owned()]).unwrap());
+    let make = |n: usize| Setup { filters: filters(n), ..storm(Duration::from_secs(10)) };
+    let nodes: Vec<_> = (0..5).map(|n| Arc::new(Node::with(&network, &format!("node-{n}"), make(n)))).collect();
+    let bytes = noise(77, 6 * MIB);
+    let pulled = pull_all(&nodes, &bytes, 0).await;
+    let from_upstream: Vec<usize> = (0..5).filter(|n| pulled[*n].from_upstream).collect();
+    assert!(from_upstream.len() == 2 && from_upstream[0] == 0, "{pulled:?}");
+    assert!(pulled[0].answered_after < Duration::from_secs(5), "{pulled:?}");
+}
+
+/// Three who take nothing of what comes in, where one is the measure: the last of them is let go in good order, and may look elsewhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_one_too_many_for_a_full_link_is_let_go() {
+    let nodes = nodes(2, || storm(Duration::from_secs(10)));
+    let (node, total) = (&nodes[0], 48 * MIB);
+    let bytes = noise(78, total);
+    let digest = digest_of(&bytes);
+    let containerd = Containerd::at(node, "node-0", &digest, total);
+    let target = target(&digest);
+    assert_eq!(node.ask("GET", &target, &[("X-Spegel-Node", "node-0")]).await.status, 404, "it is to pull");
+    containerd.wrote(&bytes[..MIB], total);
+    let mut children = Vec::new();
+    for n in 0..3 {
+        let mut stream = TcpStream::connect(node.address()).await.unwrap();
+        let head = format!(
+            "GET {target} HTTP/1.1\r\nHost: node\r\nConnection: close\r\nX-Spegel-Mirrored: true\r\nX-Spegel-Node: child-{n}\r\nX-Spegel-Rank: 9\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut first = [0; 12];
+        stream.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 200", "{n} is taken");
+        children.push(stream);
+    }
+    let shed = || node.metric("spegel_storm_shed_total", &[]);
+    for end in (2..=total / MIB).map(|n| n * MIB) {
+        containerd.wrote(&bytes[..end], total);
+        // As long as it comes in it is seen who is behind.
+        let before_end = if end == total { Duration::ZERO } else { Duration::from_millis(40) };
+        tokio::time::sleep(before_end).await;
+        if end + MIB == total {
+            eventually("one is let go", || shed() > 0.0).await;
+        }
+    }
+    let ends = children.into_iter().map(|mut stream| async move {
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.map(|_| rest.len() >= total)
+    });
+    let ends = tokio::time::timeout(PATIENCE, futures::future::join_all(ends)).await.unwrap();
+    let whole: Vec<bool> = ends.into_iter().map(Result::unwrap).collect();
+    assert_eq!(whole, [true, true, false]);
+    assert_eq!(shed(), 1.0);
+}
+
+async fn eventually(what: &str, is_so: impl Fn() -> bool) {
+    let waited = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waited).await.unwrap_or_else(|_| panic!("{what}"));
+}

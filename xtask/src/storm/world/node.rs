@@ -239,7 +239,9 @@ impl World {
         let now = self.now;
         self.members[to].messages += 1;
         let coordinators = if response.is_none() { self.coordinators(blob) } else { Vec::new() };
+        let can_move = self.members[to].budget.has_left(now);
         if let Some(child) = &mut self.members[to].blobs[blob].child {
+            child.can_move(can_move);
             match response {
                 Some(response) => child.answered(number, response, now),
                 None => {
