@@ -164,7 +164,6 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
         Begun::TooMany => return Offer::Unheld(None),
     };
     let mut ended = Ended(Some(&pull));
-    let holding = wanted.tale.hold();
     let held = Held::begin(storms, image, now);
     let total = shared.sizes.of(digest);
     let wish = Wish {
@@ -187,6 +186,7 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
         ended.0 = None;
         return Offer::Unheld(Some(line));
     };
+    let holding = wanted.tale.hold();
     let lookup = shared.router.lookup(&wanted.key);
     let taken = obey(shared, &mut line, wanted, &held, Some(lookup)).await;
     if taken.is_some() {
