@@ -239,7 +239,7 @@ impl Child {
             (_, Source::Parent(_)) if question.why == Why::Still && self.grown > question.sent => {}
             // It would be left for nobody.
             (Response::Fetch { .. }, Source::Parent(_)) if !self.can_move => {
-                self.again = Some((now + SLOW_PAUSE, question.why))
+                self.again = Some((now + SLOW_PAUSE, question.why));
             }
             (Response::Fetch { parent, rank, patience }, _) => self.fetch(parent, rank, patience, now),
             (Response::Pull { .. }, _) => self.go_upstream(Action::Pull, now),

@@ -423,7 +423,7 @@ fn a_root_that_somebody_gets_it_from_stays_the_only_one() {
     for _ in 0..4 {
         talk.pass(Duration::from_millis(400));
         talk.number += 1;
-        let position = 4 * talk.number << 20;
+        let position = (4 * talk.number) << 20;
         talk.have(1, position, Holding::Root);
         let answer = talk.want_as(3, 0, |want| (want.why, want.avoid) = (Why::Broke, vec![Node(1), Node(2)]));
         assert!(!matches!(answer, Response::Pull { .. }), "{answer:?}");
