@@ -20,7 +20,7 @@ use super::{Registry, respond};
 use crate::hosts::NODE_HEADER;
 use crate::mirror::{COMPLAINT_HEADER, MIRRORED_HEADER, WAIT_HEADER};
 use crate::oci::{Digest, Repository, Request, TagOrDigest};
-use crate::story::{TRACE_HEADER, Trace};
+use crate::story::{Source, TRACE_HEADER, Told, Trace};
 use crate::zerocopy::{Body, BodyEnd};
 
 /// Answers kept: who asks in ever new words gets each of them made anew.
@@ -177,11 +177,11 @@ impl Registry {
         if !mirrored {
             observed.metrics.hit(&answer.hits, self.kind_of(node));
         }
-        let kept = (!mirrored && self.stories.wants_one_of_many(start)).then(|| self.stories());
-        let telling = (kept.is_some() || is_logged(!mirrored)).then(|| {
+        let settled = if mirrored { Told::default() } else { self.stories.tells(Source::Local, is_logged(true)) };
+        let telling = (!settled.is_nothing() || mirrored && is_logged(false)).then(|| {
             let client = node.map_or_else(|| remote.to_string(), str::to_owned);
             let story = begin(&Trace::of(trace), is_head, &answer.path, answer.registry.as_deref(), client);
-            Telling::ready(story, start, kept, !mirrored)
+            Telling::ready(story, start, (!mirrored).then(|| self.stories()), settled)
         });
         let head = if mirrored { self.with_load(&answer.head) } else { answer.head.clone() };
         let kind = (!mirrored).then(|| self.kind_of(node));

@@ -8,7 +8,7 @@ use http::StatusCode;
 use tracing::{Level, debug, enabled, info};
 
 use super::content::{Ask, Source};
-use crate::story::{Break, Carriage, Met, Origin, Source as Origins, Stories, Story, TRACE_HEADER, Tale, Trace};
+use crate::story::{Break, Carriage, Met, Origin, Source as Origins, Stories, Story, TRACE_HEADER, Tale, Told, Trace};
 use crate::zerocopy::BodyEnd;
 
 /// A story that is told when this is dropped, whatever became of its request.
@@ -18,9 +18,10 @@ pub(super) struct Telling {
     story: Option<Box<Story>>,
     tale: Tale,
     start: Instant,
-    /// Where it is kept. Requests of peers are part of another node's story.
-    kept: Option<Arc<Stories>>,
-    is_news: bool,
+    /// Who keeps it and says whether it has a line. Requests of peers are part of another node's story.
+    news: Option<Arc<Stories>>,
+    /// What was said of that already.
+    settled: Option<Told>,
 }
 
 /// The id of a request with these headers.
@@ -49,16 +50,16 @@ impl Telling {
                 ..begin(ask.tale.trace(), ask.head_only, &ask.path, ask.registry.as_deref(), ask.client.to_string())
             })
         });
-        let kept = is_news.then(|| Arc::clone(stories));
-        Self { story, tale: ask.tale.clone(), start: Instant::now(), kept, is_news }
+        let news = is_news.then(|| Arc::clone(stories));
+        Self { story, tale: ask.tale.clone(), start: Instant::now(), news, settled: None }
     }
 
-    /// Follows an answer that stood ready.
-    pub(super) fn ready(story: Story, start: Instant, kept: Option<Arc<Stories>>, is_news: bool) -> Self {
+    /// Follows an answer that stood ready, of which is settled what becomes of its story.
+    pub(super) fn ready(story: Story, start: Instant, news: Option<Arc<Stories>>, settled: Told) -> Self {
         let tale = Tale::unheard(Trace::of(None));
         let head = Some(start.elapsed());
         let story = Story { source: Origins::Local, status: Some(StatusCode::OK.as_u16()), head, ..story };
-        Self { story: Some(Box::new(story)), tale, start, kept, is_news }
+        Self { story: Some(Box::new(story)), tale, start, news, settled: Some(settled) }
     }
 
     /// The head is on its way.
@@ -89,8 +90,12 @@ impl Drop for Telling {
         let Some(mut story) = self.story.take() else { return };
         story.met = self.tale.met();
         story.total = self.start.elapsed();
-        tell(&story, self.is_news);
-        if let Some(stories) = &self.kept {
+        let Some(stories) = &self.news else { return answered(&story) };
+        let settled = self.settled.unwrap_or_else(|| stories.tells(story.source, is_logged(true)));
+        if let Some(left_out) = settled.line {
+            pull(&story, left_out);
+        }
+        if settled.is_kept {
             stories.keep(*story);
         }
     }
@@ -116,34 +121,34 @@ pub(super) fn begin(trace: &Trace, head_only: bool, path: &str, registry: Option
     }
 }
 
-/// What does not apply is left out of the line.
-fn tell(story: &Story, is_news: bool) {
-    if !is_logged(is_news) {
-        return;
-    }
-    let Story { trace_id, method, path, bytes, whole, .. } = story;
+/// A peer's request, which is part of another node's line.
+fn answered(story: &Story) {
+    let Story { trace_id, method, path, client, bytes, whole, status, .. } = story;
+    let (range, registry, source) =
+        (story.range.as_deref(), story.registry.as_deref().unwrap_or("-"), story.source.name());
+    debug!(
+        trace_id,
+        method,
+        path,
+        range,
+        registry,
+        client,
+        source,
+        status,
+        bytes,
+        whole,
+        ms = ms(story.total),
+        "answered"
+    );
+}
+
+/// What does not apply is left out of the line. `left_out` lines like it were not written since the last one.
+fn pull(story: &Story, left_out: u64) {
+    let Story { trace_id, method, path, client, bytes, whole, status, .. } = story;
     let Met { known, asked, raced, resumed, breaks, .. } = &story.met;
-    let ms = |time: Duration| time.as_secs_f64() * 1e3;
-    let (range, registry, client) = (story.range.as_deref(), story.registry.as_deref().unwrap_or("-"), &story.client);
-    let (source, status, ms_to_head, ms_in_all) =
-        (story.source.name(), story.status, story.head.map(ms), ms(story.total));
-    if !is_news {
-        debug!(
-            trace_id,
-            method,
-            path,
-            range,
-            registry,
-            client,
-            source,
-            status,
-            bytes,
-            whole,
-            ms = ms_in_all,
-            "answered"
-        );
-        return;
-    }
+    let (range, registry, source) =
+        (story.range.as_deref(), story.registry.as_deref().unwrap_or("-"), story.source.name());
+    let (ms_to_head, ms_in_all) = (story.head.map(ms), ms(story.total));
     let is_elsewhere = matches!(story.source, Origins::Peer | Origins::Upstream);
     let (known, asked) = (is_elsewhere.then_some(*known), is_elsewhere.then_some(*asked));
     let peer = story.met.peer.map(tracing::field::display);
@@ -176,6 +181,11 @@ fn tell(story: &Story, is_news: bool) {
         whole,
         head_ms = ms_to_head,
         ms = ms_in_all,
+        left_out = (left_out > 0).then_some(left_out),
         "pull"
     );
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }

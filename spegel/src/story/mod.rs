@@ -11,7 +11,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
-pub use latest::{KEPT, Stories};
+pub use latest::{KEPT, Stories, Told};
 pub use tale::{Holding, Tale};
 pub use trace::{TRACE_HEADER, Trace};
 
