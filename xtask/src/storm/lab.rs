@@ -1,10 +1,8 @@
 //! The same with real containerds, a real registry and links that carry only so much.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use spegel_benches::storm::{Pulled, Sample, Storm as Lab, Stormed, Victim};
 
@@ -49,12 +47,8 @@ pub(super) fn lab(storm: &Storm) -> Result<Lab> {
     };
     let wait = format!("{}ms", (storm.max_wait.max(0.0) * 1e3).round());
     let on = ["--storm", "on", "--storm-max-wait", &wait].map(str::to_owned);
-    // Another program may be what runs, which knows nothing of it.
-    let off = match &program {
-        Some(program) if knows_storms(program)? => vec!["--storm".to_owned(), "off".to_owned()],
-        _ => Vec::new(),
-    };
-    let arguments = |is_on: bool| [if is_on { &on[..] } else { &off }, &*storm.with].concat();
+    // Without, another program may be what runs; ours has it off then.
+    let arguments = |is_on: bool| [if is_on { &on[..] } else { &[] }, &*storm.with].concat();
     Ok(Lab {
         program,
         arguments: arguments(!storm.off),
@@ -73,13 +67,6 @@ pub(super) fn lab(storm: &Storm) -> Result<Lab> {
         refuse: storm.refuse,
         seeded: storm.seeds > 0,
     })
-}
-
-/// Whether the program can take part in storms, which it does if it is not told otherwise.
-fn knows_storms(program: &Path) -> Result<bool> {
-    let said = Command::new(program).args(["registry", "--help"]).output();
-    let said = said.with_context(|| format!("run {}", program.display()))?;
-    Ok(String::from_utf8_lossy(&said.stdout).contains("--storm-max-wait"))
 }
 
 fn mbit(bytes: f64) -> u32 {

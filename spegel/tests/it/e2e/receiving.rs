@@ -48,8 +48,7 @@ fn parallel() -> Options {
 
 /// One large layer; then more than are fetched at a time, some of which are small.
 fn layers_come_once(version: Version) {
-    // In a storm B and C are told to pull some of many layers as well, each once: `storms` shows that.
-    let Some(cluster) = Cluster::start_with(version, 3, &Options::default(), &["--storm", "off"]) else { return };
+    let Some(cluster) = Cluster::start(version, 3, &Options::default()) else { return };
     comes_once(&cluster, "one:1", |image| image.layers(1, LAYER, Compression::None, 31));
     comes_once(&cluster, "many:1", |image| {
         image.layers(12, 500_000, Compression::None, 32).layers(6, 2048, Compression::None, 33)
