@@ -83,6 +83,13 @@ struct Mapping {
     filename: i64,
     #[prost(bool, tag = "7")]
     has_functions: bool,
+    /// With this and the next two the tool looks for nothing more by itself.
+    #[prost(bool, tag = "8")]
+    has_filenames: bool,
+    #[prost(bool, tag = "9")]
+    has_line_numbers: bool,
+    #[prost(bool, tag = "10")]
+    has_inline_frames: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -141,7 +148,8 @@ struct Writer {
 pub(super) fn encode(report: UnresolvedReport) -> std::io::Result<Vec<u8>> {
     let timing = report.timing.clone();
     let stacks = report.data.into_iter().map(|(frames, count)| Stack {
-        addresses: frames.frames.iter().map(|frame| frame.ip() as usize).collect(),
+        // The unwinder ends a thread's stack with a frame at 0.
+        addresses: frames.frames.iter().map(|frame| frame.ip() as usize).filter(|address| *address != 0).collect(),
         thread: String::from_utf8_lossy(&frames.thread_name[..frames.thread_name_length]).into_owned(),
         count: i64::try_from(count).unwrap_or_default(),
     });
@@ -192,6 +200,8 @@ fn names(address: usize) -> Vec<(String, Option<PathBuf>, Option<u32>)> {
     backtrace::resolve(address as *mut c_void, |symbol| {
         // Without the hash at its end.
         let name = symbol.name().map(|name| format!("{name:#}"));
+        // A name that is there and empty is as good as none.
+        let name = name.filter(|name| !name.is_empty());
         found.extend(name.map(|name| (name, symbol.filename().map(PathBuf::from), symbol.lineno())));
     });
     found
@@ -219,8 +229,8 @@ impl Writer {
             let id = self.profile.mapping.len() as u64 + 1;
             let (memory_start, memory_limit) = map.address;
             let filename = self.text(&path.to_string_lossy());
-            let mapping =
-                Mapping { id, memory_start, memory_limit, file_offset: map.offset, filename, has_functions: false };
+            let file_offset = map.offset;
+            let mapping = Mapping { id, memory_start, memory_limit, file_offset, filename, ..Mapping::default() };
             self.profile.mapping.push(mapping);
         }
     }
@@ -229,11 +239,16 @@ impl Writer {
         if let Some(known) = self.locations.get(&address) {
             return *known;
         }
-        let line: Vec<Line> = names(address).into_iter().map(|name| self.line(name)).collect();
+        let names = names(address);
+        let is_exact = names.iter().any(|(_, file, line)| file.is_some() && line.is_some());
+        let line: Vec<Line> = names.into_iter().map(|name| self.line(name)).collect();
         let at = address as u64;
         let mapping = self.profile.mapping.iter_mut().find(|map| (map.memory_start..map.memory_limit).contains(&at));
         let mapping_id = mapping.map_or(0, |mapping| {
             mapping.has_functions |= !line.is_empty();
+            mapping.has_filenames |= is_exact;
+            mapping.has_line_numbers |= is_exact;
+            mapping.has_inline_frames |= is_exact;
             mapping.id
         });
         let id = self.profile.location.len() as u64 + 1;
