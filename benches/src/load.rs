@@ -260,7 +260,7 @@ impl Waits {
     }
 }
 
-/// What this thread has taken of a CPU, in seconds. It lies down for [`CALM`] before, since the kernel adds up when it does.
+/// What this thread has taken of a CPU, in seconds. It lies down for a millisecond before, since the kernel adds up when it does.
 pub fn thread_cpu() -> f64 {
     thread::sleep(CALM);
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();

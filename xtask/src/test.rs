@@ -74,7 +74,7 @@ fn suites(quick: bool) -> Vec<Suite> {
         cargo("tests", minutes(12), "test --workspace --no-fail-fast -- --skip e2e:: --show-output"),
     ];
     if !quick {
-        suites.push(cargo("end to end", minutes(10), "test -p spegel --test it -- e2e:: --test-threads=1 --nocapture"));
+        suites.push(cargo("end to end", minutes(15), "test -p spegel --test it -- e2e:: --test-threads=1 --nocapture"));
     }
     if !quick {
         // The debug binary that the tests before have built.

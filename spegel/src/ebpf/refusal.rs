@@ -54,7 +54,7 @@ pub enum Refusal {
 // === impl Refusal ===
 
 impl Refusal {
-    /// A short name, for metrics: one of [`REASONS`].
+    /// A short name, for metrics: one of `REASONS`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Off => "off",

@@ -232,6 +232,7 @@ impl Host {
                     "etc/containerd/config.toml",
                     "etc/machine-id",
                     "var/cache/apt",
+                    "var/cache/debconf",
                     "var/lib/apt",
                     "var/lib/dpkg",
                     "var/log",

@@ -109,6 +109,13 @@ fn one_pull_is_followed_through_nodes_and_no_secret_is_in_their_logs() {
     let (client, url) = (Client::new(SOON), nodes[0].url());
     let headers = [("authorization", authorization.as_str())];
     let tag = format!("{url}/v2/app/manifests/1?ns=registry.test");
+    // Both must be there to go on with, and have told that.
+    let waiting = |node: &Spegel| node.metric("spegel_router_advertise_queue", &[]).unwrap_or(1.0);
+    wait_until(SOON, "all to be known", || {
+        nodes[0].metric("spegel_router_members", &[]).is_ok_and(|members| members >= 2.0)
+            && nodes[1..].iter().all(|node| waiting(node) <= 0.0)
+    })
+    .unwrap();
     wait_until(SOON, "the image to be found", || client.get(&tag, &headers).is_ok_and(|got| got.head.status == 200))
         .unwrap();
     let wrong = base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{PASSWORD} not"));

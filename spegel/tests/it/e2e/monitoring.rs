@@ -105,6 +105,9 @@ fn a_prometheus_sees_what_is_documented_and_the_dashboard_shows_it() {
     all_that_is_documented_moves(&before, &after);
     text_is_what_promtool_wants(&cluster.nodes[1]);
 
+    // An increase is one between two looks: what was counted before the first one that saw the series is none.
+    prometheus.wait("sum(spegel_mirror_requests_total{cache=\"hit\"})", |value| value > 0.0);
+    a_relay_holds_a_pipe(&cluster.nodes[2], &first);
     prometheus.wait("sum(increase(spegel_mirror_requests_total{cache=\"hit\"}[2m]))", |value| value > 0.0);
     prometheus.wait("min(count_over_time(spegel_storm_depth[1m]))", |value| value >= 3.0);
     let dashboard = Dashboard::read();
