@@ -266,7 +266,15 @@ impl Child {
 
     /// The parent failed. The request may be held again until `deadline`; not at all without one.
     pub fn failed(&mut self, failure: Failure, deadline: Option<Instant>, now: Instant) {
-        let (Source::Asked(parent) | Source::Parent(parent)) = self.source else { return };
+        let parent = match self.source {
+            Source::Asked(parent) | Source::Parent(parent) => parent,
+            // It was left already, for want of patience; the request is held from now on, and no longer than this all the same.
+            Source::Nobody => match deadline {
+                Some(deadline) => return self.deadline = deadline,
+                None => return self.go_upstream(Action::GiveUp, now),
+            },
+            Source::Upstream | Source::Over => return,
+        };
         self.leave(parent);
         let why = match failure {
             Failure::Refused => Why::Refused,
