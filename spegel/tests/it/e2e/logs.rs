@@ -304,7 +304,7 @@ fn profile_under_load(engine: &str) {
             scope.spawn(move || profile(node, "?seconds=2"))
         });
         let hashed = scope.spawn(|| Client::new(SOON).download(&urls[1], |_| Ok(())));
-        let (taken, hashed) = (taken.map(|one| one.join()), hashed.join());
+        let (taken, hashed) = (taken.map(std::thread::ScopedJoinHandle::join), hashed.join());
         // Before anything panics, which waits for the load.
         is_over.store(true, Ordering::Relaxed);
         let (head, digest, _) = hashed.unwrap().unwrap();
@@ -334,11 +334,11 @@ fn profile_under_load(engine: &str) {
         let path = folder.path().join("profile.pb.gz");
         std::fs::write(&path, &answer.body).unwrap();
         // Names are in it: the tool would look for them in a debug build of a hundred megabytes.
+        // Go builds the tool the first time, into the user's cache.
         let mut tool = Command::new(&go);
         let output = tool
             .args(["tool", "pprof", "-symbolize=none", "-top", "-cum", "-nodecount=500"])
             .arg(&path)
-            .env("HOME", folder.path())
             .output()
             .unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
