@@ -196,6 +196,7 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         examine: asked,
         registry_at: supervisor::reachable(at),
         authorization: settings.basic_auth.as_ref().map(|auth| auth.header().to_owned()),
+        memory_left: strain::memory_left,
     });
     let log = Arc::new(trace::OwnLog);
     let web = Web::new(crate::serve::listen(settings.metrics_addr)?, figures.all, watch, log, debug, stop.clone())?;

@@ -27,6 +27,11 @@ pub(super) fn memory_limit() -> Option<u64> {
     own_memory().as_ref().and_then(Memory::limit)
 }
 
+/// How many bytes more it may be charged for until something of it is killed; none where nobody limits it.
+pub(super) fn memory_left() -> Option<u64> {
+    own_memory().as_ref().and_then(Memory::left)
+}
+
 fn own_memory() -> Option<Memory> {
     Memory::find(Path::new(GROUPS), &fs::read_to_string("/proc/self/cgroup").unwrap_or_default())
 }
@@ -124,15 +129,24 @@ impl Memory {
         read(&self.limit)?.trim().parse().ok().filter(|limit| *limit < NO_LIMIT)
     }
 
-    /// How much of the limit is in use, but for what the kernel takes back at need.
+    /// How much of the limit is in use.
     fn share(&self) -> Option<f64> {
-        let limit = self.limit()?;
+        Some(self.used()? as f64 / self.limit()?.max(1) as f64)
+    }
+
+    /// Bytes of the limit that are not in use.
+    fn left(&self) -> Option<u64> {
+        Some(self.limit()?.saturating_sub(self.used()?))
+    }
+
+    /// Bytes in use, but for what the kernel takes back at need.
+    fn used(&self) -> Option<u64> {
         let usage: u64 = read(&self.usage)?.trim().parse().ok()?;
         let stat = read(&self.stat)?;
         let figures = stat.lines().filter_map(|line| line.split_once(' '));
         let back = figures.filter(|(name, _)| self.reclaimable.contains(name));
         let back: u64 = back.filter_map(|(_, bytes)| bytes.parse::<u64>().ok()).sum();
-        Some(usage.saturating_sub(back) as f64 / limit.max(1) as f64)
+        Some(usage.saturating_sub(back))
     }
 }
 
@@ -168,6 +182,7 @@ mod tests {
         group(root.path(), "pods/a", SECOND, ["1000\n", "900\n", stat]);
         let memory = Memory::find(root.path(), "0::/pods/a\n").unwrap();
         assert!((memory.share().unwrap() - 0.45).abs() < 1e-9);
+        assert_eq!(memory.left(), Some(550));
         fs::write(root.path().join("pods/a/memory.current"), "1350\n").unwrap();
         assert!((memory.share().unwrap() - 0.9).abs() < 1e-9, "it is read anew");
     }
@@ -192,7 +207,8 @@ mod tests {
         group(root.path(), "memory", FIRST, ["9223372036854771712\n", "1000\n", stat]);
         let own = "5:cpu,memory:/pods/a\n1:name=systemd:/\n0::/\n";
         assert!((Memory::find(root.path(), own).unwrap().share().unwrap() - 0.5).abs() < 1e-9);
-        assert_eq!(Memory::find(root.path(), "5:memory:/\n").unwrap().share(), None);
+        let unlimited = Memory::find(root.path(), "5:memory:/\n").unwrap();
+        assert_eq!((unlimited.share(), unlimited.left()), (None, None));
         assert!(Memory::find(root.path(), "").is_none());
     }
 

@@ -69,7 +69,7 @@ impl Web {
 fn router(figures: Figures, watch: Watch, debug: Option<Parts>, stop: CancellationToken) -> Router {
     let mut inside = Router::new().route(PEERS_PATH, get(peers)).with_state(watch);
     if let Some(parts) = debug {
-        inside = inside.merge(debug::router(parts, stop)).merge(pprof::routes());
+        inside = inside.merge(pprof::routes(parts.memory_left)).merge(debug::router(parts, stop));
     }
     let inside = inside.layer(from_fn(guard::same_node));
     Router::new().route("/metrics", get(scrape)).with_state(Arc::new(figures)).merge(inside)

@@ -8,6 +8,7 @@ mod encode;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -29,14 +30,18 @@ const BOUNDS: std::ops::RangeInclusive<u64> = 1..=60;
 /// Where samples are kept that are too many for memory, if there is no directory for temporary files; a container has it.
 const SHARED_MEMORY: &str = "/dev/shm";
 
+/// What a profile may take of memory, in bytes: the profiler's table alone has a hundred MiB, twice for a moment. It is kept for the next one.
+const NEEDED: u64 = 256 << 20;
+
 /// There is one timer, so there is one profile at a time.
 static TURN: Semaphore = Semaphore::const_new(1);
 
-pub(super) fn routes() -> Router {
-    Router::new().route(PROFILE_PATH, get(profile))
+/// `memory_left` says how many bytes the process may still take, where that is limited.
+pub(super) fn routes(memory_left: fn() -> Option<u64>) -> Router {
+    Router::new().route(PROFILE_PATH, get(profile)).with_state(memory_left)
 }
 
-async fn profile(headers: HeaderMap, uri: Uri) -> Response {
+async fn profile(State(memory_left): State<fn() -> Option<u64>>, headers: HeaderMap, uri: Uri) -> Response {
     if guard::is_from_elsewhere(&headers) {
         return (StatusCode::FORBIDDEN, "not for pages of other sites\n").into_response();
     }
@@ -47,6 +52,12 @@ async fn profile(headers: HeaderMap, uri: Uri) -> Response {
     let Ok(_turn) = TURN.try_acquire() else {
         return (StatusCode::CONFLICT, "a profile is being taken\n").into_response();
     };
+    // One that was taken has left its table, but what the next one needs for a moment is as much again.
+    if let Some(left) = memory_left().filter(|left| *left < NEEDED) {
+        let (left, needed) = (left >> 20, NEEDED >> 20);
+        let why = format!("no profile: it may take {needed} MiB, and the memory limit of this process leaves {left}\n");
+        return (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
+    }
     match take(Duration::from_secs(seconds)).await {
         Ok(profile) => {
             let headers = [
@@ -88,7 +99,22 @@ fn seconds(query: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+    use axum::body::Body;
+    use axum::extract::Request;
+    use tower::ServiceExt as _;
+
     use super::*;
+
+    /// Killed for want of memory a node would serve nobody.
+    #[tokio::test]
+    async fn a_profile_that_does_not_fit_is_refused() {
+        let request = Request::get("/debug/pprof/profile?seconds=1").body(Body::empty()).unwrap();
+        let response = routes(|| Some(100 << 20)).oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        let said = axum::body::to_bytes(response.into_body(), 1000).await.unwrap();
+        assert_eq!(said, "no profile: it may take 256 MiB, and the memory limit of this process leaves 100\n");
+    }
 
     #[test]
     fn a_profile_takes_as_long_as_is_asked_for_within_bounds() {

@@ -43,6 +43,8 @@ pub struct Parts {
     pub registry_at: SocketAddr,
     /// What it asks of clients.
     pub authorization: Option<String>,
+    /// How many bytes of memory this process may still take; none where nobody limits it.
+    pub memory_left: fn() -> Option<u64>,
 }
 
 /// What `doctor` found.

@@ -137,6 +137,7 @@ fn node_with(inventory: Inventory, enabled: bool, health: Health) -> Node {
         examine: Arc::default(),
         registry_at: SocketAddr::from((LOOPBACK, 1)),
         authorization: None,
+        memory_left: || None,
     };
     let stop = CancellationToken::new();
     let pages = super::super::router(metrics, Watch::without_kernel(), enabled.then_some(parts), stop.clone());
