@@ -58,7 +58,12 @@ type Before<'a> = Option<(&'a Report, f64)>;
 fn speed(row: &PeerRow, before: Before<'_>) -> Option<f64> {
     let (before, seconds) = before?;
     let is_same = |other: &&PeerRow| other.address == row.address && other.role == row.role;
-    let last = before.peers.iter().find(is_same).map_or(0, |row| row.sent + row.received);
+    let last = match before.peers.iter().find(is_same) {
+        Some(row) => row.sent + row.received,
+        // It may have been there, and not among those that were told.
+        None if before.more_peers > 0 => return None,
+        None => 0,
+    };
     Some((row.sent + row.received).saturating_sub(last) as f64 / seconds.max(0.001))
 }
 

@@ -87,10 +87,17 @@ impl HttpBootstrap {
     }
 }
 
+/// The URL without a password or a token: it stands in log lines.
+fn without_secrets(url: &Uri) -> String {
+    let (scheme, host) = (url.scheme_str().unwrap_or_default(), url.host().unwrap_or_default());
+    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+    format!("{scheme}://{host}{port}{}", url.path())
+}
+
 #[async_trait]
 impl Bootstrap for HttpBootstrap {
     async fn peers(&self) -> Result<Vec<BootstrapPeer>, BootstrapError> {
-        let name = || self.url.to_string();
+        let name = || without_secrets(&self.url);
         let fetched = timeout(TIMEOUT, self.fetch())
             .await
             .map_err(|_| BootstrapError::Timeout { name: name(), seconds: TIMEOUT.as_secs() })?;

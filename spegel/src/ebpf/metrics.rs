@@ -193,6 +193,8 @@ impl PeersCollector {
                 ConstCounter::new(bytes).encode(family.encode_family(&[("source", source)])?)?;
             }
         }
+        // While upstream is not looked at, the ratio would rise with everything else that is counted.
+        let upstream = upstream.filter(|_| self.watch.shared.upstream().group.is_ok());
         if let Some(ratio) = upstream.and_then(|upstream| offload(local.saturating_add(peer), upstream)) {
             OFFLOAD.encode(encoder, &ConstGauge::new(ratio))?;
         }

@@ -1,5 +1,6 @@
 //! The side port: what a scraper reads, and what people look at.
 
+mod bounded;
 mod debug;
 mod guard;
 mod level;
@@ -17,6 +18,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::IncomingStream;
 use tokio_util::sync::CancellationToken;
+
+use bounded::BoundedListener;
 
 use crate::ebpf::Watch;
 use crate::metrics::{self, Figures, Format};
@@ -56,7 +59,8 @@ impl Web {
 
     /// Serves until `stop`; requests under way are finished.
     pub async fn serve(self, stop: CancellationToken) {
-        let served = axum::serve(self.listener, self.router.into_make_service_with_connect_info::<Ends>())
+        let listener = BoundedListener::new(self.listener);
+        let served = axum::serve(listener, self.router.into_make_service_with_connect_info::<Ends>())
             .with_graceful_shutdown(stop.cancelled_owned())
             .await;
         if let Err(error) = served {
@@ -102,11 +106,12 @@ struct Ends {
     remote: IpAddr,
 }
 
-impl Connected<IncomingStream<'_, tokio::net::TcpListener>> for Ends {
-    fn connect_info(stream: IncomingStream<'_, tokio::net::TcpListener>) -> Self {
+impl Connected<IncomingStream<'_, BoundedListener>> for Ends {
+    fn connect_info(stream: IncomingStream<'_, BoundedListener>) -> Self {
         let remote = stream.remote_addr().ip().to_canonical();
         // What cannot be told is not the same.
-        let local = stream.io().local_addr().map_or(IpAddr::from([0, 0, 0, 0]), |local| local.ip().to_canonical());
+        let local =
+            stream.io().get_ref().local_addr().map_or(IpAddr::from([0, 0, 0, 0]), |local| local.ip().to_canonical());
         Self { local, remote }
     }
 }
