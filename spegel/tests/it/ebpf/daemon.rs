@@ -4,6 +4,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use aya::programs::loaded_programs;
@@ -173,13 +174,16 @@ fn under_a_seccomp_profile_it_says_so() {
     let (folder, port) = (tempfile::tempdir().unwrap(), ports());
     let within = |arguments: &'static [&'static str]| {
         let (filters, folder) = (filters.clone(), folder.path().to_path_buf());
-        let start = move || {
+        let ((give, take), (held, until)) = (mpsc::channel(), mpsc::channel::<()>());
+        // A daemon dies with the thread that made it, which stays until the other end is dropped.
+        std::thread::spawn(move || {
             filters.iter().for_each(|filter| seccompiler::apply_filter(filter).unwrap());
-            start(&folder, port, &[], arguments)
-        };
-        std::thread::spawn(start).join().unwrap()
+            give.send(start(&folder, port, &[], arguments)).unwrap();
+            let _ = until.recv();
+        });
+        (take.recv().unwrap(), held)
     };
-    let mut daemon = within(&[]);
+    let (mut daemon, _held) = within(&[]);
     // Without the capabilities it does not come so far.
     let (reason, why) = if watch(&settings(3)).is_some() {
         ("forbidden", "bpf(2) is refused in spite of the capabilities: by the seccomp profile")
@@ -192,7 +196,7 @@ fn under_a_seccomp_profile_it_says_so() {
     check_fallback(port);
     daemon.stop().unwrap();
 
-    let mut daemon = within(&["--ebpf", "on"]);
+    let (mut daemon, _held) = within(&["--ebpf", "on"]);
     assert!(!daemon.wait_exit(SOON).unwrap().success());
     assert!(daemon.log().contains(&format!("--ebpf on: {why}")), "{}", daemon.log());
 }
