@@ -269,6 +269,8 @@ impl Registry {
         };
         let range = text("range").and_then(crate::oci::RangeSpec::parse);
         let is_chunk = self.chunked.is_chunk(&client, text("user-agent"), range, Instant::now());
+        let mirrored = text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+        let trace = trace_of(&request.headers);
         Ask {
             is_chunk,
             excluded: self.is_excluded(parsed),
@@ -279,11 +281,12 @@ impl Registry {
             registry: parsed.ns().map(str::to_owned),
             path: request.uri.path().to_owned(),
             complains: text(COMPLAINT_HEADER).is_some(),
-            mirrored: text(MIRRORED_HEADER).is_some_and(|value| value.eq_ignore_ascii_case("true")),
+            mirrored,
             range: range.filter(|_| !is_chunk),
             client,
             remote,
-            tale: Tale::new(trace_of(&request.headers)),
+            // A peer's request meets nothing: it is not passed on.
+            tale: if mirrored { Tale::unheard(trace) } else { Tale::new(trace) },
             wait: text(WAIT_HEADER).and_then(|text| text.parse().ok()).map(Duration::from_millis),
             rank: text(RANK_HEADER).and_then(|text| text.parse().ok()).map(Rank),
         }

@@ -8,7 +8,7 @@ use http::StatusCode;
 use tracing::{Level, debug, enabled, info};
 
 use super::content::{Ask, Source};
-use crate::story::{Break, Carriage, Met, Origin, Source as Origins, Stories, Story, TRACE_HEADER, Tale, Told, Trace};
+use crate::story::{self, Break, Carriage, Met, Origin, Stories, Story, TRACE_HEADER, Tale, Told, Trace};
 use crate::zerocopy::BodyEnd;
 
 /// A story that is told when this is dropped, whatever became of its request.
@@ -58,7 +58,7 @@ impl Telling {
     pub(super) fn ready(story: Story, start: Instant, news: Option<Arc<Stories>>, settled: Told) -> Self {
         let tale = Tale::unheard(Trace::of(None));
         let head = Some(start.elapsed());
-        let story = Story { source: Origins::Local, status: Some(StatusCode::OK.as_u16()), head, ..story };
+        let story = Story { source: story::Source::Local, status: Some(StatusCode::OK.as_u16()), head, ..story };
         Self { story: Some(Box::new(story)), tale, start, news, settled: Some(settled) }
     }
 
@@ -68,11 +68,11 @@ impl Telling {
             story.status = Some(status.as_u16());
             story.head = Some(self.start.elapsed());
             story.source = match source {
-                Source::Local => Origins::Local,
-                Source::Receiving => Origins::Receiving,
-                Source::Ready => Origins::Ready,
-                Source::Peer(_) => Origins::Peer,
-                Source::Nobody => Origins::Upstream,
+                Source::Local => story::Source::Local,
+                Source::Receiving => story::Source::Receiving,
+                Source::Ready => story::Source::Ready,
+                Source::Peer(_) => story::Source::Peer,
+                Source::Nobody => story::Source::Upstream,
             };
         }
     }
@@ -111,7 +111,7 @@ pub(super) fn begin(trace: &Trace, head_only: bool, path: &str, registry: Option
         range: None,
         registry: registry.map(str::to_owned),
         client,
-        source: Origins::Upstream,
+        source: story::Source::Upstream,
         met: Met::default(),
         status: None,
         bytes: 0,
@@ -149,7 +149,7 @@ fn pull(story: &Story, left_out: u64) {
     let (range, registry, source) =
         (story.range.as_deref(), story.registry.as_deref().unwrap_or("-"), story.source.name());
     let (ms_to_head, ms_in_all) = (story.head.map(ms), ms(story.total));
-    let is_elsewhere = matches!(story.source, Origins::Peer | Origins::Upstream);
+    let is_elsewhere = matches!(story.source, story::Source::Peer | story::Source::Upstream);
     let (known, asked) = (is_elsewhere.then_some(*known), is_elsewhere.then_some(*asked));
     let peer = story.met.peer.map(tracing::field::display);
     let (found, carried) = (story.met.found.map(Origin::name), story.met.carried.map(Carriage::name));

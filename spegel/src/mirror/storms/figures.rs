@@ -226,9 +226,7 @@ impl StormFigures {
 
     /// The latest images, the newest first, for people.
     pub(super) fn rows(&self) -> Vec<super::StormImage> {
-        let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
-        let names: Vec<Arc<str>> = images.iter().rev().map(|image| Arc::clone(&image.name)).collect();
-        drop(images);
+        let names: Vec<Arc<str>> = self.images().iter().rev().map(|image| Arc::clone(&image.name)).collect();
         let bytes = |name: &Arc<str>, from: From| {
             let label = SourceLabel { image: name.to_string(), source: from.name() };
             self.bytes.get(&label).map_or(0, |counter| counter.get())
