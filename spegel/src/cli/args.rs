@@ -264,7 +264,7 @@ pub(super) struct RegistryArgs {
     #[arg(long, env, default_value = "5s", value_parser = duration, value_name = "DURATION")]
     pub(super) mirror_stall_timeout: Duration,
     /// Whether what no node has is pulled from upstream by one, and by the others from each other while it arrives
-    #[arg(long, env, default_value = "off")]
+    #[arg(long, env, default_value = "on")]
     pub(super) storm: Switch,
     /// For how long the requests of one image pull may be held in all while another node begins to get what none has. Time in which
     /// other parts of the image arrive is not counted, up to four times as much

@@ -103,6 +103,7 @@ struct Race<'a> {
 pub(super) async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<Found, Miss> {
     // Before anybody is asked, who may be asking us at this moment.
     let _sought = shared.seek(wanted, wanted.first_byte());
+    shared.storms.iter().for_each(|storms| storms.look_for_name(wanted));
     let (peer, taken, line) = match shared.storms.as_ref().filter(|storms| storms.concern(wanted)) {
         Some(storms) => match storms::hold(shared, storms, wanted).await {
             Offer::Taken(peer, taken, line) => (peer, *taken, Some(line)),

@@ -13,14 +13,14 @@ use tracing::warn;
 use super::metrics::ClientKind;
 use super::promises::{Client, Refusal as Refused};
 use super::{Registry, SOURCE_HEADER, respond};
-use crate::mirror::{Asker, Chain, Content, Found, Gate, Kind, NodeId, Tie, Verified, Wanted};
+use crate::mirror::{Asker, Chain, Content, Feed, Found, Gate, Kind, NodeId, Tie, Verified, Wanted};
 use crate::oci::{
     Digest, ErrorCode, Key, MAX_MANIFEST_BYTES, MediaType, OciError, RangeOutcome, RangeSpec, Repository, TagOrDigest,
 };
 use crate::store::{Blob, Found as Local, Receiving};
 use crate::storm::{Rank, Refusal};
 use crate::story::Tale;
-use crate::zerocopy::{Body, BodyEnd};
+use crate::zerocopy::{Body, BodyEnd, Growing};
 
 /// A request, beside what its path says.
 #[derive(Debug)]
@@ -302,7 +302,7 @@ impl Registry {
         }
         let (chain, tie) = admitted.unzip();
         let Answer { response, source, held } = match &found {
-            Local::Complete(blob) => self.complete_blob(ask, digest, blob),
+            Local::Complete(blob) => self.complete_blob(ask, digest, blob, feed.as_ref()),
             Local::Receiving(receiving) => {
                 let growing = match &feed {
                     Some(feed) => receiving.growing.clone().until(feed.away()),
@@ -321,10 +321,15 @@ impl Registry {
         Some(Answer { response: response.map(|body| body.with_end(move |_| drop((upload, tie, feed)))), source, held })
     }
 
-    fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob) -> Answer {
-        let body = |start, end: u64| match &blob.small {
-            Some(small) => slice(small.bytes(), start, end),
-            None => Body::file(Arc::clone(&blob.file), start, end - start),
+    fn complete_blob(&self, ask: &Ask, digest: &Digest, blob: &Blob, feed: Option<&Feed>) -> Answer {
+        let body = |start, end: u64| match (&blob.small, feed.filter(|_| ask.rank.is_some())) {
+            (Some(small), _) => slice(small.bytes(), start, end),
+            (None, None) => Body::file(Arc::clone(&blob.file), start, end - start),
+            // Whom a coordinator sent here may be sent elsewhere by this node.
+            (None, Some(feed)) => {
+                let growing = Growing::whole(Arc::clone(&blob.file), blob.size).until(feed.away());
+                Body::growing(growing, start, end - start)
+            }
         };
         let Answer { response, source, held } = self.give(ask, digest, blob.size, Source::Local, body);
         let start = match ask.range.map(|range| range.resolve(blob.size)) {
@@ -332,8 +337,10 @@ impl Registry {
             _ => 0,
         };
         let (audits, of, file, size) = (Arc::clone(&self.audits), digest.clone(), Arc::clone(&blob.file), blob.size);
+        let away = feed.map(Feed::away);
         let ended = move |end: BodyEnd| {
-            if !end.complete {
+            let is_sent_away = away.is_some_and(|away| *away.borrow());
+            if !end.complete && !is_sent_away {
                 audits.cut_short(&of, &file, size, start + end.sent);
             }
         };

@@ -35,7 +35,7 @@ pub struct Wish {
     pub total: Option<u64>,
     /// How long upstream's first byte usually takes, if known.
     pub usual: Option<Duration>,
-    /// Whether this node pulls something else from upstream already.
+    /// Whether it is to be left for others to pull for a moment, since this node pulls something else from upstream already.
     pub busy: bool,
     /// Whether it is getting other parts of the same image.
     pub fed: bool,
@@ -213,6 +213,11 @@ impl Child {
     /// How many bytes of it are here.
     pub fn position(&self) -> u64 {
         self.wish.position
+    }
+
+    /// Whether it is left for others to pull for a moment.
+    pub fn may_leave_it(&self) -> bool {
+        self.wish.busy && self.wish.position == 0
     }
 
     /// Where it was counted, for those that ask this node.

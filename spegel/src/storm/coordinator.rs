@@ -9,14 +9,15 @@ use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT,
 
 /// How long a blob is remembered of which nothing is heard.
 const FORGOTTEN: Duration = Duration::from_secs(60);
-/// How long a holder of a lease is given for its first byte where nothing is known of upstream, and the bounds where it is.
+/// How long a holder of a lease is given for its first byte where nothing is known of upstream, and the least where it is.
 const FIRST_BYTE: Duration = Duration::from_secs(1);
 const SHORTEST_FIRST_BYTE: Duration = Duration::from_millis(500);
-const LONGEST_FIRST_BYTE: Duration = Duration::from_millis(1500);
 const BEYOND_USUAL: Duration = Duration::from_millis(250);
 /// How long as long as it says that upstream has not refused it, or is getting other parts of the image: containerd shows nothing before it has a
 /// whole MiB, and links that others have filled let a new connection come up in seconds only. How long each waits is bounded by its budget.
 const FED_FIRST_BYTE: Duration = Duration::from_millis(4500);
+/// How long somebody is given whom another coordinator told to pull, or nobody.
+const UNTOLD_FIRST_BYTE: Duration = Duration::from_millis(1500);
 /// How long to wait at a parent that has bytes.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long at a root that gave nothing before: both times and another one's first byte must fit in what a pull may be held.
@@ -31,8 +32,9 @@ const SOON: Duration = Duration::from_millis(300);
 const LATER: Duration = Duration::from_secs(1);
 const MUCH_LATER: Duration = Duration::from_secs(5);
 /// How long somebody who pulls something else already is kept from pulling this as well: if others want it, one of them comes meanwhile. containerd
-/// asks for more layers than it gets at a time, so that a lease for the last of them would run out.
+/// asks for more layers than it gets at a time, so that a lease for the last of them would run out. Not of what comes in one piece.
 const SPREAD: Duration = Duration::from_millis(150);
+const ONE_PIECE: u64 = 1 << 20;
 /// How rare the reports of all nodes but roots are.
 const REPORTS_A_SECOND: u32 = 200;
 const LEAST_PAUSE: Duration = Duration::from_secs(2);
@@ -105,6 +107,13 @@ impl Coordinator {
     /// Whether nothing is known of the blob: then [`Coordinator::holders`] should be told before anything else.
     pub fn is_new(&self, key: &Key) -> bool {
         !self.trees.contains_key(key)
+    }
+
+    /// Whether a message of this node would be answered now: it may have sent too many.
+    pub fn hears(&self, node: Node, now: Instant) -> bool {
+        let Limits { messages, messages_of_node: of_node, .. } = self.limits;
+        let of_node = self.rates.get(&node).is_none_or(|rate| rate.has_some(of_node.0, of_node.1, now));
+        of_node && self.rate.has_some(messages.0, messages.1, now)
     }
 
     /// These nodes are said to have all of the blob.
@@ -357,7 +366,8 @@ impl Asked<'_> {
             return Response::Wait { pause: SOON };
         }
         let alone = now.saturating_duration_since(self.tree.first_heard);
-        if want.busy && want.position == 0 && alone < SPREAD {
+        let is_spread = want.busy && want.position == 0 && self.tree.total.is_none_or(|total| total > ONE_PIECE);
+        if is_spread && alone < SPREAD {
             return Response::Wait { pause: SPREAD - alone };
         }
         let worthwhile = self.tree.total.map_or(WORTHWHILE, |total| WORTHWHILE.max(total / WORTHWHILE_PART));
@@ -410,7 +420,7 @@ impl Asked<'_> {
                 }
                 // Another coordinator told it to pull, or nobody did: it has time to get something all the same.
                 None if have.position == 0 => {
-                    let until = now + LONGEST_FIRST_BYTE;
+                    let until = now + UNTOLD_FIRST_BYTE;
                     self.tree.stand(from, Standing::Leased { until }, None);
                 }
                 // Its lease ran out, and it still has nothing.
@@ -452,5 +462,5 @@ impl Asked<'_> {
 
 fn first_byte(usual: Option<Duration>) -> Duration {
     let bound = usual.map_or(FIRST_BYTE, |usual| 3 * usual + BEYOND_USUAL);
-    bound.clamp(SHORTEST_FIRST_BYTE, LONGEST_FIRST_BYTE)
+    bound.clamp(SHORTEST_FIRST_BYTE, FED_FIRST_BYTE)
 }

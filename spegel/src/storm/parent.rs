@@ -63,6 +63,8 @@ pub enum Refusal {
 #[derive(Clone, Copy, Debug)]
 struct Feed {
     key: Key,
+    /// It was sent here by a coordinator, which names another one.
+    is_led: bool,
     is_complete: bool,
     since: Instant,
     sent: u64,
@@ -164,9 +166,11 @@ impl Parent {
     }
 
     /// A child is given a blob from now on, under this number.
-    pub fn begin(&mut self, number: u64, key: Key, from: u64, own: &Standing, now: Instant) {
+    pub fn begin(&mut self, number: u64, key: Key, asker: &Asker, own: &Standing, now: Instant) {
+        let from = asker.position;
         let feed = Feed {
             key,
+            is_led: asker.rank.is_some(),
             is_complete: own.complete,
             since: now,
             sent: from,
@@ -282,10 +286,10 @@ impl Parent {
     }
 
     /// The child that came last of those who get something complete, or for a blob that has more children than there should be. One more
-    /// may be there for want of a better place.
+    /// may be there for want of a better place. Whoever has no coordinator to turn to stays.
     fn one_too_many(&self) -> Option<u64> {
         let is_over = |feed: &Feed| feed.is_complete || self.children_of(&feed.key) > self.fan_out + 1;
-        let over = self.feeds.iter().filter(|(_, feed)| is_over(feed));
+        let over = self.feeds.iter().filter(|(_, feed)| feed.is_led && is_over(feed));
         over.max_by_key(|(number, feed)| (feed.is_complete, feed.since, **number)).map(|(number, _)| *number)
     }
 

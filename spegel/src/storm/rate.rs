@@ -31,6 +31,11 @@ impl Rate {
         self.tokens(per_second, burst, now) >= f64::from(burst)
     }
 
+    /// Whether [`Rate::take`] would find one.
+    pub(super) fn has_some(&self, per_second: u32, burst: u32, now: Instant) -> bool {
+        self.tokens(per_second, burst, now) >= 1.0
+    }
+
     fn tokens(&self, per_second: u32, burst: u32, now: Instant) -> f64 {
         let passed = now.saturating_duration_since(self.since).as_secs_f64();
         (self.tokens + passed * f64::from(per_second)).min(f64::from(burst))

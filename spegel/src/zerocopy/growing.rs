@@ -40,6 +40,13 @@ impl Growing {
         Self { file, progress, away: None }
     }
 
+    /// A file of this length that is all there.
+    #[must_use]
+    pub fn whole(file: Arc<File>, len: u64) -> Self {
+        let (_, progress) = watch::channel(Progress { position: len, ended: true });
+        Self::new(file, progress)
+    }
+
     /// The same, of which no more is given once `away` is true: a body of it then ends as if the writer gave up.
     #[must_use]
     pub fn until(self, away: watch::Receiver<bool>) -> Self {

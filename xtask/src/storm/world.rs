@@ -70,6 +70,9 @@ pub(super) struct Member {
     silent: bool,
     speaks: bool,
     refused: bool,
+    /// Another node takes part in its pull; it left a part to others, and none came.
+    shared: bool,
+    left_in_vain: bool,
     coordinator: Coordinator,
     parent: Parent,
     budget: Budget,
@@ -185,6 +188,8 @@ impl World {
             silent: false,
             speaks,
             refused: false,
+            shared: false,
+            left_in_vain: false,
             coordinator: Coordinator::new(Limits::default(), now),
             parent: Parent::new(64, now),
             budget: Budget::new(self.scenario.storm.unwrap_or_default(), now),

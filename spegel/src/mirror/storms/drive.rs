@@ -24,6 +24,13 @@ const MEMBERS: Duration = Duration::from_secs(1);
 /// How long after the last sign of a blob in the store it counts as given up. containerd 2.2 shows none between the mirror's 404 and upstream's
 /// first bytes.
 const GONE: Duration = Duration::from_millis(1500);
+/// The same where its registry is known to be slow: this much and twice what is usual, up to a bound.
+const BEYOND_USUAL: Duration = Duration::from_millis(250);
+const LATEST_GONE: Duration = Duration::from_millis(4500);
+/// How long it is looked whether something that was given up comes after all, to learn what is usual.
+const LATE: Duration = Duration::from_secs(10);
+/// Who waited for so long before it was told to pull left it for others first.
+const LEFT: Duration = Duration::from_millis(100);
 /// A pause that is shorter than this is none: containerd writes whole MiB.
 const STOOD: Duration = Duration::from_millis(500);
 /// How long a blob is followed at the longest.
@@ -67,6 +74,8 @@ pub(super) struct Driver {
     is_fed_others: bool,
     /// When it was sent upstream, until something came.
     told: Option<Instant>,
+    /// It was given up, and may come yet.
+    is_late: bool,
     members: Instant,
 }
 
@@ -106,6 +115,7 @@ impl Driver {
             was_upstream: false,
             is_fed_others: false,
             told: None,
+            is_late: false,
             members: now,
         }
     }
@@ -115,7 +125,7 @@ impl Driver {
         let mut look_at = Instant::now();
         while self.storms.is_current(&self.pull) && self.began.elapsed() < LONGEST {
             self.act();
-            if self.child.source() == Source::Over {
+            if self.child.source() == Source::Over && !self.is_late {
                 break;
             }
             let wake = self.child.wake().filter(|_| !self.is_silent).map_or(look_at, |wake| wake.min(look_at));
@@ -171,10 +181,13 @@ impl Driver {
                 Action::Pull | Action::GiveUp => {
                     let was_leased = action == Action::Pull;
                     let now = Instant::now();
+                    if was_leased && self.child.may_leave_it() && now.duration_since(self.began) >= LEFT {
+                        self.storms.images.was_in_vain(&self.pull.image, now);
+                    }
                     let mut state = self.pull.state();
                     (state.is_root, state.was_leased, state.told) = (true, was_leased, Some(now));
                     drop(state);
-                    self.is_fed_others = self.storms.is_arriving(&self.pull.image, &self.pull.digest, now);
+                    self.is_fed_others = self.storms.images.is_arriving(&self.pull.image, &self.pull.digest, now);
                     (self.from_upstream, self.told, self.seen) = (true, Some(now), now);
                     self.order(Order::Upstream);
                     self.is_awaited = false;
@@ -286,7 +299,7 @@ impl Driver {
         if now.duration_since(self.members) >= MEMBERS {
             self.meet(now);
         }
-        let arrives = self.storms.is_arriving(&self.pull.image, &self.pull.digest, now);
+        let arrives = self.storms.images.is_arriving(&self.pull.image, &self.pull.digest, now);
         self.is_fed_others |= arrives && self.told.is_some();
         if matches!(self.child.source(), Source::Nobody | Source::Asked(_))
             && arrives
@@ -300,6 +313,7 @@ impl Driver {
         let asked = self.wanted.repository.as_ref();
         match self.store.find(&self.pull.digest, asked).await.ok().flatten() {
             Some(Found::Complete(blob)) => {
+                self.is_late = false;
                 self.reached(blob.size, now);
                 let from = if self.was_upstream { From::Upstream } else { From::Peers };
                 let depth = if self.was_upstream { 0 } else { self.depth.max(1) };
@@ -310,15 +324,29 @@ impl Driver {
                 self.seen = now;
                 self.reached(receiving.growing.progress().position, now);
             }
-            None if !self.is_awaited && now.duration_since(self.seen) >= self.gone_after() => self.child.gone(now),
+            None if !self.is_awaited && now.duration_since(self.seen) >= self.gone_after() => self.lose(now),
             // Awaited as yet, or being renamed.
             None => {}
         }
     }
 
-    /// Upstream's first byte takes longer while other parts of the image fill the links.
+    /// Upstream's first byte takes longer while other parts of the image fill the links, and at some registries.
     fn gone_after(&self) -> Duration {
-        if self.is_fed_others { 3 * GONE } else { GONE }
+        match self.storms.images.usual(&self.pull.image) {
+            _ if self.is_fed_others => LATEST_GONE,
+            Some(usual) => (2 * usual + BEYOND_USUAL).clamp(GONE, LATEST_GONE),
+            None => GONE,
+        }
+    }
+
+    /// There is no sign of it: others need not wait for it.
+    fn lose(&mut self, now: Instant) {
+        if self.child.source() != Source::Over {
+            self.child.gone(now);
+            self.pull.state().is_root = false;
+            self.pull.away.notify_waiters();
+        }
+        self.is_late = self.told.is_some_and(|told| now.duration_since(told) < LATE);
     }
 
     /// So much of it is here.
@@ -332,7 +360,7 @@ impl Driver {
         if let Some(told) = self.told.take() {
             let took = now.duration_since(told);
             if self.position == 0 {
-                self.storms.learn(took);
+                self.storms.images.learn(&self.pull.image, took);
             }
             self.storms.figures.waited(&self.pull.image, Wait::Upstream, took);
         } else if self.position > 0 && stood >= STOOD {
@@ -348,7 +376,10 @@ impl Driver {
         self.storms.figures.came(&self.pull.image, from, more, now);
         self.depth = self.depth.max(self.shared.lineage.of(&self.pull.digest).len());
         (self.position, self.grown) = (position, now);
-        self.pull.state().grown = Some(now);
+        self.storms.images.came(&self.pull.image, &self.pull.digest, now);
+        if !self.from_upstream {
+            self.storms.images.is_shared(&self.pull.image, now);
+        }
         self.child.grew(position, now);
     }
 }

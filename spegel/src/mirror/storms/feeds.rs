@@ -128,15 +128,19 @@ impl Storms {
             away,
         };
         let own = State::standing(&given, self);
+        let image = self.pulls().get(served.digest).map(|pull| Arc::clone(&pull.image));
         let mut state = self.feeds.state();
         if served.rank.is_some() {
             state.parent.admit(&key, &own, &asker)?;
+            if let Some(image) = image {
+                self.images.is_shared(&image, now);
+            }
         }
         let number = state.next;
         state.next += 1;
         // Who was not sent by a coordinator is bounded by the uploads.
         if state.given.len() < usize::from(MAX_SLOTS) {
-            state.parent.begin(number, key, served.first, &own, now);
+            state.parent.begin(number, key, &asker, &own, now);
             state.given.insert(number, given);
         }
         if !std::mem::replace(&mut state.is_looked_at, true) {
@@ -161,8 +165,10 @@ impl Storms {
         state.parent.received(self.feeds.received.load(Ordering::Relaxed));
         let look = state.parent.look(now);
         if let Some(given) = look.shed.and_then(|number| state.given.get(&number)) {
-            given.away.send_replace(true);
-            self.figures.shed();
+            // It may take a while to go.
+            if !given.away.send_replace(true) {
+                self.figures.shed();
+            }
         }
         if look.changed {
             self.tell_slots(|total| state.parent.slots(total, false));

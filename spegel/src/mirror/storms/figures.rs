@@ -27,8 +27,8 @@ static BYTES: Described = Described::counter(
 .labels(&[IMAGE, SOURCE]);
 static DEPTH: Described = Described::gauge(
     "spegel_storm_depth",
-    "The most nodes that bytes of the image came through to this one, the first of which had them from upstream: the largest of all \
-     nodes' is the depth of the tree",
+    "The most nodes that bytes of the image came through to this one in its latest pull, the first of which had them from upstream: the \
+     largest of all nodes' is the depth of the tree",
 )
 .labels(&[IMAGE]);
 static WAITED: Described = Described::counter(
@@ -169,6 +169,7 @@ impl StormFigures {
             let Some(mut known) = images.remove(place) else { return };
             if now.duration_since(known.used) >= GAP {
                 known.began = now;
+                self.depth.get_or_create(&ImageLabel { image: image.to_string() }).set(0);
             }
             known.used = now;
             images.push_back(known);
@@ -331,6 +332,6 @@ mod tests {
         figures.asked(&image, end);
         figures.got(&image, From::Peers, 1, end);
         assert_eq!(figures.duration.get_or_create(&label).get(), (3 * GAP).as_secs_f64());
-        assert_eq!(figures.depth.get_or_create(&label).get(), 3);
+        assert_eq!(figures.depth.get_or_create(&label).get(), 1, "the deepest of this pull");
     }
 }

@@ -2,9 +2,11 @@
 
 use std::future::pending;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep_until, timeout};
@@ -16,14 +18,17 @@ use crate::mirror::attempt::{Contact, attempt};
 use crate::mirror::client::{PeerError, Timeouts};
 use crate::mirror::fetch::{Streamed, Taken, Use, race_among};
 use crate::mirror::peers::jitter;
-use crate::mirror::{Shared, Wanted};
-use crate::oci::{Key, RangeSpec};
+use crate::mirror::{Kind, Shared, Wanted, family};
+use crate::oci::{Key, MAX_MANIFEST_BYTES, RangeSpec};
 use crate::router::Peer;
+use crate::store::{Blob, Store};
 use crate::storm::{Child, Failure, Hold, HoldEnd, Node, Rank, Wish};
 use crate::story::Origin;
 
 /// How long upstream's first byte is taken to need, as long as none was measured.
 const USUAL: Duration = Duration::from_millis(300);
+/// How long a request is held where upstream is known to be slower than it may be held.
+const BRIEFLY: Duration = Duration::from_millis(300);
 /// How long a parent is asked to hold a request for which it has no byte itself. What is left of the budget bounds it before.
 const WAIT: Duration = Duration::from_secs(5);
 /// How long a parent may give nothing until those are asked as well that were found without a coordinator.
@@ -78,8 +83,17 @@ impl<'a> Held<'a> {
         self.storms.with_budget(self.image, now, |budget| budget.deadline()).unwrap_or(self.deadline)
     }
 
+    /// Until when to hold it at first. What nobody has yet comes no sooner than upstream's first byte: where there is no time for that, only a
+    /// parent that has bytes is of use.
+    fn until(&self, usual: Option<Duration>, now: Instant) -> Instant {
+        match usual {
+            Some(usual) if now + usual >= self.deadline => self.deadline.min(now + BRIEFLY),
+            _ => self.deadline,
+        }
+    }
+
     fn was_fed(&mut self) {
-        self.end = HoldEnd::Fed { usual: self.storms.usual().unwrap_or(USUAL) };
+        self.end = HoldEnd::Fed { usual: self.storms.images.usual(self.image).unwrap_or(USUAL) };
     }
 }
 
@@ -149,7 +163,6 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
         return Offer::Unheld(None);
     };
     let (key, coordinators) = storms.asked.coordinators(&wanted.key);
-    let now = Instant::now();
     let position = match wanted.range.as_deref().map(RangeSpec::parse) {
         None => Some(0),
         Some(Some(RangeSpec::From { first, .. })) => Some(first),
@@ -157,6 +170,8 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     };
     // Alone there is nobody to wait for.
     let Some(position) = position.filter(|_| coordinators.len() >= 2) else { return Offer::Unheld(None) };
+    let total = total_of(shared, storms, store, wanted).await;
+    let now = Instant::now();
     storms.figures.asked(image, now);
     let (pull, events) = match storms.begin(digest, image, now) {
         Begun::New(pull, events) => (pull, events),
@@ -165,18 +180,18 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     };
     let mut ended = Ended(Some(&pull));
     let held = Held::begin(storms, image, now);
-    let total = shared.sizes.of(digest);
+    let usual = storms.images.usual(image);
     let wish = Wish {
         key,
         position,
         total,
-        usual: storms.usual(),
-        busy: storms.is_root(),
-        fed: storms.is_arriving(image, digest, now),
+        usual,
+        busy: storms.is_root() && storms.images.may_leave(image, now),
+        fed: storms.images.is_arriving(image, digest, now),
     };
     let (slots, number) = (storms.feeds.slots(total), storms.number(now));
     let child = match &held {
-        Some(held) => Child::new(wish, slots, coordinators, number, held.deadline, now),
+        Some(held) => Child::new(wish, slots, coordinators, number, held.until(usual, now), now),
         None => Child::apart(wish, slots, coordinators, number, now),
     };
     let mut line = Line::of(storms, Arc::clone(&pull), held.is_some());
@@ -202,6 +217,34 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     match taken {
         Some((peer, taken)) => Offer::Taken(peer, Box::new(taken), line),
         None => Offer::Nobody(line),
+    }
+}
+
+/// How long what is wanted is, if a manifest tells that. What came from upstream was not seen on its way: our containerd has it.
+async fn total_of(shared: &Shared, storms: &Storms, store: &Arc<dyn Store>, wanted: &Wanted) -> Option<u64> {
+    let (Key::Digest(digest), Some(image)) = (&wanted.key, &wanted.pull) else { return None };
+    if wanted.kind == Kind::Manifest {
+        storms.images.is_described_by(image, digest, Instant::now());
+    } else if shared.sizes.of(digest).is_none() {
+        for manifest in storms.images.unread(image) {
+            if let Ok(Some(blob)) = store.open(&manifest, wanted.repository.as_ref()).await {
+                shared.sizes.learn(&family::children(&read_manifest(&blob)));
+                storms.images.was_read(image, &manifest);
+            }
+        }
+    }
+    shared.sizes.of(digest)
+}
+
+/// Its bytes, none if they cannot be read.
+fn read_manifest(blob: &Blob) -> Bytes {
+    if let Some(small) = &blob.small {
+        return small.bytes().clone();
+    }
+    let mut bytes = vec![0; usize::try_from(blob.size).unwrap_or_default().min(MAX_MANIFEST_BYTES)];
+    match blob.file.read_exact_at(&mut bytes, 0) {
+        Ok(()) => bytes.into(),
+        Err(_) => Bytes::new(),
     }
 }
 

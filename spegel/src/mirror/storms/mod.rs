@@ -7,16 +7,19 @@ mod drive;
 mod feeds;
 mod figures;
 mod held;
+mod images;
 mod view;
 
 use std::collections::HashMap;
 use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use socket2::{SockRef, Socket};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, watch};
+use tracing::warn;
 
 use super::{StormSettings, Wanted};
 use crate::oci::{Digest, Key};
@@ -34,8 +37,6 @@ pub(super) use held::{Line, Offer, follow, hold, resume};
 
 /// How many blobs are followed at a time. More are not held.
 const PULLS: usize = 1024;
-/// A part of an image of which bytes came within this time is arriving: containerd writes whole MiB.
-const ARRIVING: Duration = Duration::from_secs(1);
 /// How many events of a blob wait for who follows it.
 const EVENTS: usize = 64;
 /// For how long after it was sent upstream a request is not held: containerd comes to us with it once more when a body ends early.
@@ -48,10 +49,11 @@ pub(crate) struct Storms {
     store: OnceLock<Arc<dyn Store>>,
     budgets: Mutex<Budgets<Arc<str>>>,
     pulls: Mutex<HashMap<Digest, Arc<Pull>>>,
-    /// What upstream's first byte takes, smoothed.
-    usual: Mutex<Option<Duration>>,
+    images: images::Images,
     feeds: feeds::Feeds,
     figures: StormFigures,
+    /// Somebody was seen that does not say who it is.
+    is_unnamed: AtomicBool,
     /// The microseconds since 1970 at an instant.
     numbers: (Instant, u64),
 }
@@ -80,8 +82,6 @@ struct PullState {
     was_leased: bool,
     /// When it was sent upstream.
     told: Option<Instant>,
-    /// When bytes of it came last.
-    grown: Option<Instant>,
 }
 
 /// What is to be done for our containerd.
@@ -139,9 +139,10 @@ impl Storms {
             store: OnceLock::new(),
             budgets: Mutex::new(Budgets::new(settings.max_wait)),
             pulls: Mutex::default(),
-            usual: Mutex::default(),
+            images: images::Images::default(),
             feeds: feeds::Feeds::new(Instant::now()),
             figures,
+            is_unnamed: AtomicBool::new(false),
             numbers: (Instant::now(), since_1970()),
         }))
     }
@@ -155,6 +156,17 @@ impl Storms {
     /// Whether a request may be held at all: that of our own containerd for a digest, from some byte on.
     pub(super) fn concern(&self, wanted: &Wanted) -> bool {
         matches!(wanted.key, Key::Digest(_)) && wanted.pull.is_some() && wanted.is_own && !wanted.head_only
+    }
+
+    /// Says once if nothing can come of storms since our containerd, or whoever asks, does not say who it is.
+    pub(super) fn look_for_name(&self, wanted: &Wanted) {
+        let is_unnamed = matches!(wanted.key, Key::Digest(_)) && wanted.pull.is_some() && !wanted.is_own;
+        if is_unnamed && !self.is_unnamed.swap(true, Ordering::Relaxed) {
+            warn!(
+                "a pull does not say whose it is, and takes no part in storms: `spegel configuration` and `spegel registry` need the same \
+                 --node-name, which hosts.toml then carries as X-Spegel-Node"
+            );
+        }
     }
 
     /// Whether somebody of this rank may wait here for the first bytes of a blob that our containerd has none of either.
@@ -227,14 +239,6 @@ impl Storms {
         self.pulls().values().any(|pull| pull.state().is_root)
     }
 
-    /// Whether bytes of other parts of the image have come a moment ago.
-    fn is_arriving(&self, image: &Arc<str>, besides: &Digest, now: Instant) -> bool {
-        let is_recent = |grown: Instant| now.saturating_duration_since(grown) < ARRIVING;
-        let pulls = self.pulls();
-        let mut others = pulls.values().filter(|pull| pull.image == *image && pull.digest != *besides);
-        others.any(|pull| pull.state().grown.is_some_and(is_recent))
-    }
-
     fn is_current(&self, pull: &Arc<Pull>) -> bool {
         self.pulls().get(&pull.digest).is_some_and(|known| Arc::ptr_eq(known, pull))
     }
@@ -250,15 +254,6 @@ impl Storms {
     fn with_budget<T>(&self, name: &Arc<str>, now: Instant, what: impl FnOnce(&mut Budget) -> Option<T>) -> Option<T> {
         let mut budgets = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
         budgets.of(Arc::clone(name), now).and_then(what)
-    }
-
-    fn usual(&self) -> Option<Duration> {
-        *self.usual.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn learn(&self, took: Duration) {
-        let mut usual = self.usual.lock().unwrap_or_else(PoisonError::into_inner);
-        *usual = Some(usual.map_or(took, |usual| (usual * 3 + took) / 4));
     }
 
     fn pulls(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Pull>>> {

@@ -196,7 +196,8 @@ impl Inner {
             None => (self.local, self.zone),
         };
         let mut coordinator = self.coordinator();
-        if coordinator.is_new(request.key()) && matches!(request, Request::Want(_)) {
+        let is_heard = coordinator.hears(node(&from), now);
+        if is_heard && coordinator.is_new(request.key()) && matches!(request, Request::Want(_)) {
             // The nodes nearest to the key are those that keep its records.
             let id = ContentId::from_hash(request.key().0);
             let holders = self.records.lock().others(now, &id, &mut rand::rng());

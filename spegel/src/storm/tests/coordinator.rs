@@ -160,7 +160,7 @@ fn the_bound_of_a_lease_follows_what_upstream_takes() {
             answer => panic!("{answer:?}"),
         }
     };
-    assert_eq!([10, 200, 400, 9000].map(within), [500, 850, 1450, 1500]);
+    assert_eq!([10, 200, 400, 1000, 9000].map(within), [500, 850, 1450, 3250, 4500]);
 }
 
 #[test]
@@ -188,6 +188,13 @@ fn who_gets_other_parts_of_the_image_is_given_as_much() {
     assert_eq!(parent(talk.want(2)), 1);
     talk.pass(Duration::from_secs(1));
     talk.pulls(3);
+}
+
+#[test]
+fn what_comes_in_one_piece_is_left_for_nobody() {
+    let mut talk = Talk::new();
+    let answer = talk.want_as(1, 0, |want| (want.busy, want.total) = (true, Some(1 << 20)));
+    assert!(matches!(answer, Response::Pull { .. }), "{answer:?}");
 }
 
 #[test]
@@ -337,6 +344,7 @@ fn floods_are_not_answered() {
     };
     assert_eq!(flood(1, 1000), 400);
     assert_eq!(flood(2, 10), 10, "others are");
+    assert!(!talk.coordinator.hears(Node(1), talk.now) && talk.coordinator.hears(Node(2), talk.now));
     talk.pass(Duration::from_secs(1));
     talk.number = 10_000;
     let answered = (0..500).filter(|n| {

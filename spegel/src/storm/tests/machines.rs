@@ -10,6 +10,8 @@ use crate::storm::{
 const KEY: Key = Key([9; 32]);
 const MAX: Duration = Duration::from_secs(2);
 const RANK: Rank = Rank(8);
+/// One that a coordinator sent.
+const LED: Asker = Asker { position: 0, rank: Some(RANK) };
 
 fn child(now: Instant) -> Child {
     let wish = Wish { key: KEY, position: 0, total: Some(64 << 20), usual: None, busy: false, fed: false };
@@ -89,6 +91,31 @@ fn a_held_request_ends_at_its_deadline() {
     assert_eq!(child.wake(), Some(start + MAX));
     assert!(actions(&mut child, start + MAX - Duration::from_millis(1)).is_empty());
     assert_eq!(actions(&mut child, start + MAX)[0], Action::GiveUp);
+}
+
+/// A body's parent is left for one that gives nothing, and is left in turn; then the body ends, and its request is held from then on.
+#[test]
+fn who_left_a_parent_before_it_failed_is_held_no_longer_than_it_may_be() {
+    for may_be_held in [true, false] {
+        let start = Instant::now();
+        let mut child = fed_child(start);
+        child.grew(1 << 20, start);
+        let slow = start + Duration::from_secs(2);
+        [start, slow].into_iter().for_each(|now| child.parent_has(40 << 20, now));
+        let (_, want) = question(&actions(&mut child, slow));
+        child.answered(want.number, fetch(8), slow);
+        assert!(actions(&mut child, slow).contains(&Action::Fetch { parent: Node(8), rank: RANK }));
+        let left = slow + Duration::from_secs(1);
+        let (_, want) = question(&actions(&mut child, left));
+        assert_eq!((child.source(), want.why), (Source::Nobody, Why::Refused));
+        child.answered(want.number, Response::Wait { pause: Duration::from_secs(60) }, left);
+        let deadline = left + if may_be_held { Duration::from_millis(500) } else { Duration::ZERO };
+        child.failed(Failure::Broke, may_be_held.then_some(deadline), left);
+        if may_be_held {
+            assert_eq!((actions(&mut child, left), child.wake()), (vec![], Some(deadline)));
+        }
+        assert_eq!(actions(&mut child, deadline)[0], Action::GiveUp);
+    }
 }
 
 #[test]
@@ -311,7 +338,7 @@ fn fed(children: u64, each: f64, time: Duration) -> (Parent, Instant, Vec<u64>) 
     let mut shed = Vec::new();
     let at = |seconds: f64| standing((seconds * 25e6) as u64, 0);
     for number in 0..children {
-        parent.begin(number, KEY, 0, &at(0.0), start);
+        parent.begin(number, KEY, &LED, &at(0.0), start);
     }
     let mut now = start;
     while now < start + time {
@@ -343,7 +370,7 @@ fn a_full_link_sheds_one_after_the_other() {
     // One is slow by itself: that says nothing of our link.
     let start = Instant::now();
     let mut parent = Parent::new(64, start);
-    (0..4).for_each(|number| parent.begin(number, KEY, 0, &standing(0, 0), start));
+    (0..4).for_each(|number| parent.begin(number, KEY, &LED, &standing(0, 0), start));
     for n in 1..40_u64 {
         let own = standing(n * 2_500_000, 0);
         parent.received(own.position);
@@ -360,7 +387,7 @@ fn no_more_than_its_bound_are_taken() {
     let (own, asker) = (standing(5 << 20, 0), Asker { position: 0, rank: None });
     for number in 0..2 {
         assert_eq!(parent.admit(&KEY, &own, &asker), Ok(()));
-        parent.begin(number, KEY, 0, &own, now);
+        parent.begin(number, KEY, &LED, &own, now);
     }
     assert_eq!(parent.admit(&KEY, &own, &asker), Err(Refusal::Busy));
     assert_eq!(parent.admit(&KEY, &standing(0, 0), &Asker { position: 1, rank: None }), Err(Refusal::NotAhead));
@@ -375,8 +402,9 @@ fn what_is_coming_in_goes_before_what_is_complete() {
     let mut parent = Parent::new(64, start);
     let complete = Standing { complete: true, ..standing(64 << 20, 0) };
     let newcomer = Asker { position: 0, rank: None };
-    parent.begin(0, KEY, 0, &standing(0, 0), start);
-    (1..4).for_each(|number| parent.begin(number, DONE, 0, &complete, start));
+    parent.begin(0, KEY, &LED, &standing(0, 0), start);
+    parent.begin(1, DONE, &newcomer, &complete, start);
+    (2..4).for_each(|number| parent.begin(number, DONE, &LED, &complete, start));
     assert_eq!(parent.admit(&DONE, &complete, &newcomer), Ok(()));
     let mut shed = Vec::new();
     for n in 1..40_u64 {
@@ -387,7 +415,11 @@ fn what_is_coming_in_goes_before_what_is_complete() {
         (1..4).for_each(|number| parent.sent(number, n * 1_000_000, &complete));
         shed.extend(parent.look(start + Duration::from_millis(100 * n)).shed.inspect(|number| parent.end(*number)));
     }
-    assert_eq!(shed, [3, 2, 1], "the latest first, and never who gets what is coming in");
+    assert_eq!(
+        shed,
+        [3, 2],
+        "the latest first, and never who gets what is coming in, nor who knows nowhere else to go"
+    );
     let (parent, ..) = fed(1, 25e6, Duration::from_secs(1));
     assert_eq!(parent.admit(&DONE, &complete, &newcomer), Ok(()), "there is room");
     let (parent, ..) = fed(8, 10e6, Duration::from_secs(4));

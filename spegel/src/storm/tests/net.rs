@@ -409,7 +409,7 @@ impl Net {
             return self.at(at, Event::Failed { child, failure: Failure::Refused, pull });
         }
         let now = self.clock(parent);
-        self.peers[parent].parent.begin(child as u64, KEY, asker.position, &own, now);
+        self.peers[parent].parent.begin(child as u64, KEY, &asker, &own, now);
         self.peers[child].feeder = Some(parent);
     }
 

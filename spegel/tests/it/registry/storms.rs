@@ -346,6 +346,58 @@ async fn who_is_one_too_many_for_a_full_link_is_let_go() {
     assert_eq!(shed(), 1.0);
 }
 
+/// One who gets something complete goes before one who gets what comes in, and in good order as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_gets_something_complete_is_let_go_first() {
+    let nodes = nodes(2, || storm(Duration::from_secs(10)));
+    let (node, total) = (&nodes[0], 48 * MIB);
+    let (done, bytes) = (noise(79, total), noise(80, total));
+    node.shelf.put(&done);
+    let containerd = Containerd::at(node, "node-0", &digest_of(&bytes), total);
+    let coming = target(&digest_of(&bytes));
+    assert_eq!(node.ask("GET", &coming, &[("X-Spegel-Node", "node-0")]).await.status, 404, "it is to pull");
+    containerd.wrote(&bytes[..MIB], total);
+    let mut children = Vec::new();
+    for (n, target) in [(0, coming), (1, target(&digest_of(&done)))] {
+        let mut stream = TcpStream::connect(node.address()).await.unwrap();
+        let head = format!(
+            "GET {target} HTTP/1.1\r\nHost: node\r\nConnection: close\r\nX-Spegel-Mirrored: true\r\nX-Spegel-Node: child-{n}\r\nX-Spegel-Rank: 9\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut first = [0; 12];
+        stream.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 200", "{n} is taken");
+        children.push(stream);
+    }
+    let shed = || node.metric("spegel_storm_shed_total", &[]);
+    for end in (2..total / MIB).map(|n| n * MIB) {
+        containerd.wrote(&bytes[..end], total);
+        tokio::time::sleep(Duration::from_millis(40)).await;
+    }
+    eventually("one is let go", || shed() > 0.0).await;
+    containerd.wrote(&bytes, total);
+    let ends = children.into_iter().map(|mut stream| async move {
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.map(|_| rest.len() >= total)
+    });
+    let ends = tokio::time::timeout(PATIENCE, futures::future::join_all(ends)).await.unwrap();
+    let whole: Vec<bool> = ends.into_iter().map(Result::unwrap).collect();
+    assert_eq!((whole, shed()), (vec![true, false], 1.0), "and is counted once");
+}
+
+/// Upstream is so slow that the pull was given up: what comes is counted all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_after_it_was_given_up_is_counted() {
+    let nodes = nodes(2, || storm(Duration::from_secs(10)));
+    let bytes = noise(81, 3 * MIB);
+    let containerd = Containerd::at(&nodes[0], "node-0", &digest_of(&bytes), bytes.len());
+    let pull = containerd.pull(|| Some(bytes.clone()), bytes.len(), Duration::from_millis(2500));
+    assert!(tokio::time::timeout(PATIENCE, pull).await.unwrap().from_upstream);
+    let labels = ["source=\"upstream\""];
+    eventually("it is counted", || nodes[0].metric("spegel_storm_blobs_total", &labels) == 1.0).await;
+    assert_eq!(nodes[0].metric("spegel_storm_received_bytes_total", &labels), bytes.len() as f64);
+}
+
 async fn eventually(what: &str, is_so: impl Fn() -> bool) {
     let waited = async {
         while !is_so() {

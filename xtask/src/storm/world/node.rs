@@ -12,6 +12,8 @@ const REFUSAL: Duration = Duration::from_millis(150);
 const FOUND: usize = 20;
 /// How many clients a node serves at a time where the protocol is off.
 const SERVED: usize = 64;
+/// Who waited for so long before it was told to pull left it for others first.
+const LEFT: Duration = Duration::from_millis(100);
 
 impl World {
     pub(super) fn on(&mut self, event: Event) {
@@ -69,7 +71,8 @@ impl World {
             self.totals.given_up += 1;
             return self.go_upstream(node, blob);
         };
-        let busy = member.blobs.iter().any(|blob| blob.from == Some(From::Upstream));
+        let pulls = member.blobs.iter().any(|blob| blob.from == Some(From::Upstream));
+        let busy = pulls && member.shared && !member.left_in_vain;
         // What a daemon sees of it: whole MiB, and what is smaller when it is there.
         let fed = member.blobs.iter().any(|blob| blob.from.is_some() && !blob.done && blob.position >= 1048576.0);
         let at = &mut member.blobs[blob];
@@ -142,6 +145,10 @@ impl World {
                     self.at(now + 2 * self.scenario.latency, event);
                 }
                 Action::Pull | Action::GiveUp => {
+                    let at = &self.members[node].blobs[blob];
+                    let left = at.child.as_ref().is_some_and(Child::may_leave_it)
+                        && at.hold.is_some_and(|(_, since)| now - since >= LEFT);
+                    self.members[node].left_in_vain |= left && action == Action::Pull;
                     self.totals.given_up += u64::from(action == Action::GiveUp);
                     self.unhold(node, blob, HoldEnd::InVain);
                     self.go_upstream(node, blob);
@@ -272,7 +279,9 @@ impl World {
         if !wants_it || member.parent.admit(&self.keys[blob], &own, &asker).is_err() {
             return self.soon(Event::Refused { child, blob, failure: Failure::Refused, pull });
         }
-        member.parent.begin(feed_number(child, blob), self.keys[blob], asker.position, &own, now);
+        member.parent.begin(feed_number(child, blob), self.keys[blob], &asker, &own, now);
+        member.shared = true;
+        self.members[child].shared = true;
         self.children.entry((parent, blob)).or_default().push(child);
         self.attach(child, blob, From::Node(parent));
         if own.position > asker.position {
@@ -374,7 +383,9 @@ impl World {
         let parent = found[self.rng.random_range(0..found.len())];
         let own = self.standing(parent, blob);
         let key = self.keys[blob];
-        self.members[parent].parent.begin(feed_number(node, blob), key, position as u64, &own, now);
+        let asker = Asker { position: position as u64, rank: None };
+        self.members[parent].parent.begin(feed_number(node, blob), key, &asker, &own, now);
+        self.members[node].shared = true;
         self.children.entry((parent, blob)).or_default().push(node);
         self.attach(node, blob, From::Node(parent));
     }
