@@ -7,6 +7,7 @@ mod ebpf;
 mod everything;
 mod many;
 mod memory;
+mod paired;
 mod requests;
 mod rivals;
 

@@ -233,7 +233,7 @@ fn table(lines: &[Value]) -> String {
             line["blobs"],
             number(line, "time"),
             number(line, "solo"),
-            line["model_time"].as_f64().map_or_else(String::new, |time| format!("{time:.2}")),
+            line["model_time"].as_f64().map_or_else(String::new, |time| model::cell(number(line, "time"), time)),
             line["depth"],
             line["roots"],
             line["moves"],
@@ -256,5 +256,11 @@ mod tests {
         assert!(!is_good(&line(1.0, Variant::Off, false, 1)));
         let text = table(&[line(8.0, Variant::On, false, 0)]);
         assert!(text.contains("8.00") && text.contains("missed"), "{text}");
+        let modelled = |time: f64| {
+            let mut line = line(1.0, Variant::On, false, 0);
+            line["model_time"] = json!(time);
+            table(&[line])
+        };
+        assert!(modelled(1.2).contains("| 1.20 |") && modelled(1.21).contains("| 1.21, further than 20 % |"));
     }
 }

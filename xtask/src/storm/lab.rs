@@ -1,5 +1,7 @@
 //! The same with real containerds, a real registry and links that carry only so much.
 
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -47,8 +49,10 @@ pub(super) fn lab(storm: &Storm) -> Result<Lab> {
     };
     let wait = format!("{}ms", (storm.max_wait.max(0.0) * 1e3).round());
     let on = ["--storm", "on", "--storm-max-wait", &wait].map(str::to_owned);
-    // Without, another program may be what runs; ours has it off then.
-    let arguments = |is_on: bool| [if is_on { &on[..] } else { &[] }, &*storm.with].concat();
+    // Another program may be what runs, which does not know it.
+    let off = if program.as_deref().is_some_and(knows_storms) { &["--storm", "off"][..] } else { &[] };
+    let off: Vec<String> = off.iter().map(|word| (*word).to_owned()).collect();
+    let arguments = |is_on: bool| [if is_on { &on[..] } else { &off }, &*storm.with].concat();
     Ok(Lab {
         program,
         arguments: arguments(!storm.off),
@@ -67,6 +71,12 @@ pub(super) fn lab(storm: &Storm) -> Result<Lab> {
         refuse: storm.refuse,
         seeded: storm.seeds > 0,
     })
+}
+
+/// Whether the program has storms to turn off.
+fn knows_storms(program: &Path) -> bool {
+    let help = Command::new(program).args(["registry", "--help"]).output();
+    help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).contains("--storm "))
 }
 
 fn mbit(bytes: f64) -> u32 {

@@ -57,6 +57,12 @@ pub(super) fn beside(model: &Outcome, stormed: &Stormed) -> String {
     figures.iter().fold("beside the model:\n".to_owned(), |text, figure| text + &figure.line())
 }
 
+/// The model's word for what really was so much, for a table.
+pub(super) fn cell(real: f64, model: f64) -> String {
+    let is_close = Figure { what: "", real, model }.off().abs() <= CLOSE + 1e-9;
+    format!("{model:.2}{}", if is_close { "" } else { ", further than 20 %" })
+}
+
 // === impl Figure ===
 
 impl Figure {

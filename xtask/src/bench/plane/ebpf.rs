@@ -2,22 +2,18 @@
 //! programs took by the kernel's own account.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use spegel_benches::load::{Bulk, Waits};
 
-use super::{Plane, Rival, Running, Settings, median};
+use super::paired::{self, Change, ORDERS, TURNS, middle, significant};
+use super::{Plane, Running, Settings, median};
 use crate::bench::Figures;
 
 /// The servers of a round. The third is what the first two would differ by if eBPF cost nothing.
 const SERVERS: [(&str, &str); 3] = [("off", "off"), ("on", "on"), ("off-again", "off")];
-/// In which order they are measured: each as often at each place, and after each other.
-const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [2, 1, 0], [1, 2, 0], [0, 2, 1], [2, 0, 1], [1, 0, 2]];
-/// Turns of a round, whose processes are the same; before them is one that is not counted.
-const TURNS: usize = 12;
 /// How long a turn asks a server for small things, in seconds, and again for connections.
 const TIME: &str = "0.6";
 /// What a turn takes of the large blob, in MiB.
@@ -55,7 +51,12 @@ pub(in crate::bench) fn ebpf(settings: &Settings) -> Result<Figures> {
     let mut found: [Vec<Turn>; SERVERS.len()] = Default::default();
     let (mut accounts, mut maps) = (Vec::new(), 0);
     for round in 0..plane.settings.rounds {
-        let servers = (0..SERVERS.len()).map(|number| start(&plane, number, round)).collect::<Result<Vec<_>>>()?;
+        let start = |number: usize| {
+            let (name, mode) = SERVERS[number];
+            // The port's place says nothing of the mode: it changes with the rounds.
+            paired::start(&plane, (number + round) % SERVERS.len(), round, name, &format!("--ebpf {mode}"), None)
+        };
+        let servers = (0..SERVERS.len()).map(start).collect::<Result<Vec<_>>>()?;
         for turn in 0..=TURNS {
             for number in ORDERS[turn % ORDERS.len()] {
                 let figures = measure(&plane, &servers[number].running)?;
@@ -71,7 +72,7 @@ pub(in crate::bench) fn ebpf(settings: &Settings) -> Result<Figures> {
 }
 
 fn tell(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], accounts: &[[(f64, f64); 3]], maps: u64) -> Figures {
-    let column = |number: usize, at: usize| median(found[number].iter().map(|turn| turn[at]).collect());
+    let column = |number: usize, at: usize| middle(&found[number], at);
     let row = |name: &str, field: &dyn Fn(usize) -> String| -> Vec<String> {
         std::iter::once(name.to_owned()).chain((0..FIGURES.len()).map(field)).collect()
     };
@@ -129,77 +130,6 @@ fn tell(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], accounts: &[[(f64, f6
         rows,
         json,
     }
-}
-
-/// By how many per cent one differs from another measured right beside it.
-#[derive(Debug)]
-struct Change {
-    median: f64,
-    /// The interval of the median.
-    from: f64,
-    to: f64,
-}
-
-impl Change {
-    fn of(these: &[Turn], those: &[Turn], at: usize) -> Self {
-        let pairs = these.iter().zip(those).map(|(this, that)| (this[at] / that[at] - 1.0) * 100.0);
-        let mut pairs: Vec<f64> = pairs.collect();
-        pairs.sort_by(f64::total_cmp);
-        // From the binomial distribution by way of the normal one: how many of the pairs may lie on one side of the true median.
-        let reach = (0.98 * (pairs.len() as f64).sqrt()).ceil() as usize;
-        let middle = pairs.len() / 2;
-        let get = |at: usize| pairs.get(at.min(pairs.len().saturating_sub(1))).copied().unwrap_or_default();
-        Self { median: get(middle), from: get(middle.saturating_sub(reach)), to: get(middle + reach) }
-    }
-
-    fn text(&self) -> String {
-        format!("{:+.2} % ({:+.2} to {:+.2})", self.median, self.from, self.to)
-    }
-}
-
-fn significant(value: f64) -> String {
-    match value {
-        value if value < 1.0 => format!("{value:.4}"),
-        value if value < 1000.0 => format!("{value:.2}"),
-        value => format!("{value:.0}"),
-    }
-}
-
-/// A server, and its control group, which goes with it.
-struct Grouped {
-    running: Running,
-    _group: Group,
-}
-
-struct Group(String);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let points =
-            mounts.lines().filter(|line| line.contains(" - cgroup2 ")).filter_map(|line| line.split(' ').nth(4));
-        for point in points {
-            let _ = fs::remove_dir(PathBuf::from(point).join(&self.0));
-        }
-    }
-}
-
-/// Starts spegel in a control group of its own. A namespace that `ip` made shows none, so the hierarchy is mounted there first.
-fn start(plane: &Plane, number: usize, round: usize) -> Result<Grouped> {
-    let (name, mode) = SERVERS[number];
-    let script = plane.folder.path().join(format!("spegel-{name}-{round}"));
-    let group = format!("spegel-bench-{name}-{}-{round}", std::process::id());
-    let folder = format!("/sys/fs/cgroup/{group}");
-    let text = format!(
-        "#!/bin/sh\nset -e\nmount -t cgroup2 cgroup2 /sys/fs/cgroup\nmkdir -p {folder}\necho $$ > {folder}/cgroup.procs\n\
-         exec {} \"$@\" --ebpf {mode}\n",
-        plane.settings.program.display()
-    );
-    fs::write(&script, text)?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    // The port's place says nothing of the mode: it changes with the rounds.
-    let place = u16::try_from((number + round) % SERVERS.len())?;
-    Ok(Grouped { running: Rival::TOKIO.serve_by(plane, place, &script)?, _group: Group(group) })
 }
 
 fn measure(plane: &Plane, server: &Running) -> Result<Turn> {

@@ -1,8 +1,6 @@
-//! What it costs that a node can be watched: the same server with everything on and with all of it off, by turns in each round.
+//! What it costs that a node can be watched: the same server with everything on and with all of it off, in pairs.
 
-use std::fs;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -13,49 +11,54 @@ use serde_json::{Value, json};
 use spegel_benches::http::Client;
 use spegel_benches::load::Waits;
 
-use super::{CLIENT_CORE, GROUND, Plane, Rival, Running, Settings, median, rivals, socket};
+use super::paired::{self, Change, Grouped, ORDERS, TURNS, middle, significant};
+use super::{CLIENT_CORE, Plane, Running, Settings, rivals, socket};
 use crate::bench::Figures;
 
 /// How long each measurement lasts, in seconds.
-const TIME: &str = "2";
-/// How often the figures are scraped, as the most impatient Prometheus would.
+const TIME: &str = "0.6";
+/// How often the figures are scraped, as the most impatient Prometheus would. Each measurement begins with a scrape.
 const SCRAPE: Duration = Duration::from_secs(1);
-/// The least that is aimed at: requests a second with everything on, beside all off.
-const AIM: f64 = 0.98;
+/// How many per cent of the requests a second everything may cost.
+const AIM: f64 = 2.0;
 
-/// What is asked for.
-const KINDS: [&str; 2] = ["manifest of 2 KiB", "blob of 2 bytes"];
+/// The servers of a round. The third is what the first two would differ by if everything cost nothing.
+const SERVERS: [(&str, bool); 3] = [("off", false), ("on", true), ("off-again", false)];
+/// What is measured of each in a turn.
+const FIGURES: [&str; 4] = [
+    "manifest of 2 KiB: requests / s",
+    "a CPU second of the server",
+    "blob of 2 bytes: requests / s",
+    "a CPU second of the server",
+];
 
-/// Requests a second, and a CPU second of the server.
-type Rates = [f64; 2];
+type Turn = [f64; FIGURES.len()];
 
-/// A server with everything on, and one with all off.
+/// A server with everything on, and two with all off.
 pub(in crate::bench) fn everything(settings: &Settings) -> Result<Figures> {
     let plane = Plane::new(settings)?;
     let has_pages = has_debug_pages(settings)?;
-    let servers = [start(&plane, true, has_pages)?, start(&plane, false, has_pages)?];
-    let metrics = socket(plane.address(), rivals::metrics_port(0));
-    let paths = [plane.manifest_path(), plane.config_path()];
-    // By kind and server: what each round found.
-    let mut found: [[Vec<Rates>; 2]; 2] = Default::default();
+    let mut found: [Vec<Turn>; SERVERS.len()] = Default::default();
     let mut scrapes = 0;
-    // The first round is not counted.
-    for round in 0..=plane.settings.rounds {
-        for (path, found) in paths.iter().zip(&mut found) {
-            let mut figures = [[0.0; 2]; 2];
-            // Who comes first alternates.
-            for place in 0..2 {
-                let which = (round + place) % 2;
-                let (rates, seen) = if which == 0 {
-                    scraped(metrics, || measure(&plane, &servers[0], path))?
+    for round in 0..plane.settings.rounds {
+        // The port's place says nothing of what is on: it changes with the rounds.
+        let place = |number: usize| (number + round) % SERVERS.len();
+        let servers = (0..SERVERS.len())
+            .map(|number| start(&plane, number, place(number), round, has_pages))
+            .collect::<Result<Vec<_>>>()?;
+        for turn in 0..=TURNS {
+            for number in ORDERS[turn % ORDERS.len()] {
+                let server = &servers[number].running;
+                let (figures, seen) = if SERVERS[number].1 {
+                    let metrics = socket(plane.address(), rivals::metrics_port(u16::try_from(place(number))?));
+                    scraped(metrics, || measure(&plane, server))?
                 } else {
-                    (measure(&plane, &servers[1], path)?, 0)
+                    (measure(&plane, server)?, 0)
                 };
-                figures[which] = rates;
                 scrapes += seen;
-            }
-            if round > 0 {
-                found.iter_mut().zip(figures).for_each(|(found, figures)| found.push(figures));
+                if turn > 0 {
+                    found[number].push(figures);
+                }
             }
         }
     }
@@ -63,57 +66,56 @@ pub(in crate::bench) fn everything(settings: &Settings) -> Result<Figures> {
     Ok(figures_of(&plane, &found, scrapes, has_pages))
 }
 
-fn figures_of(plane: &Plane, found: &[[Vec<Rates>; 2]; 2], scrapes: usize, has_pages: bool) -> Figures {
-    let (mut rows, mut told) = (Vec::new(), Vec::new());
-    for (kind, [on, off]) in KINDS.iter().zip(found) {
-        let rate = |rounds: &[Rates], at: usize| median(rounds.iter().map(|round| round[at]).collect());
-        // Of each round by itself: what else the machine does then, both have.
-        let ratio = |at: usize| median(on.iter().zip(off).map(|(on, off)| on[at] / off[at]).collect());
-        for (mode, rounds) in [("on", on), ("off", off)] {
-            rows.push(vec![
-                format!("{kind}, everything {mode}"),
-                format!("{:.0}", rate(rounds, 0)),
-                format!("{:.0}", rate(rounds, 1)),
-            ]);
-        }
-        rows.push(vec![format!("{kind}, on / off"), format!("{:.3}", ratio(0)), format!("{:.3}", ratio(1))]);
-        told.push(
-            json!({"what": kind, "on_per_second": rate(on, 0), "off_per_second": rate(off, 0), "ratio": ratio(0),
-            "on_per_cpu_second": rate(on, 1), "off_per_cpu_second": rate(off, 1), "cpu_ratio": ratio(1), "aim": AIM}),
-        );
-    }
+fn figures_of(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], scrapes: usize, has_pages: bool) -> Figures {
+    let row = |name: &str, field: &dyn Fn(usize) -> String| -> Vec<String> {
+        std::iter::once(name.to_owned()).chain((0..FIGURES.len()).map(field)).collect()
+    };
+    let changed = |number: usize, at: usize| Change::of(&found[number], &found[0], at);
+    let aim = |at: usize| match changed(1, at).median {
+        _ if at % 2 == 1 => "-".to_owned(),
+        change if change >= -AIM => format!("≥ -{AIM} %: reached"),
+        _ => format!("≥ -{AIM} %: missed"),
+    };
+    let rows = vec![
+        row("everything off", &|at| significant(middle(&found[0], at))),
+        row("everything on", &|at| significant(middle(&found[1], at))),
+        row("on beside off", &|at| changed(1, at).text()),
+        row("off beside off", &|at| changed(2, at).text()),
+        row("aim for on beside off", &aim),
+    ];
+    let told = (0..FIGURES.len()).map(|at| {
+        let change = |number: usize| {
+            let change = changed(number, at);
+            json!({"median_percent": change.median, "from": change.from, "to": change.to})
+        };
+        json!({"figure": FIGURES[at], "off": middle(&found[0], at), "on": middle(&found[1], at), "on_beside_off": change(1),
+            "off_beside_off": change(2)})
+    });
+    let json = Value::Array(told.collect());
     let pages = if has_pages { "the debug pages open" } else { "no debug pages in this program" };
     Figures {
         name: "everything",
         method: format!(
-            "GET by digest on 64 keep-alive connections, each asking anew when its answer is there. On: `/metrics` scraped each second \
-             ({scrapes} times in all), the log at INFO into a file, `--ebpf auto`, {pages}. Off: nobody scrapes, errors only are logged, \
-             `--ebpf off`. {GROUND}{} rounds of {TIME} s each; who comes first alternates; the last line of each kind is the median of the \
-             rounds' own ratios, of which {AIM} and more is the aim.",
-            plane.settings.rounds
+            "GET by digest on 64 keep-alive connections, each asking anew when its answer is there. On: `/metrics` scraped at the start of each \
+             measurement and each second ({scrapes} times in all), the log at INFO into a file, `--ebpf auto`, {pages}. Off: nobody scrapes, errors only \
+             are logged, `--ebpf off`. {} times new processes, each time {TURNS} turns of {TIME} s in which on, off and off once more are measured one right \
+             after the other, in changing order. One network namespace, loopback, congestion control reno; server on core 0, client on core 1. A change is the \
+             median of the {} pairs, each of one turn, with the interval that holds the true median in 95 of 100 cases; `off beside off` is what such a \
+             comparison makes of nothing.",
+            plane.settings.rounds,
+            found[0].len(),
         ),
-        columns: ["", "requests a second", "requests a CPU second"].map(str::to_owned).to_vec(),
+        columns: std::iter::once("").chain(FIGURES).map(str::to_owned).collect(),
         rows,
-        json: Value::Array(told),
+        json,
     }
 }
 
-/// Starts spegel in a control group of its own. A namespace that `ip` made shows none, so the hierarchy is mounted there first. The level of the log
-/// that all benches have is put in the place of another one.
-fn start(plane: &Plane, is_on: bool, has_pages: bool) -> Result<Running> {
-    let (mode, level, ebpf) = if is_on { ("on", "INFO", "auto") } else { ("off", "ERROR", "off") };
+fn start(plane: &Plane, number: usize, place: usize, round: usize, has_pages: bool) -> Result<Grouped> {
+    let (name, is_on) = SERVERS[number];
+    let (level, ebpf) = if is_on { ("INFO", "auto") } else { ("ERROR", "off") };
     let pages = if has_pages { format!("--debug-web-enabled={is_on}") } else { String::new() };
-    let script = plane.folder.path().join(format!("spegel-{mode}"));
-    let group = format!("/sys/fs/cgroup/spegel-bench-{mode}-{}", std::process::id());
-    let text = format!(
-        "#!/bin/sh\nset -e\nmount -t cgroup2 cgroup2 /sys/fs/cgroup\nmkdir -p {group}\necho $$ > {group}/cgroup.procs\n\
-         for given; do [ \"$given\" = WARN ] && given={level}; shift; set -- \"$@\" \"$given\"; done\n\
-         exec {} \"$@\" --ebpf {ebpf} {pages}\n",
-        plane.settings.program.display()
-    );
-    fs::write(&script, text)?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    Rival::TOKIO.serve_by(plane, u16::from(!is_on), &script)
+    paired::start(plane, place, round, name, &format!("--ebpf {ebpf} {pages}"), Some(level))
 }
 
 /// Whether the program has pages to turn off.
@@ -122,11 +124,15 @@ fn has_debug_pages(settings: &Settings) -> Result<bool> {
     Ok(String::from_utf8_lossy(&help.stdout).contains("--debug-web-enabled"))
 }
 
-fn measure(plane: &Plane, server: &Running, path: &str) -> Result<Rates> {
-    let before = server.cpu()?;
-    let waits: Waits = plane.client(&["small", &server.address.to_string(), path, "GET", "64", TIME])?;
-    let cpu = server.cpu()? - before;
-    Ok([waits.count as f64 / waits.seconds, waits.count as f64 / cpu])
+fn measure(plane: &Plane, server: &Running) -> Result<Turn> {
+    let [manifest, blob] = [plane.manifest_path(), plane.config_path()].map(|path| -> Result<[f64; 2]> {
+        let before = server.cpu()?;
+        let waits: Waits = plane.client(&["small", &server.address.to_string(), &path, "GET", "64", TIME])?;
+        let cpu = server.cpu()? - before;
+        Ok([waits.count as f64 / waits.seconds, waits.count as f64 / cpu])
+    });
+    let ([manifest, of_cpu], [blob, of_cpu_blob]) = (manifest?, blob?);
+    Ok([manifest, of_cpu, blob, of_cpu_blob])
 }
 
 /// Does some work while the figures are scraped, and says how often they were.
