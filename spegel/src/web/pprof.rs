@@ -42,8 +42,9 @@ pub(super) fn routes(memory_left: fn() -> Option<u64>) -> Router {
 }
 
 async fn profile(State(memory_left): State<fn() -> Option<u64>>, headers: HeaderMap, uri: Uri) -> Response {
-    if guard::is_from_elsewhere(&headers) {
-        return (StatusCode::FORBIDDEN, "not for pages of other sites\n").into_response();
+    // A GET, since that is what the pprof tool sends.
+    if let Some(why) = guard::refuses_to_act(&headers) {
+        return (StatusCode::FORBIDDEN, why).into_response();
     }
     let Some(seconds) = seconds(uri.query().unwrap_or_default()) else {
         let (first, last) = BOUNDS.into_inner();

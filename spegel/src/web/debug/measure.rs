@@ -22,8 +22,8 @@ use crate::registry::SOURCE_HEADER;
 const LOOKUP: Duration = Duration::from_secs(2);
 const PEERS: usize = 20;
 /// How long a pull may take, how many bytes it may be, and how many pieces.
-const PULL: Duration = Duration::from_secs(20);
-const BYTES: u64 = 64 << 20;
+pub(super) const PULL: Duration = Duration::from_secs(20);
+pub(super) const BYTES: u64 = 64 << 20;
 const PIECES: usize = 64;
 
 /// What a measurement says that it is, before its number.
@@ -71,6 +71,8 @@ pub(super) struct Pull {
     pub(super) seconds: f64,
     /// Why it went no further.
     pub(super) ended: Option<String>,
+    /// It went no further because no more is measured; all that was asked for came.
+    pub(super) is_enough: bool,
     pub(super) pieces: Vec<Piece>,
 }
 
@@ -217,6 +219,7 @@ impl<'a> Puller<'a> {
         keep: bool,
     ) -> Result<Vec<u8>, String> {
         if self.pull.pieces.len() >= PIECES {
+            self.pull.is_enough = true;
             return Err(format!("only {PIECES} pieces are measured"));
         }
         let deadline = self.deadline;
@@ -296,7 +299,10 @@ impl<'a> Puller<'a> {
         self.pull.pieces.push(piece);
         match broken {
             Some(broken) => Err(broken),
-            None if is_part && self.pull.bytes >= BYTES => Err(format!("{} MiB are enough", BYTES >> 20)),
+            None if is_part && self.pull.bytes >= BYTES => {
+                self.pull.is_enough = true;
+                Err(format!("no more than {} MiB are measured", BYTES >> 20))
+            }
             None if is_part => Err(format!("the {what} ended early")),
             None => Ok(kept),
         }

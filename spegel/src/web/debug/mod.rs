@@ -1,4 +1,5 @@
-//! The pages for people, `/debug/web/`: a question a page. Read-only, made when somebody looks, and kept nowhere.
+//! The pages for people, `/debug/web/`: a question a page. Made when somebody looks, and kept nowhere. Reading
+//! them changes nothing: what makes the node do something is a POST.
 
 mod content;
 mod facts;
@@ -15,11 +16,11 @@ mod working;
 
 use std::sync::Arc;
 
-use axum::Router;
-use axum::extract::{Query, State};
+use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{Html, IntoResponse, Redirect, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
+use axum::{Form, Router};
 use maud::Markup;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,8 @@ pub use facts::{Examination, Examined, Parts, Verdict};
 
 /// How many rows a page has at the most; what is more is counted.
 const ROWS: usize = 500;
+/// The longest form that is read, in bytes: a name of 512 characters, each escaped, and room.
+const LONGEST_FORM: usize = 8 << 10;
 /// How many pages are kept up to date at a time. Others are as they were loaded.
 const STREAMS: usize = 16;
 
@@ -82,15 +85,20 @@ pub(super) fn router(parts: Parts, stop: CancellationToken) -> Router {
         .route("/debug/web/events", get(live::events))
         .route("/debug/web/metadata", get(metadata))
         .route("/debug/web/stats", get(stats))
-        .route("/debug/web/measure", get(measured))
+        .route("/debug/web/measure", post(measured).get(by_post))
         .route("/debug/web/style.css", file("text/css; charset=utf-8", include_str!("style.css")))
         .route("/debug/web/live.js", file("text/javascript; charset=utf-8", include_str!("live.js")))
         .route("/debug/web/icon.svg", file("image/svg+xml", include_str!("icon.svg")));
     for page in Page::ALL {
-        let show = move |State(debug): State<Debug>, Query(wish): Query<Wish>, headers: HeaderMap| async move {
-            debug.show(page, &wish, &headers).await
+        let show = move |State(debug): State<Debug>, Query(wish): Query<Wish>| async move {
+            let parts = debug.parts(page, &wish);
+            debug.show(page, &wish, &parts)
         };
-        router = router.route(&page.path(), get(show));
+        let route = match page {
+            Page::Try => get(show).post(tried_by_form).layer(DefaultBodyLimit::max(LONGEST_FORM)),
+            _ => get(show),
+        };
+        router = router.route(&page.path(), route);
     }
     router.with_state(debug)
 }
@@ -98,19 +106,11 @@ pub(super) fn router(parts: Parts, stop: CancellationToken) -> Router {
 // === impl Debug ===
 
 impl Debug {
-    async fn show(&self, page: Page, wish: &Wish, headers: &HeaderMap) -> Response {
-        let parts = match page {
-            Page::Try => match self.tried(wish, headers).await {
-                Ok(parts) => parts,
-                Err(refused) => return refused,
-            },
-            _ => self.parts(page, wish),
-        };
-        let facts = &self.0.parts;
-        Html(page::document(facts, page, wish, &parts).into_string()).into_response()
+    fn show(&self, page: Page, wish: &Wish, parts: &[Part]) -> Response {
+        Html(page::document(&self.0.parts, page, wish, parts).into_string()).into_response()
     }
 
-    /// The pieces of a page that is kept up to date.
+    /// The pieces of a page as it is now.
     fn parts(&self, page: Page, wish: &Wish) -> Vec<Part> {
         let Shared { parts, history, .. } = &*self.0;
         match page {
@@ -118,39 +118,17 @@ impl Debug {
             Page::Content => content::parts(parts),
             Page::Peers => peers::parts(parts, history, wish.sort.as_deref()),
             Page::Storm => storm::parts(parts),
-            Page::Try => Vec::new(),
+            Page::Try => tried::parts(parts, named(wish), None),
         }
     }
 
-    async fn tried(&self, wish: &Wish, headers: &HeaderMap) -> Result<Vec<Part>, Response> {
-        let image = wish.image.as_deref().map(str::trim).unwrap_or_default();
-        let outcome = match image {
-            "" => None,
-            image => Some(self.measure(image, wish.action.as_deref() == Some("measure"), headers).await?),
-        };
-        Ok(tried::parts(&self.0.parts, image, outcome.as_ref()))
-    }
-
-    /// Looks something up, and pulls it if `pulls`. The outer error is for who may not ask.
-    async fn measure(
-        &self,
-        image: &str,
-        pulls: bool,
-        headers: &HeaderMap,
-    ) -> Result<Result<measure::Measured, String>, Response> {
-        if guard::is_from_elsewhere(headers) {
-            return Err(
-                (StatusCode::FORBIDDEN, "a page of another site may not make this node do anything\n").into_response()
-            );
-        }
+    /// Looks something up, and pulls it if `pulls`. The error is for people.
+    async fn measure(&self, image: &str, pulls: bool) -> Result<measure::Measured, String> {
         let Ok(_turn) = self.0.measuring.try_acquire() else {
-            return Ok(Err("Another measurement is under way. Try again in some seconds.".to_owned()));
+            return Err("Another measurement is under way. Try again in some seconds.".to_owned());
         };
-        let request = match Request::parse(image) {
-            Ok(request) => request,
-            Err(why) => return Ok(Err(why)),
-        };
-        Ok(Ok(measure::measure(&self.0.parts, &request, pulls).await))
+        let request = Request::parse(image)?;
+        Ok(measure::measure(&self.0.parts, &request, pulls).await)
     }
 }
 
@@ -162,16 +140,43 @@ async fn stats(State(debug): State<Debug>) -> Response {
     json(&facts::stats(&debug.0.parts))
 }
 
+/// What the form on the page asks for, on the same page.
+async fn tried_by_form(State(debug): State<Debug>, headers: HeaderMap, Form(wish): Form<Wish>) -> Response {
+    if let Some(why) = guard::refuses_to_act(&headers) {
+        return (StatusCode::FORBIDDEN, why).into_response();
+    }
+    let image = named(&wish);
+    let outcome = match image {
+        "" => None,
+        image => Some(debug.measure(image, wish.action.as_deref() == Some("measure")).await),
+    };
+    let parts = tried::parts(&debug.0.parts, image, outcome.as_ref());
+    debug.show(Page::Try, &wish, &parts)
+}
+
+fn named(wish: &Wish) -> &str {
+    wish.image.as_deref().map(str::trim).unwrap_or_default()
+}
+
 /// `?image=`: looked up and pulled, as JSON.
 async fn measured(State(debug): State<Debug>, Query(wish): Query<Wish>, headers: HeaderMap) -> Response {
-    let Some(image) = wish.image.as_deref() else {
-        return (StatusCode::BAD_REQUEST, "ask for ?image=registry/repository:tag, or a digest\n").into_response();
-    };
-    match debug.measure(image.trim(), true, &headers).await {
-        Ok(Ok(measured)) => json(&measured),
-        Ok(Err(why)) => (StatusCode::BAD_REQUEST, format!("{why}\n")).into_response(),
-        Err(refused) => refused,
+    if let Some(why) = guard::refuses_to_act(&headers) {
+        return (StatusCode::FORBIDDEN, why).into_response();
     }
+    let image = named(&wish);
+    if image.is_empty() {
+        return (StatusCode::BAD_REQUEST, "ask for ?image=registry/repository:tag, or a digest\n").into_response();
+    }
+    match debug.measure(image, true).await {
+        Ok(measured) => json(&measured),
+        Err(why) => (StatusCode::BAD_REQUEST, format!("{why}\n")).into_response(),
+    }
+}
+
+/// In the Go program it was a GET, which any page can send.
+async fn by_post() -> Response {
+    let why = "a measurement is started by POST: curl -X POST 'http://127.0.0.1:9090/debug/web/measure?image=NAME'\n";
+    (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "POST")], why).into_response()
 }
 
 #[cfg(test)]

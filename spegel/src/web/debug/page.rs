@@ -95,7 +95,7 @@ pub(super) fn document(facts: &Parts, page: Page, wish: &Wish, parts: &[Part]) -
                     @for part in parts { div.part id=(part.id) role=[(part.id == "verdict").then_some("status")] { (part.html) } }
                 }
                 footer {
-                    p { "spegel " (env!("CARGO_PKG_VERSION")) " · read-only, for this node only · "
+                    p { "spegel " (env!("CARGO_PKG_VERSION")) " · for this node only · "
                         a href="/debug/web/stats" { "figures as JSON" } " · " a href="/metrics" { "metrics" } }
                     @if is_live {
                         p.live {
@@ -165,17 +165,20 @@ pub(super) fn progress(position: u64, total: Option<u64>) -> Markup {
 /// A table that scrolls by itself where it is too wide, and is a list of cards where the window is narrow.
 pub(super) fn table(caption: &str, heads: &[Markup], rows: &[Vec<Cell>]) -> Markup {
     html! {
-        table role="table" {
-            caption { (caption) }
-            thead role="rowgroup" { tr role="row" { @for head in heads { (head) } } }
-            tbody role="rowgroup" {
-                @for row in rows {
-                    tr role="row" {
-                        @for (number, cell) in row.iter().enumerate() {
-                            @if number == 0 {
-                                th scope="row" role="rowheader" class=(cell.class) { (cell.html) }
-                            } @else {
-                                td role="cell" class=(cell.class) data-label=(cell.label) { (cell.html) }
+        // Only what has the keyboard can be scrolled by it.
+        div.scroll role="region" aria-label=(caption) tabindex="0" {
+            table role="table" {
+                caption { (caption) }
+                thead role="rowgroup" { tr role="row" { @for head in heads { (head) } } }
+                tbody role="rowgroup" {
+                    @for row in rows {
+                        tr role="row" {
+                            @for (number, cell) in row.iter().enumerate() {
+                                @if number == 0 {
+                                    th scope="row" role="rowheader" class=(cell.class) { (cell.html) }
+                                } @else {
+                                    td role="cell" class=(cell.class) data-label=(cell.label) { (cell.html) }
+                                }
                             }
                         }
                     }

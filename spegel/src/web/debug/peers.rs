@@ -143,7 +143,7 @@ fn peers(rows: &[(IpAddr, Known)], rest: usize, order: &str) -> Markup {
         section aria-labelledby="peers-title" {
             h2 id="peers-title" { "Nodes" }
             @if rows.is_empty() { p.quiet { "Nobody is known. This node serves what it has." } }
-            @else { div.scroll role="region" aria-label="Nodes and what goes between them and this one" tabindex="0" { (table("Nodes, and what goes between them and this one", &heads, &rows)) } (more(rest, "node")) }
+            @else { (table("Nodes, and what goes between them and this one", &heads, &rows)) (more(rest, "node")) }
         }
     }
 }

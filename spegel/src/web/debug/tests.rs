@@ -144,9 +144,14 @@ fn node_with(inventory: Inventory, enabled: bool, health: Health) -> Node {
     Node { router: pages, network, stop, _others: vec![router, other] }
 }
 
+type Answer = (StatusCode, http::HeaderMap, String);
+
 /// An answer: status, headers, body.
-async fn ask(node: &Node, request: http::request::Builder, remote: IpAddr) -> (StatusCode, http::HeaderMap, String) {
-    let mut request = request.body(Body::empty()).unwrap();
+async fn ask(node: &Node, request: http::request::Builder, remote: IpAddr) -> Answer {
+    answer(node, request.body(Body::empty()).unwrap(), remote).await
+}
+
+async fn answer(node: &Node, mut request: Request<Body>, remote: IpAddr) -> Answer {
     request.extensions_mut().insert(ConnectInfo(Ends { local: IpAddr::from([10, 0, 0, 1]), remote }));
     let (head, body) = node.router.clone().oneshot(request).await.unwrap().into_parts();
     let body = body.collect().await.unwrap().to_bytes();
@@ -155,6 +160,17 @@ async fn ask(node: &Node, request: http::request::Builder, remote: IpAddr) -> (S
 
 fn get(path: &str) -> http::request::Builder {
     Request::get(path).header(header::HOST, "localhost:9090")
+}
+
+fn post(path: &str) -> http::request::Builder {
+    Request::post(path).header(header::HOST, "localhost:9090")
+}
+
+/// The page's form, filled in and sent by one of its two buttons.
+fn form(action: &str, image: &str) -> Request<Body> {
+    let image = percent_encoding::utf8_percent_encode(image, percent_encoding::NON_ALPHANUMERIC);
+    let request = post("/debug/web/try").header(header::CONTENT_TYPE, "application/x-www-form-urlencoded");
+    request.body(format!("image={image}&do={action}").into()).unwrap()
 }
 
 const PAGES: [&str; 5] =
@@ -225,10 +241,13 @@ async fn hostile_names_are_text() {
     let arriving = vec![Arriving { digest: digest(2), position: 1, total: Some(3), is_offered: true }];
     let node = node(Inventory { images, arriving, blobs: 3, bytes: 5, ..Inventory::default() }, true);
     let asked: String = percent_encoding::utf8_percent_encode(HOSTILE, percent_encoding::NON_ALPHANUMERIC).to_string();
-    let tried = format!("/debug/web/try?do=measure&image={asked}");
+    let tried = format!("/debug/web/try?image={asked}");
     let sorted = format!("/debug/web/peers?sort={asked}");
-    for page in PAGES.iter().copied().chain([tried.as_str(), sorted.as_str()]) {
-        let (status, _, body) = ask(&node, get(page), LOOPBACK).await;
+    for page in PAGES.iter().copied().chain([tried.as_str(), sorted.as_str(), ""]) {
+        let (status, _, body) = match page {
+            "" => answer(&node, form("measure", HOSTILE), LOOPBACK).await,
+            page => ask(&node, get(page), LOOPBACK).await,
+        };
         assert_eq!(status, StatusCode::OK);
         // Neither a tag of theirs, nor an attribute that ends where they say.
         for harm in ["<script>", "<img", "<b>them", "<i>zone", "<u>node", "test/\""] {
@@ -238,7 +257,7 @@ async fn hostile_names_are_text() {
     let (_, _, body) = ask(&node, get("/debug/web/content"), LOOPBACK).await;
     assert!(body.contains("&lt;script&gt;alert(1)&lt;/script&gt;"), "it is shown, as text: {body}");
     assert!(body.contains("33 %"), "what arrives: {body}");
-    let (_, _, body) = ask(&node, get("/debug/web/try?do=lookup&image=nonsense"), LOOPBACK).await;
+    let (_, _, body) = answer(&node, form("lookup", "nonsense"), LOOPBACK).await;
     assert!(body.contains("neither a digest nor a full name"), "{body}");
 }
 
@@ -259,18 +278,44 @@ async fn the_answer_is_no_where_requests_are_refused() {
 }
 
 #[tokio::test]
-async fn other_sites_start_no_measurement() {
+async fn other_sites_start_nothing() {
     let node = node(Inventory::default(), true);
-    for path in ["/debug/web/measure?image=registry.test/app:1", "/debug/web/try?image=registry.test/app:1"] {
-        for site in ["cross-site", "same-site"] {
-            let (status, ..) = ask(&node, get(path).header("sec-fetch-site", site), LOOPBACK).await;
-            assert_eq!(status, StatusCode::FORBIDDEN, "{path}");
+    let measure = || post("/debug/web/measure?image=registry.test/app:1");
+    let profile = || get("/debug/pprof/profile?seconds=0");
+    for (name, value) in [("sec-fetch-site", "cross-site"), ("origin", "null"), ("origin", "http://evil.test")] {
+        for request in [measure(), profile()] {
+            assert_eq!(
+                ask(&node, request.header(name, value), LOOPBACK).await.0,
+                StatusCode::FORBIDDEN,
+                "{name}: {value}"
+            );
         }
-        let (status, ..) = ask(&node, get(path).header("sec-fetch-site", "same-origin"), LOOPBACK).await;
-        assert_eq!(status, StatusCode::OK, "{path}");
+        let mut form = form("measure", "registry.test/app:1");
+        form.headers_mut().insert(name, value.parse().unwrap());
+        assert_eq!(answer(&node, form, LOOPBACK).await.0, StatusCode::FORBIDDEN, "{name}: {value}");
     }
-    let (status, _, body) = ask(&node, get("/debug/web/measure"), LOOPBACK).await;
-    assert_eq!(status, StatusCode::BAD_REQUEST, "{body}");
+    // By plain http to an address that is not loopback a browser may say nothing at all.
+    let silent = profile().header(header::USER_AGENT, "Mozilla/5.0");
+    assert_eq!(ask(&node, silent, LOOPBACK).await.0, StatusCode::FORBIDDEN);
+    assert_eq!(ask(&node, profile(), LOOPBACK).await.0, StatusCode::BAD_REQUEST, "of who may, the query is looked at");
+    assert_eq!(ask(&node, measure().header("sec-fetch-site", "same-origin"), LOOPBACK).await.0, StatusCode::OK);
+    assert_eq!(ask(&node, measure(), LOOPBACK).await.0, StatusCode::OK);
+    assert_eq!(ask(&node, post("/debug/web/measure"), LOOPBACK).await.0, StatusCode::BAD_REQUEST);
+}
+
+/// A page can make a browser send any GET.
+#[tokio::test]
+async fn no_get_starts_a_measurement() {
+    let node = node(Inventory::default(), true);
+    let (status, headers, body) = ask(&node, get("/debug/web/measure?image=registry.test/app:1"), LOOPBACK).await;
+    assert_eq!((status, &headers[header::ALLOW]), (StatusCode::METHOD_NOT_ALLOWED, &"POST".parse().unwrap()));
+    assert!(body.contains("curl -X POST"), "{body}");
+    for action in ["lookup", "measure"] {
+        let path = format!("/debug/web/try?do={action}&image=registry.test/app:1");
+        let (status, _, body) = ask(&node, get(&path), LOOPBACK).await;
+        assert!(status == StatusCode::OK && body.contains("value=\"registry.test/app:1\""), "{body}");
+        assert!(!body.contains("Who has it") && !body.contains("What came"), "{body}");
+    }
 }
 
 #[tokio::test]
@@ -278,12 +323,10 @@ async fn a_lookup_names_who_has_it() {
     let node = node(Inventory::default(), true);
     let peer = node.network.join("third", SocketAddr::from(([10, 0, 0, 3], 5000)));
     peer.announce(crate::store::Change::Added(vec![digest(9).into()]));
-    let path = format!("/debug/web/try?do=lookup&image={}", digest(9));
-    let (_, _, body) = ask(&node, get(&path), LOOPBACK).await;
+    let (_, _, body) = answer(&node, form("lookup", digest(9).as_str()), LOOPBACK).await;
     assert!(body.contains("1 node can give it.") && body.contains("10.0.0.3:5000"), "{body}");
-    let measured: serde_json::Value =
-        serde_json::from_str(&ask(&node, get(&format!("/debug/web/measure?image={}", digest(9))), LOOPBACK).await.2)
-            .unwrap();
+    let measure = post(&format!("/debug/web/measure?image={}", digest(9)));
+    let measured: serde_json::Value = serde_json::from_str(&ask(&node, measure, LOOPBACK).await.2).unwrap();
     assert_eq!(measured["lookup"]["peers"][0]["address"], "10.0.0.3:5000");
     assert!(measured["pull"]["ended"].as_str().unwrap().contains("registry did not give"), "{measured}");
 }

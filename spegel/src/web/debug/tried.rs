@@ -6,7 +6,7 @@ use maud::{Markup, html};
 
 use super::Part;
 use super::facts::{Parts, Verdict};
-use super::measure::{Lookup, Measured, Piece, Pull};
+use super::measure::{BYTES, Lookup, Measured, PULL, Piece, Pull};
 use super::page::{Cell, Page, digest, head, sign, table};
 use super::text::{bytes, count, time};
 
@@ -17,7 +17,7 @@ pub(super) fn parts(parts: &Parts, image: &str, outcome: Option<&Result<Measured
     let result = match outcome {
         None => html! {
             p.quiet { "Looking up asks the network who has it. Measuring also pulls it through this node's own mirror, as a containerd would, "
-                "throws the bytes away, and tells what came from where: 64 MiB and 20 seconds at the most." }
+                "throws the bytes away, and tells what came from where. It ends by itself after " (BYTES >> 20) " MiB or " (PULL.as_secs()) " seconds." }
         },
         Some(Err(why)) => html! { p.verdict.failure role="status" { (sign(Verdict::Failure)) span { (why) } } },
         Some(Ok(measured)) => {
@@ -31,7 +31,7 @@ fn form(parts: &Parts, image: &str) -> Markup {
     let held = parts.store.inventory(PROPOSED);
     let names = held.images.iter().filter_map(|image| image.names.first());
     html! {
-        form.try method="get" action=(Page::Try.path()) {
+        form.try method="post" action=(Page::Try.path()) {
             label for="image" { "Image or digest" }
             div.fields {
                 input id="image" name="image" type="text" required maxlength="512" value=(image) list="names" autocomplete="off"
@@ -50,6 +50,14 @@ fn told(measured: &Measured) -> Markup {
         (Some(pull), _, _) if pull.is_good() => (
             Verdict::Good,
             format!("It came: {} in {}.", bytes(pull.bytes), time(Duration::from_secs_f64(pull.seconds))),
+        ),
+        (Some(pull), _, _) if pull.is_enough => (
+            Verdict::Good,
+            format!(
+                "It comes: {} in {}, and no more is measured.",
+                bytes(pull.bytes),
+                time(Duration::from_secs_f64(pull.seconds))
+            ),
         ),
         (Some(pull), _, _) => (
             Verdict::Warning,
@@ -123,7 +131,7 @@ fn pulled(pull: &Pull) -> Markup {
     html! {
         section aria-labelledby="pull-title" {
             h2 id="pull-title" { "What came" }
-            @if let Some(ended) = &pull.ended { p { "It was ended early: " (ended) "." } }
+            @if let Some(ended) = &pull.ended { p.quiet { "It ended there: " (ended) "." } }
             @if !rows.is_empty() { (table("Pieces of the image, in the order in which they were asked for", &heads, &rows)) }
         }
     }

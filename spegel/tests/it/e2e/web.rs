@@ -51,6 +51,14 @@ impl Stage {
         format!("{}/debug/web/{page}", self.cluster.nodes[1].spegel().metrics_url())
     }
 
+    /// The form on its page, sent by one of its buttons.
+    fn try_it(&self, button: &str, image: &str) {
+        self.browser.go(&self.url("try"));
+        self.browser.write("#image", image);
+        self.browser.press(&format!("button[value={button}]"));
+        self.browser.wait("an answer", "!!document.querySelector('#result .verdict')");
+    }
+
     /// What must be so on every page, in every window.
     #[track_caller]
     fn check_page(&self, page: &str, title: &str, width: u32) {
@@ -75,6 +83,11 @@ impl Stage {
                 "ids that are one's own",
                 "new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size === document.querySelectorAll('[id]').length",
             ),
+            (
+                "room for each table to scroll in, by the keyboard too",
+                "[...document.querySelectorAll('table')].every(t => t.closest('.scroll[tabindex]'))",
+            ),
+            ("links that can be pressed", PRESSABLE),
             ("its style", "getComputedStyle(document.querySelector('nav ul')).listStyleType === 'none'"),
             (
                 "nothing from elsewhere",
@@ -88,6 +101,20 @@ impl Stage {
         assert!(complaints.is_empty(), "{page}: {complaints:?}");
     }
 }
+
+/// Whether each link is where it can be seen, once it was scrolled to, and large enough to be met (WCAG 2.2, 2.5.8), but for the one that shows itself to
+/// the keyboard only.
+const PRESSABLE: &str = r#"(() => {
+  const bad = [...document.querySelectorAll('a:not(.skip)')].find(link => {
+    link.scrollIntoView({ block: 'center', inline: 'center', behavior: 'instant' });
+    // One that goes over two lines is met on the first.
+    const { x, y, width, height } = link.getClientRects()[0] || new DOMRect();
+    const met = document.elementFromPoint(x + width / 2, y + height / 2);
+    return !link.contains(met) || (height < 24 && link.closest('th'));
+  });
+  scrollTo(0, 0);
+  return bad ? bad.outerHTML : true;
+})()"#;
 
 /// Whether all text stands out from what is behind it by 4.5 to 1 (WCAG 2.2, 1.4.3).
 const CONTRAST: &str = r#"(() => {
@@ -127,6 +154,7 @@ fn people_see_what_the_mirror_does() {
     a_pull_is_watched(&stage);
     every_page_fits_every_window(&stage, shop.reference());
     without_scripts_all_is_there(&stage, shop.reference());
+    other_sites_start_nothing(&stage, shop.reference());
     only_this_node_is_told(&stage);
 }
 
@@ -176,16 +204,12 @@ fn a_pull_is_watched(stage: &Stage) {
 
 fn every_page_fits_every_window(stage: &Stage, image: &str) {
     let browser = &stage.browser;
-    let tried = format!("try?do=measure&image={image}");
-    for (page, title) in PAGES.into_iter().chain([(tried.as_str(), "Try it")]) {
-        let name = if page.contains('?') {
-            "measured"
-        } else if page.is_empty() {
-            "working"
-        } else {
-            page
-        };
-        browser.go(&stage.url(page));
+    for (page, title) in PAGES.into_iter().chain([("measured", "Try it")]) {
+        let name = if page.is_empty() { "working" } else { page };
+        match page {
+            "measured" => stage.try_it("measure", image),
+            page => browser.go(&stage.url(page)),
+        }
         for (width, height, colours) in [
             (1280, 900, "light"),
             (1280, 900, "dark"),
@@ -228,12 +252,12 @@ fn without_scripts_all_is_there(stage: &Stage, image: &str) {
     let absent = stage.cluster.push("shop/only-there:1", |builder| builder.layers(1, 3 << 20, Compression::None, 63));
     stage.cluster.nodes[0].pull_by_cri(&absent, absent.reference());
     stage.cluster.wait_resolved(1, &absent);
-    browser.go(&stage.url(&format!("try?do=measure&image={}", absent.reference())));
+    stage.try_it("measure", absent.reference());
     let peer = stage.cluster.nodes[0].spegel().url().replace("http://", "");
     assert!(browser.text().contains(&peer), "{}", browser.text());
     browser.keep("measured-from-a-peer");
     a_peers_rate_is_drawn(stage, absent.reference());
-    browser.go(&stage.url("try?do=lookup&image=registry.test/nobody:1"));
+    stage.try_it("lookup", "registry.test/nobody:1");
     assert!(browser.text().contains("No node has it."), "{}", browser.text());
 }
 
@@ -242,16 +266,40 @@ fn a_peers_rate_is_drawn(stage: &Stage, image: &str) {
     let browser = &stage.browser;
     browser.go(&stage.url("peers"));
     browser.wait("the word that it is live", "document.getElementById('live').textContent === 'Live.'");
-    let measure = format!("fetch('/debug/web/measure?image={image}')");
+    let measure = format!("fetch('/debug/web/measure?image={image}', {{ method: 'POST' }})");
     browser.ask(&format!("({measure}.then(a => a.json()).then(told => {{ window.told = told; }}), 1)"));
     browser.wait("the measurement", "!!window.told && window.told.pull.bytes > 3000000 && !window.told.pull.ended");
     browser.wait("its rate", "!!document.querySelector('#peers .spark polyline')");
     browser.keep("peers-live");
 }
 
+/// A page of another origin, here the registry's port, sends the browser to what the node would do. It is reached by plain http at an address
+/// that is not loopback, where the browser does not say where a request is from.
+fn other_sites_start_nothing(stage: &Stage, image: &str) {
+    let browser = &stage.browser;
+    let elsewhere = format!("{}/v2/", stage.cluster.nodes[1].spegel().url());
+    let form = format!(
+        "(() => {{ const form = document.createElement('form'); form.method = 'post'; form.action = '{}?image={image}'; \
+         document.body.append(form); form.submit(); return 1; }})()",
+        stage.url("measure")
+    );
+    let profile = stage.url("").replace("/debug/web/", "/debug/pprof/profile?seconds=1");
+    let link = format!(
+        "(() => {{ const link = document.createElement('a'); link.rel = 'noreferrer'; link.href = '{profile}'; \
+         document.body.append(link); link.click(); return 1; }})()"
+    );
+    for (sent, refusal) in [(form, "a page of another site"), (link, "does not say which page")] {
+        browser.go(&elsewhere);
+        browser.ask(&sent);
+        browser.wait("the refusal", &format!("document.body.innerText.includes('{refusal}')"));
+    }
+    // Its own page may.
+    stage.try_it("measure", image);
+}
+
 fn only_this_node_is_told(stage: &Stage) {
     let client = Client::new(Duration::from_secs(10));
-    for page in ["", "content", "events?page=working", "stats", "measure?image=registry.test/app:1"] {
+    for page in ["", "content", "events?page=working", "stats", "try?image=registry.test/app:1"] {
         let answer = client.get(&stage.url(page), &[]).unwrap();
         assert_eq!(answer.head.status, 403, "{page} from another address: {}", answer.text());
     }
