@@ -14,6 +14,7 @@ use tokio::time::{timeout, timeout_at};
 use super::client::{self, PeerError, PeerHead, PeerRequest, PeerResponse, Timeouts};
 use super::fetch::{Streamed, Taken, Use};
 use super::lineage::Tie;
+use super::metrics::Outcome;
 use super::{
     COMPLAINT_HEADER, Chain, Content, Kind, MIRRORED_HEADER, NodeId, RANK_HEADER, Shared, VERIFIED_BODY, Verified,
     WAIT_HEADER, Wanted, relay, verify,
@@ -36,9 +37,57 @@ pub(super) struct Contact {
     pub(super) answered: Option<Instant>,
 }
 
+/// A request that is counted when its outcome is known, or it is dropped without one.
+struct Counted<'a> {
+    shared: &'a Shared,
+    contact: &'a mut Contact,
+    /// From when on it is late.
+    late: Instant,
+    outcome: Option<Outcome>,
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        let is_late = self.contact.answered.is_none() && Instant::now() >= self.late;
+        let without = if is_late { Outcome::Late } else { Outcome::GivenUp };
+        self.shared.metrics.attempted(self.outcome.unwrap_or(without));
+    }
+}
+
 /// Asks one peer, and notes whom it met. Everything in it is bounded in time by the settings' timeouts, or, for a small body, by
-/// the stall bound.
+/// the stall bound. It is counted once, also if it is dropped because another gave it first, or its client has left.
 pub(super) async fn attempt(
+    shared: &Shared,
+    wanted: &Wanted,
+    peer: &Peer,
+    timeouts: Timeouts,
+    use_of: Use,
+    contact: &mut Contact,
+) -> Result<Taken, PeerError> {
+    // One that was asked to wait for its own first byte may; another is late once the next one would be asked.
+    let patience = if wanted.wait.is_some() { timeouts.head } else { shared.settings.hedge };
+    let late = Instant::now() + patience;
+    let mut counted = Counted { shared, contact, late, outcome: None };
+    let result = ask(shared, wanted, peer, timeouts, use_of, counted.contact).await;
+    counted.outcome = Some(outcome(&result));
+    result
+}
+
+fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
+    match result {
+        Ok(_) => Outcome::Answered,
+        Err(PeerError::Connect(_)) => Outcome::Unreachable,
+        Err(PeerError::Late { .. }) => Outcome::Late,
+        Err(PeerError::Lost(_) | PeerError::GaveUp) => Outcome::Lost,
+        Err(PeerError::Malformed(_) | PeerError::Unfit(_)) => Outcome::Malformed,
+        Err(PeerError::Status(_) | PeerError::Circle | PeerError::Spoiled) => Outcome::Refused,
+        Err(PeerError::Busy(_)) => Outcome::Busy,
+        Err(PeerError::WrongBytes | PeerError::PassedOnWrong(_)) => Outcome::WrongBytes,
+        Err(PeerError::NoMemory(_)) => Outcome::NoMemory,
+    }
+}
+
+async fn ask(
     shared: &Shared,
     wanted: &Wanted,
     peer: &Peer,

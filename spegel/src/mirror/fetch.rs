@@ -17,7 +17,6 @@ use super::blame::Sent;
 use super::client::{self, PeerError, PeerResponse};
 use super::flights::Landed;
 use super::lineage::Tie;
-use super::metrics::Outcome;
 use super::peers::{Leave, jitter};
 use super::storms::{self, Line, Offer};
 use super::{Content, Found, Kind, Miss, Shared, Wanted, family, relay, siblings};
@@ -353,7 +352,6 @@ impl<'a> Race<'a> {
                 let use_of = Use::new(&shared, first);
                 let peer = &candidate.peer;
                 let result = attempt(&shared, &wanted, peer, timeouts, use_of, &mut contact).await;
-                shared.metrics.attempted(outcome(&result));
                 let now = now();
                 let took = [contact.answered.unwrap_or(now), now].map(|end| end.duration_since(start));
                 // Only what was met is judged, or what was tried in vain: a peer may name addresses that are others'.
@@ -515,18 +513,5 @@ impl Wanted {
             Some(RangeSpec::From { first, .. }) => first,
             _ => 0,
         }
-    }
-}
-
-fn outcome(result: &Result<Taken, PeerError>) -> Outcome {
-    match result {
-        Ok(_) => Outcome::Answered,
-        Err(PeerError::Connect(_)) => Outcome::Unreachable,
-        Err(PeerError::Late { .. } | PeerError::NoMemory(_)) => Outcome::Late,
-        Err(PeerError::Lost(_) | PeerError::GaveUp) => Outcome::Lost,
-        Err(PeerError::Malformed(_) | PeerError::Unfit(_)) => Outcome::Malformed,
-        Err(PeerError::Status(_) | PeerError::Circle | PeerError::Spoiled) => Outcome::Refused,
-        Err(PeerError::Busy(_)) => Outcome::Busy,
-        Err(PeerError::WrongBytes | PeerError::PassedOnWrong(_)) => Outcome::WrongBytes,
     }
 }

@@ -17,8 +17,11 @@ static RESOLVE: Described = Described::histogram(
 )
 .labels(&[Label::of("router", &[ROUTER])])
 .as_in_go();
-static ATTEMPTS: Described = Described::counter("spegel_peer_requests", "Requests to peers by outcome")
-    .labels(&[Label::of("outcome", &OUTCOMES)]);
+static ATTEMPTS: Described = Described::counter(
+    "spegel_peer_requests",
+    "Requests to peers for content, by outcome; given_up: another gave it first, or the client left; late: the same after the time in which nobody else is asked, or a bound passed; no_memory: here",
+)
+.labels(&[Label::of("outcome", &OUTCOMES)]);
 static RELAYS: Described = Described::counter("spegel_relays", "Bodies relayed from peers, by how they ended")
     .labels(&[Label::of("end", &ENDS)]);
 static RESUMES: Described = Described::counter(
@@ -42,7 +45,8 @@ static HOLDS: Described = Described::histogram(
 
 /// The only router that there is.
 const ROUTER: &str = "libp2p";
-const OUTCOMES: [&str; 8] = ["answered", "unreachable", "late", "lost", "malformed", "refused", "busy", "wrong_bytes"];
+const OUTCOMES: [&str; 10] =
+    ["answered", "unreachable", "late", "lost", "malformed", "refused", "busy", "wrong_bytes", "given_up", "no_memory"];
 const ENDS: [&str; 3] = ["complete", "peer_broke", "client_left"];
 
 /// The mirror's figures.
@@ -85,6 +89,8 @@ pub(super) enum Outcome {
     Refused,
     Busy,
     WrongBytes,
+    GivenUp,
+    NoMemory,
 }
 
 /// How a relayed body ended; [`ENDS`] has their names in this order.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use spegel::oci::Key;
 use spegel::router::MemoryNetwork;
 
-use super::{MANIFEST, Node, digest_of, noise, ok, rogue, scripted};
+use super::{MANIFEST, Node, digest_of, noise, ok, rogue, scripted, target};
 
 #[tokio::test]
 async fn content_is_found_at_a_peer_by_tag_and_by_digest() {
@@ -130,6 +130,20 @@ async fn a_silent_peer_delays_by_the_hedge_only() {
     let reply = b.get(&format!("/v2/app/blobs/{digest}?ns=registry.test")).await;
     assert_eq!(reply.status, 200);
     assert!(start.elapsed() < Duration::from_millis(1500), "the silent peer's own bound is 2 s");
+    // Which of the two is asked first is chance.
+    let outcome = |outcome: &str| b.metric("spegel_peer_requests_total", &[&format!("outcome=\"{outcome}\"")]);
+    let others = || outcome("late") + outcome("given_up");
+    assert_eq!((outcome("answered"), b.figure("spegel_peer_requests_total")), (1.0, 1.0 + others()));
+    for n in 0.. {
+        assert!(n < 100, "the silent one is never asked first");
+        let digest = good.offer(&noise(n, 10));
+        spegel::router::Router::announce(&*silent, spegel::store::Change::Added(vec![Key::Digest(digest.clone())]));
+        assert_eq!(b.get(&target(&digest)).await.status, 200);
+        if outcome("late") > 0.0 {
+            break;
+        }
+    }
+    assert_eq!(b.figure("spegel_peer_requests_total"), outcome("answered") + others(), "each counts once");
 }
 
 #[tokio::test]

@@ -139,6 +139,9 @@ async fn one_goes_upstream_and_the_others_get_it_from_each_other() {
     let pulled = pull_all(&nodes, &bytes, 0).await;
     assert_eq!(pulled.iter().filter(|pulled| pulled.from_upstream).count(), 1, "{pulled:?}");
     assert!(nodes.iter().all(|node| node.shelf.blobs.lock().unwrap().contains_key(&digest_of(&bytes))));
+    // A request that was made at a coordinator's word counts as any other.
+    let answered = |node: &Arc<Node>| node.metric("spegel_peer_requests_total", &["outcome=\"answered\""]);
+    assert_eq!(nodes.iter().filter(|node| answered(node) >= 1.0).count(), 5);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
