@@ -385,3 +385,17 @@ mod tests {
         }
     }
 }
+
+    #[test]
+    fn no_refusal_tells_a_password() {
+        let url = "https://me:hunter2@registry.test/x y";
+        for arguments in [
+            &["registry", "--bootstrap-kind", "mdns", "--mirrored-registries", url][..],
+            &["configuration", "--mirror-targets", "http://127.0.0.1:5000", "--mirrored-registries", url],
+            &["configuration", "--mirror-targets", url],
+            &["registry", "--bootstrap-kind", "http", "--http-bootstrap-url", url],
+        ] {
+            let said = refusal(arguments);
+            assert!(said.contains("registry.test") && !said.contains("hunter2"), "{said}");
+        }
+    }

@@ -61,7 +61,7 @@ impl HttpBootstrap {
     /// # Errors
     /// The URL is none of http or https.
     pub fn new(url: &str, certificates: Option<Certificates>) -> Result<Self, ParseUrlError> {
-        let wrong = || ParseUrlError(url.to_owned());
+        let wrong = || ParseUrlError(crate::oci::without_userinfo(url));
         let parsed: Uri = url.parse().map_err(|_| wrong())?;
         let known = matches!(parsed.scheme_str(), Some("http" | "https")) && parsed.host().is_some();
         if known { Ok(Self { url: parsed, certificates }) } else { Err(wrong()) }

@@ -19,7 +19,7 @@ use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::oci::{MirroredRegistry, is_registry};
+use crate::oci::{MirroredRegistry, is_registry, without_userinfo};
 pub use inspect::{Host, Inspected, Inspection, Whose, inspect};
 
 use disk::{Content, Disk, Hook};
@@ -256,9 +256,9 @@ impl FromStr for MirrorTarget {
                 Some((ip, port)) if ip.parse::<Ipv6Addr>().is_ok() && port.parse::<u16>().is_ok() => {
                     Ok(Self(format!("{scheme}[{ip}]:{port}")))
                 }
-                _ => Err(HostsError::Target(text.to_owned())),
+                _ => Err(HostsError::Target(without_userinfo(text))),
             },
-            None => Err(HostsError::Target(text.to_owned())),
+            None => Err(HostsError::Target(without_userinfo(text))),
         }
     }
 }

@@ -46,7 +46,7 @@ pub enum MirroredRegistry {
 /// Why the settings of what to mirror do not hold.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum FilterError {
-    /// An entry that is no registry.
+    /// An entry that is no registry, without what may be a password in it.
     #[error(
         "mirrored registry {0:?} is not of the form scheme://host[:port] with http or https, a host, * or _default"
     )]
@@ -96,6 +96,15 @@ fn is_of(registry: &str, host: &str) -> bool {
     }
 }
 
+/// A text that should have been an URL, as it may be shown: what stands before an `@` may be a name and a password.
+pub(crate) fn without_userinfo(text: &str) -> String {
+    let after_scheme = text.find("://").map_or(0, |at| at + 3);
+    match text[after_scheme..].rfind('@') {
+        Some(at) => format!("{}***{}", &text[..after_scheme], &text[after_scheme + at..]),
+        None => text.to_owned(),
+    }
+}
+
 // === impl MirroredRegistry ===
 
 impl MirroredRegistry {
@@ -130,12 +139,12 @@ impl FromStr for MirroredRegistry {
         let (scheme, host) = match text.split_once("://") {
             Some(("http", host)) => (Scheme::Http, host),
             Some(("https", host)) => (Scheme::Https, host),
-            Some(_) => return Err(FilterError::Registry(text.to_owned())),
+            Some(_) => return Err(FilterError::Registry(without_userinfo(text))),
             None => (Scheme::Https, text),
         };
         let host = host.strip_suffix('/').unwrap_or(host);
         if !is_registry(host) {
-            return Err(FilterError::Registry(text.to_owned()));
+            return Err(FilterError::Registry(without_userinfo(text)));
         }
         Ok(Self::Host { scheme, host: host.into() })
     }
@@ -256,11 +265,16 @@ mod tests {
 
     #[test]
     fn errors_name_the_entry() {
-        for bad in
-            ["", "ftp://a.test", "https://", "https://a.test/path", "https://u@a.test", "a b", "https://a.test?x"]
-        {
+        for bad in ["", "ftp://a.test", "https://", "https://a.test/path", "a b", "https://a.test?x"] {
             let error = Filters::new(&[bad.to_owned()], &[]).unwrap_err();
             assert!(error.to_string().contains(&format!("{bad:?}")), "{error}");
+        }
+        for secret in
+            ["https://me:s3cret@a.test", "me:s3cret@a.test:5000", "ftp://me:s3@c/ret@a.test", "https://s3cret@"]
+        {
+            let error = Filters::new(&[secret.to_owned()], &[]).unwrap_err();
+            let shown = format!("{error} {error:?}");
+            assert!(shown.contains("***@") && !shown.contains("s3") && !shown.contains("ret"), "{shown}");
         }
         let error = Filters::new(&[], &["ok".to_owned(), "(".to_owned()]).unwrap_err();
         assert!(matches!(error, FilterError::Pattern { pattern, .. } if pattern == "("));

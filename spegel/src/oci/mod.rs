@@ -14,6 +14,7 @@ pub(crate) use reference::is_registry;
 
 pub use digest::{Algorithm, Digest, ParseDigestError};
 pub use error::{ALLOWED_METHODS, ERROR_CONTENT_TYPE, ErrorCode, OciError};
+pub(crate) use filters::without_userinfo;
 pub use filters::{FilterError, Filters, MirroredRegistry, Scheme};
 pub use key::Key;
 pub use manifest::{Descriptor, MAX_MANIFEST_BYTES, Manifest, ManifestError, MediaType};
