@@ -144,7 +144,7 @@ fn requests(criterion: &mut Criterion) {
                     registry.prompt(false, &target, headers.into_iter(), remote).unwrap()
                 }
             };
-            (prompt.end)(BodyEnd { sent: prompt.body.len() as u64, complete: true });
+            (prompt.end)(BodyEnd { sent: prompt.body.len() as u64, complete: true, cut: false });
         });
     });
     group.finish();

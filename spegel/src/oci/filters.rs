@@ -184,10 +184,20 @@ impl Filters {
         self.hosts.is_empty() && self.patterns.is_empty()
     }
 
+    /// Whether no registry is named, so that all are mirrored.
+    pub fn mirror_all(&self) -> bool {
+        self.hosts.is_empty()
+    }
+
+    /// The registry among those that are named that this one is, as image references name it.
+    pub fn mirrored(&self, registry: &str) -> Option<&str> {
+        self.hosts.iter().find(|host| is_of(registry, host)).map(|host| canonical(host))
+    }
+
     /// Whether nothing of this repository is mirrored or advertised.
     pub fn excludes_repository(&self, repository: &Repository) -> bool {
         let registry = repository.registry();
-        let is_mirrored = self.hosts.is_empty() || self.hosts.iter().any(|host| is_of(registry, host));
+        let is_mirrored = self.mirror_all() || self.mirrored(registry).is_some();
         !is_mirrored || self.matches(repository, "")
     }
 

@@ -16,12 +16,12 @@ use crate::ebpf::Pulled;
 use crate::metrics::{BoundedLabel, Described, Figures, Label};
 
 static MIRROR_REQUESTS: Described =
-    Described::counter("spegel_mirror_requests", "Requests of clients for content, by whether they got it")
+    Described::counter("spegel_mirror_requests", "Requests of clients for content, by whether the head of their answer gave it to them")
         .labels(&[
             Label::at_most(
                 "registry",
-                MAX_REGISTRIES + 1,
-                "the first registries that were asked for; all others are `other`",
+                MAX_REGISTRIES + 2,
+                "those of --mirrored-registries, however many; where it names none, up to 64 others, of which 48 are kept for registries that this node has images of; `other`; `unknown` where no name was told",
             ),
             Label::of("cache", &["hit", "miss"]),
         ])
@@ -49,6 +49,11 @@ static CUTS: Described = Described::counter(
     "spegel_cut_responses",
     "Refusals that were said by an orderly close, because the client had been given a part of that blob",
 );
+static BROKEN: Described = Described::counter(
+    "spegel_broken_bodies",
+    "Bodies for clients that ended early because their peer broke off and no other went on, or this node's file did not give them; their requests count as hits",
+)
+.labels(&[Label::of("source", &["local", "peer"])]);
 static REJECTED: Described = Described::counter(
     "spegel_rejected_uploads",
     "Requests of peers that were sent elsewhere because of --max-uploads or --upload-rate",
@@ -87,6 +92,7 @@ pub struct RegistryMetrics {
     inflight: Family<HandlerLabel, Gauge>,
     clients: Family<ClientLabel, Counter>,
     cuts: Counter,
+    broken: Family<SourceLabel, Counter>,
     refused_uploads: Counter,
     refused: Family<ReasonLabel, Counter>,
     registries: Arc<BoundedLabel>,
@@ -141,6 +147,11 @@ struct ClientLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SourceLabel {
+    source: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
     reason: &'static str,
 }
@@ -174,6 +185,7 @@ impl RegistryMetrics {
             inflight,
             clients,
             cuts: Counter::default(),
+            broken: Family::default(),
             refused_uploads: Counter::default(),
             refused: Family::default(),
             registries: Arc::new(BoundedLabel::new(MAX_REGISTRIES)),
@@ -185,6 +197,7 @@ impl RegistryMetrics {
         figures.register(&INFLIGHT, this.inflight.clone());
         figures.register(&CLIENTS, this.clients.clone());
         figures.register(&CUTS, this.cuts.clone());
+        figures.register(&BROKEN, this.broken.clone());
         figures.register(&REJECTED, this.refused_uploads.clone());
         figures.register(&REFUSED, this.refused.clone());
         this
@@ -209,24 +222,24 @@ impl RegistryMetrics {
         }
     }
 
-    /// Counts a client's request for content of `registry`.
-    pub(super) fn mirrored(&self, registry: Option<&str>, hit: bool, client: ClientKind) {
+    /// Counts a client's request for content of a registry with this label.
+    pub(super) fn mirrored(&self, registry: String, hit: bool, client: ClientKind) {
         if hit {
             self.resolved.hit(&self.hits(registry), client);
             return;
         }
-        self.mirror_requests.get_or_create(&self.mirror_label(registry, false)).inc();
+        self.mirror_requests.get_or_create(&MirrorLabel { registry, cache: "miss" }).inc();
         self.clients.get_or_create(&ClientLabel { client: client.name() }).inc();
     }
 
-    /// The counter of requests for content of `registry` that got it.
-    pub(super) fn hits(&self, registry: Option<&str>) -> Counter {
-        self.mirror_requests.get_or_create_owned(&self.mirror_label(registry, true))
+    /// The counter of requests for content of a registry with this label that got it.
+    pub(super) fn hits(&self, registry: String) -> Counter {
+        self.mirror_requests.get_or_create_owned(&MirrorLabel { registry, cache: "hit" })
     }
 
-    fn mirror_label(&self, registry: Option<&str>, hit: bool) -> MirrorLabel {
-        let registry = self.registries.of(registry.unwrap_or("unknown"), hit);
-        MirrorLabel { registry, cache: if hit { "hit" } else { "miss" } }
+    /// The label of a registry that no setting names. A client chooses the name, and gets what is here whatever it chooses, so its word does not count.
+    fn label_of(&self, registry: &str, is_known: impl FnOnce() -> bool) -> String {
+        self.registries.of(registry, is_known)
     }
 
     /// As [`RegistryMetrics::begin`], for an answer that stands ready.
@@ -245,6 +258,11 @@ impl RegistryMetrics {
 
     pub(super) fn cut(&self) {
         self.cuts.inc();
+    }
+
+    /// A client's body was not given to its end.
+    pub(super) fn broke(&self, is_local: bool) {
+        self.broken.get_or_create(&SourceLabel { source: if is_local { "local" } else { "peer" } }).inc();
     }
 }
 
@@ -280,6 +298,20 @@ impl Resolved {
     /// The request is not under way any more.
     pub(super) fn is_over(&self) {
         self.inflight.dec();
+    }
+}
+
+impl Registry {
+    /// Under which label requests for content of a registry are counted.
+    pub(super) fn label_of(&self, registry: Option<&str>) -> String {
+        let settings = &self.settings;
+        match registry {
+            None => "unknown".to_owned(),
+            Some(registry) if settings.filters.mirror_all() => {
+                settings.metrics.label_of(registry, || settings.store.knows_registry(registry))
+            }
+            Some(registry) => settings.filters.mirrored(registry).unwrap_or("other").to_owned(),
+        }
     }
 }
 

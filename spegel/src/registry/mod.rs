@@ -327,12 +327,14 @@ impl Registry {
             let kind = self.client_kind(&ask.client);
             // A range outside of a blob that is here is the client's matter.
             let hit = source != Source::Nobody;
-            self.settings.metrics.mirrored(ask.registry.as_deref(), hit, kind);
+            self.settings.metrics.mirrored(self.label_of(ask.registry.as_deref()), hit, kind);
         }
         if let Some(digest) = held {
             self.keep_ready(&request.uri, parsed, &ask, digest, &response);
         }
-        let is_pull = ask.is_content && !ask.mirrored && self.client_kind(&ask.client) != ClientKind::OtherNode;
+        let is_clients = ask.is_content && !ask.mirrored;
+        let broken = is_clients.then(|| self.settings.metrics.clone());
+        let is_pull = is_clients && self.client_kind(&ask.client) != ClientKind::OtherNode;
         let pulled = is_pull.then(|| self.settings.metrics.pulled());
         telling.answers(response.status(), &source);
         finish(response, observed, move |end| {
@@ -340,6 +342,9 @@ impl Registry {
                 (Some(pulled), Source::Local | Source::Receiving) => pulled.add_local(end.sent),
                 (Some(pulled), Source::Ready | Source::Peer(_)) => pulled.add_peer(end.sent),
                 _ => {}
+            }
+            if let (Some(metrics), true) = (broken, end.cut && source != Source::Nobody) {
+                metrics.broke(matches!(source, Source::Local | Source::Receiving));
             }
             telling.ends(end);
         })

@@ -140,7 +140,7 @@ impl Registry {
             head: head.into(),
             path: ask.path.clone(),
             registry: ask.registry.clone(),
-            hits: self.settings.metrics.hits(ask.registry.as_deref()),
+            hits: self.settings.metrics.hits(self.label_of(ask.registry.as_deref())),
         };
         self.ready.keep(target, answer);
     }

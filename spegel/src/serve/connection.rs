@@ -412,14 +412,14 @@ impl Bare {
         let sent = match sent {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             Err(error) => {
-                end(BodyEnd { sent: 0, complete: false });
+                end(BodyEnd { sent: 0, complete: false, cut: false });
                 return Err(error);
             }
             Ok(sent) => sent,
         };
         self.sent += sent as u64;
         if sent == head.len() + date.len() + body.len() {
-            end(BodyEnd { sent: body.len() as u64, complete: true });
+            end(BodyEnd { sent: body.len() as u64, complete: true, cut: false });
         } else {
             let rest = quick::rest_of(&parts, sent);
             self.out = Some(Out { rest, since: Instant::now(), body: body.len(), end: Some(end) });
@@ -454,7 +454,7 @@ impl Drop for Out {
     fn drop(&mut self) {
         let sent = self.body.saturating_sub(self.rest.len());
         if let Some(end) = self.end.take() {
-            end(BodyEnd { sent: sent as u64, complete: sent == self.body });
+            end(BodyEnd { sent: sent as u64, complete: sent == self.body, cut: false });
         }
     }
 }

@@ -409,6 +409,12 @@ impl Index {
         all.into_iter().map(|(registry, counts)| (registry.to_owned(), figures(counts))).collect()
     }
 
+    /// Whether an image of this registry is here.
+    pub(super) fn knows_registry(&self, registry: &str) -> bool {
+        let mut repositories = self.images.values().filter_map(|image| image.name.repository.as_ref());
+        repositories.any(|repository| repository.registry() == registry)
+    }
+
     /// The manifests that are offered and whose subject this is, in the order of their digests.
     pub(super) fn referrers(&self, subject: &Digest) -> Vec<Referrer> {
         let contents = self.referrers.get(subject).into_iter().flatten().filter_map(|digest| self.contents.get(digest));

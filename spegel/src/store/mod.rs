@@ -180,6 +180,11 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// How much is offered, by registry. What has no registry, as images without a qualified name, is under the empty one.
     fn offered(&self) -> std::collections::BTreeMap<String, Offered>;
 
+    /// Whether an image of this registry is here, offered or not. Stores that cannot tell need not implement it.
+    fn knows_registry(&self, _registry: &str) -> bool {
+        false
+    }
+
     /// What becomes of content that is received, from now on. Who reads slowly misses some. Stores that never receive anything need not
     /// implement it: it ends at once.
     fn outcomes(&self) -> broadcast::Receiver<Outcome> {

@@ -148,6 +148,10 @@ impl Store for OciLayout {
         self.inner.state.read(Index::offered)
     }
 
+    fn knows_registry(&self, registry: &str) -> bool {
+        self.inner.state.read(|index| index.knows_registry(registry))
+    }
+
     fn inventory(&self, limit: usize) -> Inventory {
         self.inner.state.read(|index| index.inventory(limit))
     }

@@ -118,7 +118,7 @@ impl Body {
         let shared = ops.shared().clone();
         let transfer = shared.settings.transfer;
         let len = self.len();
-        let end = EndHooks { hooks: self.hooks, counter: self.counter, sent: 0, len };
+        let end = EndHooks { hooks: self.hooks, counter: self.counter, sent: 0, len, cut: false };
         let (bytes, source) = match self.kind {
             Kind::Bytes(bytes) => (Some(bytes).filter(|bytes| !bytes.is_empty()), None),
             Kind::File { file, offset, .. } => {
@@ -159,6 +159,8 @@ pub struct BodyEnd {
     pub sent: u64,
     /// Whether these are all of the body's.
     pub complete: bool,
+    /// Whether what gave the bytes ended it before its time, and not the client.
+    pub cut: bool,
 }
 
 struct Hook(Box<dyn FnOnce(BodyEnd) + Send>);
@@ -175,9 +177,15 @@ pub(super) struct EndHooks {
     counter: Option<Arc<AtomicU64>>,
     sent: u64,
     len: u64,
+    cut: bool,
 }
 
 impl EndHooks {
+    /// What gives the bytes gives no more.
+    pub(super) fn cut(&mut self) {
+        self.cut = true;
+    }
+
     pub(super) fn sent(&mut self, bytes: usize) {
         self.sent += bytes as u64;
         if let Some(counter) = &self.counter {
@@ -188,7 +196,7 @@ impl EndHooks {
 
 impl Drop for EndHooks {
     fn drop(&mut self) {
-        let end = BodyEnd { sent: self.sent, complete: self.sent == self.len };
+        let end = BodyEnd { sent: self.sent, complete: self.sent == self.len, cut: self.cut };
         for hook in self.hooks.drain(..) {
             (hook.0)(end);
         }

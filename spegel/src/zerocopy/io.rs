@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
+use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -132,9 +133,20 @@ fn push(cx: &mut Context<'_>, state: &mut State, client: &Client<'_>, len: usize
         return Err(super::BodyError::OutOfStep.into());
     }
     let Some(source) = &mut state.source else { return Err(super::BodyError::OutOfStep.into()) };
-    let pushed = source.push(cx, client, max)?;
+    let pushed = source.push(cx, client, max);
+    if pushed.as_ref().is_err_and(|error| !is_clients(error)) {
+        state.cut();
+    }
+    let pushed = pushed?;
     let done = if let Push::Moved(n) = pushed { state.moved(n) } else { None };
     Ok((pushed, done))
+}
+
+/// Whether moving bytes failed at the client's socket.
+fn is_clients(error: &io::Error) -> bool {
+    const SOCKET: [Errno; 6] =
+        [Errno::PIPE, Errno::CONNRESET, Errno::TIMEDOUT, Errno::HOSTUNREACH, Errno::NETUNREACH, Errno::NETDOWN];
+    Errno::from_io_error(error).is_some_and(|errno| SOCKET.contains(&errno))
 }
 
 /// Arranges for the task to run again after the others of its runtime and its reactor. Waking it directly would put it

@@ -352,6 +352,13 @@ impl State {
         self.source.take().map(|source| Ended { source, _end: end, _busy: busy })
     }
 
+    /// The source gives no more.
+    pub(super) fn cut(&mut self) {
+        if let Some(end) = &mut self.end {
+            end.cut();
+        }
+    }
+
     /// Accounts for `bytes` moved, and returns the source when that was all of it.
     pub(super) fn moved(&mut self, bytes: usize) -> Option<Ended> {
         if let Some(end) = &mut self.end {

@@ -208,6 +208,10 @@ impl Store for Containerd {
         self.inner.state.read(Index::offered)
     }
 
+    fn knows_registry(&self, registry: &str) -> bool {
+        self.inner.state.read(|index| index.knows_registry(registry))
+    }
+
     fn outcomes(&self) -> broadcast::Receiver<Outcome> {
         self.inner.outcomes.subscribe()
     }

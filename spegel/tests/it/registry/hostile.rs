@@ -48,6 +48,8 @@ async fn who_breaks_off_is_not_asked_for_the_rest() {
     .await;
     let reply = b.get(&target(&digest)).await;
     assert!(reply.status == 200 && reply.orderly && reply.body == bytes[..2 << 20], "{}", reply.body.len());
+    assert_eq!(b.metric("spegel_mirror_requests_total", &["cache=\"hit\""]), 1.0, "as its head said");
+    assert_eq!(broken(&b).await, [0.0, 1.0]);
     let reply = b.ask("GET", &target(&digest), &[("Range", "bytes=2097152-")]).await;
     assert_eq!(reply.status, 404, "containerd then goes upstream for the rest");
     assert_eq!(asked.load(Ordering::Relaxed), 1);
@@ -402,14 +404,25 @@ async fn a_file_that_gets_shorter_ends_in_order_and_is_withdrawn() {
     let bytes = noise(28, 8 << 20);
     let digest = a.offer(&bytes);
     let mut stream = tokio::net::TcpStream::connect(a.address()).await.unwrap();
-    let request = format!("GET {} HTTP/1.1\r\nHost: a\r\nX-Spegel-Mirrored: true\r\n\r\n", target(&digest));
+    let request = format!("GET {} HTTP/1.1\r\nHost: a\r\n\r\n", target(&digest));
     stream.write_all(request.as_bytes()).await.unwrap();
     stream.read_exact(&mut vec![0; 100_000]).await.unwrap();
     a.shelf.file(&digest).set_len(1000).unwrap();
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).await.expect("an orderly end");
     assert!(rest.len() < 8 << 20);
+    assert_eq!(broken(&a).await, [1.0, 0.0]);
     withdrawn(&network, &a, digest).await;
+}
+
+/// Waits until bodies of local content, or of peers', are counted that were not given to their end.
+async fn broken(node: &Node) -> [f64; 2] {
+    let deadline = Instant::now() + super::PATIENCE;
+    while node.figure("spegel_broken_bodies_total") == 0.0 {
+        assert!(Instant::now() < deadline, "none is counted");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    ["local", "peer"].map(|source| node.metric("spegel_broken_bodies_total", &[&format!("source=\"{source}\"")]))
 }
 
 /// Waits until the node gives it to no peer any more, and it is offered no more then.
@@ -450,10 +463,12 @@ async fn a_client_that_leaves_early_does_not_make_content_damaged() {
     let digest = a.offer(&bytes);
     for _ in 0..3 {
         let mut stream = tokio::net::TcpStream::connect(a.address()).await.unwrap();
-        let request = format!("GET {} HTTP/1.1\r\nHost: a\r\nX-Spegel-Mirrored: true\r\n\r\n", target(&digest));
+        let request = format!("GET {} HTTP/1.1\r\nHost: a\r\n\r\n", target(&digest));
         stream.write_all(request.as_bytes()).await.unwrap();
         stream.read_exact(&mut vec![0; 1 << 20]).await.unwrap();
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(a.figure("http_requests_inflight"), 0.0, "their bodies have ended");
+    assert_eq!(a.figure("spegel_broken_bodies_total"), 0.0);
     assert!(a.ask("GET", &target(&digest), &[("X-Spegel-Mirrored", "true")]).await.body == bytes);
 }

@@ -5,7 +5,7 @@ use spegel::registry::BasicAuth;
 use spegel::router::MemoryNetwork;
 use spegel::store::Health;
 
-use super::{MANIFEST, Node, Setup, noise};
+use super::{MANIFEST, Node, Setup, noise, target};
 
 #[tokio::test]
 async fn a_manifest_is_had_by_tag_and_by_digest_with_its_own_media_type() {
@@ -145,4 +145,32 @@ async fn referrers_are_listed_only_where_no_upstream_is_meant() {
     let reply = node.get(&format!("{target}?artifactType=test/sbom")).await;
     assert_eq!((list(&reply), reply.header("oci-filters-applied")), (1, "artifactType"));
     assert_eq!(node.get(&format!("{target}?ns=registry.test")).await.status, 404);
+}
+
+/// A client chooses the registry's name, and gets by digest what is here whatever it chooses.
+#[tokio::test]
+async fn made_up_registries_push_no_real_one_out_of_the_figures() {
+    let network = MemoryNetwork::new();
+    let registries = |entries: &[&str]| {
+        let entries: Vec<String> = entries.iter().map(|entry| (*entry).to_owned()).collect();
+        Setup { filters: Some(Filters::new(&entries, &[]).unwrap()), ..Setup::default() }
+    };
+    let all = Node::with(&network, "all", registries(&[]));
+    let named = Node::with(&network, "named", registries(&["https://registry.test", "https://docker.io"]));
+    for (node, made_up) in [(&all, 16.0), (&named, 0.0)] {
+        let digest = node.offer(b"x");
+        for n in 0..200 {
+            node.get(&format!("/v2/app/blobs/{digest}?ns=made-up-{n}.test")).await;
+        }
+        let requests = |label: &str| node.metric("spegel_mirror_requests_total", &[label]);
+        assert_eq!(requests("registry=\"made-up-"), made_up);
+        assert_eq!(requests("registry=\"other\""), 200.0 - made_up);
+        assert_eq!(node.get(&target(&digest)).await.status, 200);
+        assert_eq!(requests("registry=\"registry.test\""), 1.0);
+    }
+    // All names of one registry are its own.
+    for name in ["docker.io", "registry-1.docker.io", "DOCKER.IO"] {
+        named.get(&format!("/v2/library/app/manifests/1?ns={name}")).await;
+    }
+    assert_eq!(named.metric("spegel_mirror_requests_total", &["registry=\"docker.io\""]), 3.0);
 }

@@ -145,6 +145,11 @@ impl Store for Shelf {
         BTreeMap::new()
     }
 
+    /// Its images, if it had any, would be those of the tests.
+    fn knows_registry(&self, registry: &str) -> bool {
+        registry == "registry.test"
+    }
+
     fn health(&self) -> watch::Receiver<Health> {
         self.health.subscribe()
     }

@@ -59,7 +59,7 @@ impl Kept {
     fn prompt(&self, method: &str, target: &str, headers: &[(&str, &str)]) -> Option<(Vec<String>, Vec<u8>)> {
         let headers = headers.iter().map(|(name, value)| (*name, value.as_bytes()));
         let prompt = self.registry.prompt(method == "HEAD", target, headers, CLIENT)?;
-        (prompt.end)(BodyEnd { sent: prompt.body.len() as u64, complete: true });
+        (prompt.end)(BodyEnd { sent: prompt.body.len() as u64, complete: true, cut: false });
         let text = String::from_utf8(prompt.head.to_vec()).unwrap();
         let mut lines = text.strip_suffix("\r\n").unwrap().split("\r\n").map(str::to_owned);
         assert_eq!(lines.next().unwrap(), "HTTP/1.1 200 OK");
