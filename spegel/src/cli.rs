@@ -367,6 +367,7 @@ mod tests {
             (&["registry"], "--bootstrap-kind needs a kind"),
             (&["configuration"], "--mirror-targets"),
             (&["registry", "--bootstrap-kind", "mdns", "--upstream-ports", "https"], "--upstream-ports https"),
+            (&["registry", "--bootstrap-kind", "mdns", "--upstream-ports", ""], "--upstream-ports names no port"),
             (&["peers", "--json", "--once"], "--json or --once"),
             (&["log-level", "loud"], "possible values: DEBUG, INFO, WARN, ERROR"),
             (&["cleanup"], "--addr"),
@@ -384,7 +385,6 @@ mod tests {
             assert!(said.contains(says), "{arguments:?}: {said}");
         }
     }
-}
 
     #[test]
     fn no_refusal_tells_a_password() {
@@ -399,3 +399,4 @@ mod tests {
             assert!(said.contains("registry.test") && !said.contains("hunter2"), "{said}");
         }
     }
+}

@@ -1,7 +1,7 @@
 //! The flags of what is asked of the kernel.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
@@ -26,13 +26,14 @@ pub(super) struct EbpfArgs {
     /// given up once that is set up; without, only our own sockets are seen. `on` does not start without, nor where --containerd-cgroup is not there
     #[arg(long, env, default_value = "auto")]
     pub(super) ebpf: EbpfMode,
-    /// containerd's control group (version 2), as a folder or as a path in it [default: looked for]
+    /// containerd's control group (version 2), as a folder or as a path in it [default: that of who listens at --containerd-sock, where its process is
+    /// to be seen; else looked for by name]
     #[arg(long, env, value_name = "PATH")]
     pub(super) containerd_cgroup: Option<PathBuf>,
     /// This node's own addresses outside of this process's network namespace: who comes from there, as through a host port, is its own containerd
     #[arg(long, env, num_args = 1.., value_delimiter = ',', value_name = "ADDRESS")]
     pub(super) node_ip: Vec<String>,
-    /// The ports of upstream registries; those of --mirrored-registries are added. What containerd's group has with other ports is no pull
+    /// The ports of upstream registries, one at the least; those of --mirrored-registries are added. What containerd's group has with other ports is no pull
     #[arg(long, env, num_args = 1.., default_values = ["80", "443"], value_name = "PORT")]
     pub(super) upstream_ports: Vec<String>,
 }
@@ -43,9 +44,14 @@ impl EbpfArgs {
     pub(super) fn settings(
         &self,
         mirrored_registries: &[String],
+        containerd_sock: Option<&Path>,
         registry: ListenAddr,
         router_port: u16,
     ) -> Result<Settings, clap::Error> {
+        // With none everything that containerd gets would count as no pull, and nothing say so.
+        if self.upstream_ports.is_empty() {
+            return Err(usage("--upstream-ports names no port: leave it out for 80 and 443"));
+        }
         let told = self.upstream_ports.iter().map(|text| {
             text.parse()
                 .ok()
@@ -74,6 +80,7 @@ impl EbpfArgs {
             registry_port: registry.port(),
             router_port,
             containerd_cgroup: self.containerd_cgroup.clone().filter(|path| !path.as_os_str().is_empty()),
+            containerd_socket: containerd_sock.map(Path::to_path_buf),
             node_addresses,
             upstream_ports,
             peers_on_loopback: matches!(registry, ListenAddr::One(addr) if addr.ip().is_loopback()),
@@ -109,10 +116,10 @@ mod tests {
             ebpf: EbpfMode::Auto,
             containerd_cgroup: None,
             node_ip: texts.iter().map(|text| (*text).to_owned()).collect(),
-            upstream_ports: vec![],
+            upstream_ports: vec!["443".to_owned()],
         };
         let addresses = |texts: &[&str]| {
-            let settings = args(texts).settings(&[], ListenAddr::Any(5000), 5001);
+            let settings = args(texts).settings(&[], None, ListenAddr::Any(5000), 5001);
             settings.map(|settings| settings.node_addresses.iter().map(ToString::to_string).collect::<Vec<_>>()).ok()
         };
         assert_eq!(addresses(&["10.0.0.1", " fd00::1"]), Some(vec!["10.0.0.1".to_owned(), "fd00::1".to_owned()]));

@@ -161,7 +161,8 @@ pub(super) fn registry(args: RegistryArgs) -> Result<RegistrySettings, clap::Err
     };
     let router_addr = listen("--router-addr", &args.router_addr)?;
     let registry_addr = listen("--registry-addr", &args.registry_addr)?;
-    let ebpf = args.ebpf.settings(&args.mirrored_registries, registry_addr, router_addr.port())?;
+    let socket = args.oci_layout.is_empty().then_some(args.containerd.containerd_sock.as_path());
+    let ebpf = args.ebpf.settings(&args.mirrored_registries, socket, registry_addr, router_addr.port())?;
     Ok(RegistrySettings {
         bootstrap: bootstrap(&args.bootstrap)?,
         bootstrap_endpoint: bootstrap_endpoint(&args.bootstrap)?,

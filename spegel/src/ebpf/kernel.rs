@@ -41,12 +41,16 @@ pub(super) struct Kernel {
 /// containerd's control group, which may come later than this process, and goes when its unit is stopped and nothing runs in it.
 struct Containerd {
     told: Option<PathBuf>,
+    /// Where it listens, if it is one that this process has to do with.
+    socket: Option<PathBuf>,
+    /// The group was taken by its name while nobody listened there.
+    is_guess: bool,
     /// The kernel has taken the program.
     is_loaded: bool,
     /// Where it is, or was.
     group: Option<PathBuf>,
     attached: Result<Attachment, String>,
-    /// When the next search is due, where nobody told.
+    /// When the next search is due, where nobody told, or who listens is asked again.
     search_at: Instant,
 }
 
@@ -93,7 +97,7 @@ impl Kernel {
         fill(&mut programs, settings)?;
         load(&mut programs, OWN)?;
         attach(&mut programs, OWN, &own)?;
-        let containerd = Containerd::find(settings.containerd_cgroup.as_deref(), &mut programs);
+        let containerd = Containerd::find(settings, &mut programs);
         if let (Mode::On, Some(_), Err(why)) = (settings.mode, &settings.containerd_cgroup, &containerd.attached) {
             return Err(Refusal::NotAttached(format!("containerd's control group: {why}")));
         }
@@ -144,13 +148,34 @@ impl Kernel {
 // === impl Containerd ===
 
 impl Containerd {
-    fn find(told: Option<&Path>, programs: &mut Ebpf) -> Self {
-        let group = cgroup::containerd(told);
+    fn find(settings: &Settings, programs: &mut Ebpf) -> Self {
+        let (told, socket) = (settings.containerd_cgroup.clone(), settings.containerd_socket.clone());
+        let found = cgroup::containerd(told.as_deref(), socket.as_deref());
+        let is_guess = found.as_ref().is_ok_and(|found| found.is_guess);
+        let group = found.map(|found| found.group);
         let loaded = load(programs, CONTAINERD).map_err(|refusal| refusal.to_string());
         let is_loaded = loaded.is_ok();
         let attached = loaded.and_then(|()| attach_to_found(programs, group.as_ref()));
         let search_at = Instant::now() + SEARCH;
-        Self { told: told.map(Path::to_path_buf), is_loaded, group: group.ok(), attached, search_at }
+        Self { told, socket, is_guess, is_loaded, group: group.ok(), attached, search_at }
+    }
+
+    /// The group, and whether it is a guess from now on.
+    fn search(&mut self) -> Result<PathBuf, String> {
+        let found = cgroup::containerd(self.told.as_deref(), self.socket.as_deref())?;
+        self.is_guess = found.is_guess;
+        Ok(found.group)
+    }
+
+    /// Whether who listens at the socket by now is in another group than the one that was taken by its name.
+    fn is_elsewhere(&mut self, now: Instant) -> bool {
+        let Some(socket) = self.socket.as_deref().filter(|_| self.is_guess && now >= self.search_at) else {
+            return false;
+        };
+        self.search_at = now + SEARCH;
+        let listener = cgroup::listener(socket);
+        self.is_guess = listener == cgroup::Listener::Nobody;
+        matches!(&listener, cgroup::Listener::In(group) if self.group.as_ref() != Some(group))
     }
 
     fn seen(&self) -> Result<PathBuf, String> {
@@ -166,11 +191,13 @@ impl Containerd {
             return None;
         }
         let mut gone = None;
+        let is_elsewhere = self.is_elsewhere(now);
         if let (Ok(attachment), Some(group)) = (&self.attached, &self.group) {
-            if identity(group) == Some(attachment.folder) {
-                return None;
-            }
-            let why = format!("the control group {} is gone", group.display());
+            let why = match identity(group) == Some(attachment.folder) {
+                true if is_elsewhere => format!("containerd is not in the control group {}", group.display()),
+                true => return None,
+                false => format!("the control group {} is gone", group.display()),
+            };
             if let Ok(attachment) = std::mem::replace(&mut self.attached, Err(why.clone())) {
                 // The kernel has let go of it with the group.
                 let _ = detach(programs, attachment.link);
@@ -178,12 +205,13 @@ impl Containerd {
             gone = Some(Err(why));
         }
         let group = match (&self.told, &self.group) {
-            (Some(told), _) => cgroup::containerd(Some(told)),
+            (Some(_), _) => self.search(),
+            _ if is_elsewhere => self.search(),
             // It comes back where it was, if its unit is started again.
             (None, Some(group)) if identity(group).is_some() => Ok(group.clone()),
             (None, _) if now >= self.search_at => {
                 self.search_at = now + SEARCH;
-                cgroup::containerd(None)
+                self.search()
             }
             (None, _) => return gone,
         };

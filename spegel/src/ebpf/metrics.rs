@@ -46,12 +46,12 @@ static RATE: Described =
         .measured_in("bytes a second");
 static PULLED: Described = Described::counter(
     "spegel_pull_bytes",
-    "Bytes that this node's containerd got, by where from; upstream's as the kernel counts them, with their TLS and HTTP, and with eBPF only",
+    "Bytes that this node's containerd got, or a client that names no node (as with a hosts.toml of the Go program), by where from; upstream's as the kernel counts them, with their TLS and HTTP, and with eBPF only",
 )
 .labels(&[Label::of("source", &["local", "peer", "upstream"])]);
 static OFFLOAD: Described = Described::gauge(
     "spegel_pull_offload_ratio",
-    "The share of what this node's containerd got that did not come from upstream, since the start; with eBPF only",
+    "The share of what this node's containerd got that did not come from upstream, of all that it got while its control group was watched; with eBPF only",
 )
 .measured_in("0 to 1");
 static STATE: Described =
@@ -69,7 +69,7 @@ static LOST: Described = Described::counter(
 const PEER: Label = Label::at_most(
     "peer",
     SHOWN + 1,
-    "the 20 addresses that most is moved with, and those that were among them last; all others are `other`",
+    "those of the 20 pairs of address and role with which most was moved of late (half of it is forgotten in ten minutes), and of those that were among them last, 60 pairs in all; all others are `other`",
 );
 const ROLE: Label = Label::of("role", &["served", "fetched", "containerd", "router", "upstream", "other"]);
 
@@ -91,6 +91,12 @@ impl Pulled {
     /// Bytes that were here, and those that came from peers.
     pub fn bytes(&self) -> (u64, u64) {
         (self.local.load(Ordering::Relaxed), self.peer.load(Ordering::Relaxed))
+    }
+
+    /// What did not come from upstream.
+    pub(super) fn saved(&self) -> u64 {
+        let (local, peer) = self.bytes();
+        local.saturating_add(peer)
     }
 
     /// From a peer.
@@ -194,8 +200,8 @@ impl PeersCollector {
             }
         }
         // While upstream is not looked at, the ratio would rise with everything else that is counted.
-        let upstream = upstream.filter(|_| self.watch.shared.upstream().group.is_ok());
-        if let Some(ratio) = upstream.and_then(|upstream| offload(local.saturating_add(peer), upstream)) {
+        let saved = self.watch.shared.upstream().matched(local.saturating_add(peer));
+        if let Some(ratio) = saved.zip(upstream).and_then(|(saved, upstream)| offload(saved, upstream)) {
             OFFLOAD.encode(encoder, &ConstGauge::new(ratio))?;
         }
         Ok(())
@@ -267,6 +273,22 @@ mod tests {
     #[test]
     fn the_ratio_is_that_of_bytes() {
         assert_eq!((offload(0, 0), offload(0, 5), offload(30, 10)), (None, Some(0.0), Some(0.75)));
+    }
+
+    /// What is saved while nobody sees what comes from upstream has nothing to be compared with.
+    #[test]
+    fn the_ratio_is_of_the_time_in_which_upstream_is_seen() {
+        let (here, gone) = (|| Ok("/a".into()), || Err("gone".to_owned()));
+        let mut upstream = super::super::Upstream::of(gone());
+        assert_eq!(upstream.matched(70), None);
+        upstream.turn(here(), 100);
+        assert_eq!(upstream.matched(130), Some(30));
+        upstream.turn(gone(), 150);
+        assert_eq!(upstream.matched(150), None);
+        upstream.turn(here(), 1150);
+        assert_eq!(upstream.matched(1160), Some(60));
+        upstream.turn(here(), 1170);
+        assert_eq!(upstream.matched(1180), Some(80), "another group is seen as well");
     }
 
     #[test]

@@ -19,7 +19,7 @@ mod table;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -62,6 +62,8 @@ pub struct Settings {
     pub router_port: u16,
     /// containerd's control group; to be looked for if not told.
     pub containerd_cgroup: Option<PathBuf>,
+    /// containerd's socket: who listens there is looked for first.
+    pub containerd_socket: Option<PathBuf>,
     /// Addresses of the node that it has outside of this process's network namespace, which its containerd may come from.
     pub node_addresses: Vec<IpAddr>,
     /// The ports of upstream registries.
@@ -83,6 +85,8 @@ struct Shared {
     /// This node's own addresses, which its containerd may come from.
     own: Vec<IpAddr>,
     peers_on_loopback: bool,
+    /// What this node's containerd got through us, once that is counted.
+    pulled: OnceLock<Arc<Pulled>>,
     /// Its end ends the thread that reads the maps, which takes the programs along.
     _thread: Option<mpsc::SyncSender<()>>,
 }
@@ -110,6 +114,9 @@ struct Upstream {
     group: Result<PathBuf, String>,
     /// There are figures, be they old.
     was_seen: bool,
+    /// What was saved (from here, or from peers) while upstream was not seen: before the last time, and in all when it began to be unseen.
+    unmatched: u64,
+    unseen_from: u64,
 }
 
 // === impl Watch ===
@@ -136,7 +143,7 @@ impl Watch {
         };
         match outcome {
             Ok((attached, group, reader)) => {
-                let upstream = Upstream { was_seen: group.is_ok(), group };
+                let upstream = Upstream::of(group);
                 let watch = Self::of(Some(settings), Source::Kernel(attached), upstream, Some(alive));
                 // The thread reads for as long as somebody looks.
                 let _ = reader.send(Arc::downgrade(&watch.shared));
@@ -162,7 +169,17 @@ impl Watch {
         let peers_on_loopback = settings.is_none_or(|settings| settings.peers_on_loopback);
         let table = Mutex::new(Table::new(matches!(source, Source::Kernel(_))));
         let upstream = Mutex::new(upstream);
-        Self { shared: Arc::new(Shared { table, source, upstream, own, peers_on_loopback, _thread: thread }) }
+        Self {
+            shared: Arc::new(Shared {
+                table,
+                source,
+                upstream,
+                own,
+                peers_on_loopback,
+                pulled: OnceLock::new(),
+                _thread: thread,
+            }),
+        }
     }
 
     /// Says in the log, in one line, where the figures come from.
@@ -224,6 +241,8 @@ impl Watch {
 
     /// Adds the figures by peer, and what this node pulled from where, to `figures`.
     pub fn register(&self, figures: &mut crate::metrics::Figures, pulled: Arc<Pulled>) {
+        // There is one of it; a test may register again.
+        let _ = self.shared.pulled.set(Arc::clone(&pulled));
         metrics::register(figures, self.clone(), pulled);
     }
 
@@ -287,18 +306,38 @@ impl Shared {
             }
             Err(why) => tracing::warn!(why, "what containerd gets from upstream is not seen"),
         }
-        let mut upstream = self.upstream.lock().unwrap_or_else(PoisonError::into_inner);
-        upstream.was_seen |= group.is_ok();
-        upstream.group = group;
+        let saved = self.pulled.get().map_or(0, |pulled| pulled.saved());
+        self.upstream.lock().unwrap_or_else(PoisonError::into_inner).turn(group, saved);
     }
 }
 
 // === impl Upstream ===
 
 impl Upstream {
+    /// At the start, before anything was pulled.
+    fn of(group: Result<PathBuf, String>) -> Self {
+        Self { was_seen: group.is_ok(), group, unmatched: 0, unseen_from: 0 }
+    }
+
+    /// Another group, or none, when so much was saved in all.
+    fn turn(&mut self, group: Result<PathBuf, String>, saved: u64) {
+        match (&self.group, &group) {
+            (Err(_), Ok(_)) => self.unmatched += saved.saturating_sub(self.unseen_from),
+            (Ok(_), Err(_)) => self.unseen_from = saved,
+            _ => {}
+        }
+        self.was_seen |= group.is_ok();
+        self.group = group;
+    }
+
+    /// What of all that was saved was so while upstream was seen; nothing if it is not seen now.
+    fn matched(&self, saved: u64) -> Option<u64> {
+        self.group.is_ok().then(|| saved.saturating_sub(self.unmatched))
+    }
+
     /// Nobody looks.
     fn unseen() -> Self {
-        Self { group: Err(String::new()), was_seen: false }
+        Self::of(Err(String::new()))
     }
 }
 

@@ -20,6 +20,8 @@ pub(super) const SHOWN: usize = 60;
 const RANKING: Duration = Duration::from_secs(1);
 /// For how long what was lost on a path counts half.
 const HALF_LIFE: Duration = Duration::from_secs(30);
+/// For how long what was moved counts half for a name.
+const NAME_HALF_LIFE: Duration = Duration::from_secs(600);
 
 const ROLES: usize = Role::ALL.len();
 
@@ -53,6 +55,8 @@ pub(super) struct Row {
     pub(super) newest: Newest,
     pub(super) seen: Instant,
     path: Path,
+    /// Bytes of late, which a name is given for.
+    recent: Decaying,
 }
 
 /// What does not count up; nothing where it was never measured.
@@ -67,6 +71,13 @@ pub(super) struct Newest {
     /// Segments.
     pub(super) window: Option<u32>,
     pub(super) congestion: Option<Congestion>,
+}
+
+/// An amount of which what is older counts less.
+#[derive(Clone, Copy, Debug)]
+struct Decaying {
+    amount: f64,
+    at: Instant,
 }
 
 /// Segments sent and sent again, of late.
@@ -206,13 +217,13 @@ impl Table {
         }
     }
 
-    /// Gives names to those that moved the most bytes. Who loses its name keeps its series, which stands still, as long as there is room: then the
+    /// Gives names to those that moved the most bytes of late. Who loses its name keeps its series, which stands still, as long as there is room: then the
     /// one goes of which nothing was heard for longest. Should it get a name again, it goes on where it stood.
     pub(super) fn rank(&mut self, now: Instant) {
         self.ranked_at = Some(now);
-        let mut sizes: Vec<_> = self.rows.iter().map(|(key, row)| (row.bytes(), *key)).collect();
+        let mut sizes: Vec<_> = self.rows.iter().map(|(key, row)| (row.recent.at(now), *key)).collect();
         if sizes.len() > NAMED {
-            sizes.select_nth_unstable_by(NAMED - 1, |a, b| b.cmp(a));
+            sizes.select_nth_unstable_by(NAMED - 1, |a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
             sizes.truncate(NAMED);
         }
         self.rows.values_mut().for_each(|row| row.is_named = false);
@@ -304,6 +315,7 @@ impl Row {
             newest: Newest::default(),
             seen: now,
             path: Path { segments: 0.0, retransmits: 0.0, at: now },
+            recent: Decaying { amount: 0.0, at: now },
         }
     }
 
@@ -312,6 +324,8 @@ impl Row {
         self.path = self.path.at(now);
         self.path.segments += more.segments as f64;
         self.path.retransmits += more.retransmits as f64;
+        self.recent =
+            Decaying { amount: self.recent.at(now) + more.sent.saturating_add(more.received) as f64, at: now };
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -328,6 +342,14 @@ impl Moved {
             segments: info.data_segs_out,
             retransmits: info.total_retrans,
         }
+    }
+}
+
+impl Decaying {
+    /// What of it counts at another time.
+    fn at(self, now: Instant) -> f64 {
+        let age = now.saturating_duration_since(self.at).as_secs_f64() / NAME_HALF_LIFE.as_secs_f64();
+        self.amount * 0.5f64.powf(age)
     }
 }
 
@@ -357,214 +379,5 @@ fn address(key: &PeerKey) -> IpAddr {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use spegel_common::Totals;
-
-    fn ip(n: u32) -> IpAddr {
-        IpAddr::from((0x0a00_0000 + n).to_be_bytes())
-    }
-
-    fn key(n: u32, role: Role) -> PeerKey {
-        let IpAddr::V4(address) = ip(n) else { unreachable!() };
-        PeerKey { address: address.to_ipv6_mapped().octets(), role: role as u32 }
-    }
-
-    fn sent(bytes: u64) -> PeerStats {
-        PeerStats { counts: Counts { opened: 1, sent: bytes, ..Counts::default() }, ..PeerStats::default() }
-    }
-
-    fn totals(bytes: u64) -> [Totals; ROLES] {
-        let mut totals = [Totals::default(); ROLES];
-        totals[Role::Served as usize].counts.sent = bytes;
-        totals
-    }
-
-    /// What the kernel says of peers that were sent so many bytes, and of so many bytes in all.
-    fn reading(rows: &[(u32, u64)], total: u64) -> Reading {
-        Reading {
-            peers: rows.iter().map(|(n, bytes)| (key(*n, Role::Served), sent(*bytes))).collect(),
-            is_whole: true,
-            settled: totals(total),
-            totals: totals(total),
-        }
-    }
-
-    fn bytes(table: &Table, n: u32) -> u64 {
-        table.rows[&(ip(n), Role::Served)].counts.sent
-    }
-
-    #[test]
-    fn a_row_that_the_kernel_made_anew_counts_on() {
-        let (mut table, now) = (Table::new(true), Instant::now());
-        table.apply(&reading(&[(1, 100)], 100), now);
-        table.apply(&reading(&[(1, 150)], 150), now);
-        assert_eq!(bytes(&table, 1), 150);
-        table.apply(&reading(&[], 170), now);
-        table.apply(&reading(&[(1, 30)], 200), now);
-        assert_eq!(bytes(&table, 1), 180);
-        assert_eq!(table.unlisted(Role::Served).sent, 20, "what nobody read of the old row");
-    }
-
-    /// Metrics must not go backwards, whoever is named when, and must sum up to what was counted.
-    #[test]
-    fn what_metrics_tell_grows_and_sums_up() {
-        let (mut table, now) = (Table::new(true), Instant::now());
-        let mut told: HashMap<u32, u64> = HashMap::new();
-        let mut others = 0;
-        for round in 1..=40u32 {
-            // Who is large changes all the time.
-            let rows: Vec<_> = (0..60).map(|n| (n, u64::from(round * 10 + (n * round) % 61 * round))).collect();
-            let rows: Vec<_> = rows.iter().map(|(n, bytes)| (*n, bytes + told.get(n).copied().unwrap_or(0))).collect();
-            let total = rows.iter().map(|(_, bytes)| bytes).sum::<u64>().max(others);
-            table.apply(&reading(&rows, total), now);
-            let named: Vec<_> = table.rows().filter(|(.., row)| row.named.sent > 0).collect();
-            assert!(table.rows().filter(|(.., row)| row.is_named).count() <= NAMED);
-            let sum: u64 = named.iter().map(|(.., row)| row.named.sent).sum::<u64>() + table.others(Role::Served).sent;
-            assert_eq!(sum, table.total(Role::Served).sent);
-            assert!(table.others(Role::Served).sent >= others);
-            others = table.others(Role::Served).sent;
-            told.extend(rows);
-        }
-        assert!(others > 0);
-    }
-
-    /// What comes between the reading of the rows and that of the totals is counted once, under the name that it gets a second later.
-    #[test]
-    fn what_lands_during_a_reading_is_counted_once() {
-        let (mut table, now) = (Table::new(true), Instant::now());
-        for round in 1..=10 {
-            let before = reading(&[(1, 100 * round)], 100 * round);
-            table.apply(&Reading { totals: totals(100 * round + 70), ..before }, now);
-            assert_eq!(table.others(Role::Served).sent, 0, "round {round}");
-            assert_eq!(table.total(Role::Served).sent, 100 * round + 70);
-        }
-        // What no row has is nobody's, and stays that.
-        table.apply(&reading(&[(1, 1070)], 1100), now);
-        assert_eq!((table.others(Role::Served).sent, table.named_totals[0].sent), (30, 1070));
-    }
-
-    /// Hundreds of peers are the largest, one after the other: few have series, and those that have them never fall.
-    #[test]
-    fn series_are_bounded_and_go_on_where_they_stood() {
-        let (mut table, start) = (Table::new(true), Instant::now());
-        let mut counted: HashMap<u32, u64> = HashMap::new();
-        let mut told: HashMap<IpAddr, u64> = HashMap::new();
-        let mut others = 0;
-        for round in 0..300u32 {
-            // The second time around all that were there are larger still.
-            for n in 0..5 {
-                *counted.entry((5 * round + n) % 1000).or_default() += u64::from(round + 1) * 1000;
-            }
-            let mut rows: Vec<_> = counted.iter().map(|(n, bytes)| (*n, *bytes)).collect();
-            rows.sort_unstable();
-            table.apply(&reading(&rows, counted.values().sum()), start + RANKING * round);
-            let series: Vec<_> = table.rows().filter(|(.., row)| row.has_series).collect();
-            assert!(series.len() <= SHOWN);
-            for (address, _, row) in series {
-                let before = told.insert(address, row.named.sent).unwrap_or(0);
-                assert!(row.named.sent >= before, "{address} fell");
-                assert!(row.named.sent <= row.counts.sent);
-            }
-            assert!(table.others(Role::Served).sent >= others);
-            others = table.others(Role::Served).sent;
-            assert_eq!(others + table.named_totals[0].sent, table.total(Role::Served).sent);
-        }
-        assert!(told.len() > 5 * SHOWN);
-    }
-
-    /// Who comes later and is larger gets a name also where nobody reads the kernel's maps.
-    #[test]
-    fn without_the_kernel_names_are_given_anew() {
-        let (mut table, start) = (Table::new(false), Instant::now());
-        let info = |bytes| TcpInfo { bytes_acked: bytes, ..TcpInfo::default() };
-        let (mut others, peers) = (0, 5 * NAMED as u32);
-        for n in 0..peers {
-            let now = start + RANKING * n;
-            table.opened(ip(n), Role::Served, now);
-            table.sampled(ip(n), Role::Served, &info(1000 * u64::from(n + 1)), &Moved::default(), now);
-            table.sampled(ip(n), Role::Served, &info(2000 * u64::from(n + 1)), &Moved::default(), now + RANKING);
-            let all = table.others(Role::Served).sent + table.named_totals[0].sent;
-            assert_eq!(all, table.total(Role::Served).sent);
-            assert!(table.others(Role::Served).sent >= others);
-            others = table.others(Role::Served).sent;
-        }
-        let named: Vec<_> = table.rows().filter(|(.., row)| row.is_named).map(|(address, ..)| address).collect();
-        assert_eq!(named.len(), NAMED);
-        assert!((peers - NAMED as u32..peers).all(|n| named.contains(&ip(n))), "{named:?}");
-        assert!(table.rows().filter(|(.., row)| row.has_series).count() <= SHOWN);
-    }
-
-    /// The kernel has fewer rows than this table; one that it still has must not be forgotten, or all of it would count again.
-    #[test]
-    fn a_row_that_the_kernel_has_is_not_counted_again() {
-        let (mut table, start) = (Table::new(true), Instant::now());
-        let old = 100..1100;
-        let mut total = 0;
-        for round in 0..20u32 {
-            // All those of old are silent, and still there; the others are new each time.
-            let fresh = 10_000 * (round + 1)..10_000 * (round + 1) + 4000;
-            let rows: Vec<_> = old.clone().chain(fresh).map(|n| (n, 10)).collect();
-            total = 10 * (1000 + 4000 * u64::from(round + 1));
-            table.apply(&reading(&rows, total), start + RANKING * round);
-        }
-        assert!(table.rows.len() <= MOST_ROWS + SHOWN, "{}", table.rows.len());
-        assert!(old.clone().all(|n| bytes(&table, n) == 10));
-        let sum: u64 = table.rows().map(|(.., row)| row.counts.sent).sum();
-        assert_eq!(sum + table.unlisted(Role::Served).sent, total);
-        // A reading that missed some proves nothing.
-        let missed = Reading { is_whole: false, ..reading(&[(1, 10)], total + 10) };
-        table.apply(&missed, start + RANKING * 30);
-        assert!(old.clone().all(|n| bytes(&table, n) == 10));
-    }
-
-    #[test]
-    fn rows_are_bounded_and_the_largest_stay() {
-        let (mut table, start) = (Table::new(false), Instant::now());
-        let info = |bytes| TcpInfo { bytes_acked: bytes, ..TcpInfo::default() };
-        for n in 0..3 * MOST_ROWS as u32 {
-            let now = start + Duration::from_millis(u64::from(n));
-            let bytes = if n < 10 { 1_000_000 } else { 10 };
-            table.sampled(ip(n), Role::Served, &info(bytes), &Moved::default(), now);
-        }
-        assert!(table.rows.len() <= MOST_ROWS);
-        assert!((0..10).all(|n| bytes(&table, n) == 1_000_000), "they are named");
-        let all = 10_000_000 + 10 * (3 * MOST_ROWS as u64 - 10);
-        assert_eq!(table.total(Role::Served).sent, all);
-        let listed: u64 = table.rows().map(|(.., row)| row.counts.sent).sum();
-        assert_eq!(table.unlisted(Role::Served).sent, all - listed);
-    }
-
-    #[test]
-    fn loss_is_of_late_and_few_segments_say_little() {
-        let (mut table, now) = (Table::new(false), Instant::now());
-        let info = |segments, retransmits| TcpInfo {
-            data_segs_out: segments,
-            total_retrans: retransmits,
-            ..TcpInfo::default()
-        };
-        table.sampled(ip(1), Role::Served, &info(2, 1), &Moved::default(), now);
-        assert!(table.loss(ip(1), now) < 0.03);
-        table.sampled(ip(1), Role::Router, &info(1000, 100), &Moved::default(), now);
-        let loss = table.loss(ip(1), now);
-        assert!((0.08..0.1).contains(&loss), "{loss}");
-        assert!(table.loss(ip(1), now + 10 * HALF_LIFE) < 0.01, "it may be well again");
-        assert!(table.loss(ip(2), now) == 0.0);
-    }
-
-    #[test]
-    fn a_socket_counts_what_it_has_moved_since_it_was_asked_last() {
-        let (mut table, now) = (Table::new(false), Instant::now());
-        let first = TcpInfo { bytes_acked: 101, rtt: 7, ..TcpInfo::default() };
-        let second = TcpInfo { bytes_acked: 151, bytes_received: 9, ..TcpInfo::default() };
-        table.opened(ip(1), Role::Fetched, now);
-        let moved = table.sampled(ip(1), Role::Fetched, &first, &Moved::default(), now);
-        table.sampled(ip(1), Role::Fetched, &second, &moved, now);
-        table.closed(ip(1), Role::Fetched, now);
-        let row = &table.rows[&(ip(1), Role::Fetched)];
-        let expected = Counts { opened: 1, closed: 1, sent: 150, received: 9, ..Counts::default() };
-        assert_eq!((row.counts, row.named), (expected, expected));
-        assert_eq!(table.others(Role::Fetched), &Counts::default());
-    }
-}
+#[path = "table_tests.rs"]
+mod tests;

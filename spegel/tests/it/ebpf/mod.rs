@@ -28,6 +28,7 @@ pub(crate) fn settings(port: u16) -> Settings {
         registry_port: port,
         router_port: 1,
         containerd_cgroup: None,
+        containerd_socket: None,
         node_addresses: vec![],
         upstream_ports: vec![],
         peers_on_loopback: true,
