@@ -1,14 +1,17 @@
 //! What stands in containerd's `config_path`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Settings;
+use super::config::Version;
 use super::containerd::{Seen, seen_from};
 use super::finding::Finding;
 use super::process::Process;
-use crate::hosts::{Host, Inspected, Inspection, Whose, inspect};
+use crate::hosts::{Host, Inspected, Inspection, Loose, Whose, inspect};
 
 const CHECK: &str = "certs.d";
+/// How many directories are named that others may change.
+const MAX_LOOSE: usize = 8;
 
 /// What was seen of it.
 #[derive(Debug)]
@@ -27,8 +30,15 @@ pub(super) async fn look(settings: &Settings, process: Option<&Process>) -> Cert
         let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
         let mut found = inspect(&place).map_err(|error| error.to_string());
         // Named as containerd sees them, not as they are reached from here.
-        for file in found.iter_mut().flat_map(|found| &mut found.files) {
-            file.path = wanted.join(file.path.strip_prefix(&place).unwrap_or(&file.path));
+        if let Ok(found) = &mut found {
+            let root = process.as_ref().map_or(Path::new("/"), |process| &process.root);
+            let named = |path: &Path| named(path, &place, &wanted, process.as_ref());
+            found.files.iter_mut().for_each(|file| file.path = named(&file.path));
+            // What leads to another process's root is not of that root.
+            let above =
+                |path: &Path| path.starts_with("/proc") && place.starts_with("/proc") && !path.starts_with(root);
+            found.loose.retain(|loose| !above(&loose.path));
+            found.loose.iter_mut().for_each(|loose| loose.path = named(&loose.path));
         }
         Certs {
             is_there: place.is_dir(),
@@ -44,6 +54,18 @@ pub(super) async fn look(settings: &Settings, process: Option<&Process>) -> Cert
         addresses: Vec::new(),
     };
     tokio::task::spawn_blocking(look).await.unwrap_or_else(failed)
+}
+
+/// How containerd knows a path below or above of `wanted`, which is seen from here as `place`.
+fn named(path: &Path, place: &Path, wanted: &Path, process: Option<&Process>) -> PathBuf {
+    match path.strip_prefix(place) {
+        // Joined to nothing it would end with a slash.
+        Ok(below) if below.as_os_str().is_empty() => return wanted.to_owned(),
+        Ok(below) => return wanted.join(below),
+        Err(_) => {}
+    }
+    let above = process.and_then(|process| path.strip_prefix(&process.root).ok());
+    above.map_or_else(|| path.to_owned(), |above| Path::new("/").join(above))
 }
 
 /// Whether a host is a mirror of ours, by what only those have.
@@ -86,11 +108,19 @@ impl Certs {
             let said = format!("{path} is not there, as seen from here");
             return vec![Finding::unknown(CHECK, said, "run doctor on the host, as root")];
         }
-        let mut findings = Vec::new();
+        let mut findings = judge_loose(&found.loose);
         for file in &found.files {
-            judge_file(file, &mut findings);
+            judge_file(file, seen.root().is_some(), &mut findings);
+            if let Some(unknown) = unknown(file, known(seen.version())) {
+                let said = format!(
+                    "{}: this containerd knows no capability `{unknown}` and reads nothing of the file, so it asks none of its hosts",
+                    file.path.display()
+                );
+                findings.push(Finding::failure(CHECK, said, format!("take `{unknown}` out of the capabilities")));
+                continue;
+            }
             for (place, host) in file.hosts.iter().enumerate().filter(|(_, host)| is_mirror(file, host)) {
-                self.judge_host(settings, file, place, host, &mut findings);
+                self.judge_host(settings, seen, file, place, host, &mut findings);
             }
         }
         if !found.only_in_backup.is_empty() {
@@ -139,6 +169,7 @@ impl Certs {
     fn judge_host(
         &self,
         settings: &Settings,
+        seen: &Seen,
         file: &Inspected,
         place: usize,
         host: &Host,
@@ -151,19 +182,26 @@ impl Certs {
                 format!("{path}: the mirror {url} has no dial_timeout, so each request waits 30 s when it is gone");
             findings.push(Finding::warning(CHECK, said, again));
         }
-        if host.capabilities.iter().any(|capability| capability == "referrers") {
+        let capabilities = known(seen.version());
+        // Without any it is asked for all that there are.
+        let has = |name: &str| match host.capabilities.is_empty() {
+            true => capabilities.contains(&name),
+            false => host.capabilities.iter().any(|told| told == name),
+        };
+        if has("referrers") {
             let said = format!(
                 "{path}: the mirror {url} is asked for referrers, and its list is not upstream's: signatures may be missed"
             );
-            findings.push(Finding::warning(CHECK, said, "take `referrers` out of its capabilities"));
+            let change = "write `capabilities = ['pull', 'resolve']` below that host";
+            findings.push(Finding::warning(CHECK, said, change));
         }
-        if !host.capabilities.iter().any(|capability| capability == "pull") {
+        if !has("pull") {
             findings.push(Finding::failure(
                 CHECK,
-                format!("{path}: the mirror {url} has no capability `pull`, so it is asked for nothing"),
+                format!("{path}: the mirror {url} has no capability `pull`, so it is asked for no content"),
                 again,
             ));
-        } else if !host.capabilities.iter().any(|capability| capability == "resolve") {
+        } else if !has("resolve") {
             findings.push(Finding::note(
                 CHECK,
                 format!("{path}: tags are resolved upstream, the mirror is asked for digests only"),
@@ -187,13 +225,46 @@ impl Certs {
     }
 }
 
-fn judge_file(file: &Inspected, findings: &mut Vec<Finding>) {
+/// The capabilities that a containerd knows.
+fn known(version: Option<Version>) -> &'static [&'static str] {
+    match version {
+        Some(version) if version < (2, 2) => &["pull", "resolve", "push"],
+        _ => &["pull", "resolve", "push", "referrers"],
+    }
+}
+
+/// A capability that a file asks for and containerd does not know, where that matters to the mirror.
+fn unknown<'a>(file: &'a Inspected, known: &[&str]) -> Option<&'a str> {
+    let hosts = file.hosts.iter().any(|host| is_mirror(file, host)).then_some(&file.hosts);
+    let mut told = hosts.into_iter().flatten().flat_map(|host| &host.capabilities).map(String::as_str);
+    told.find(|told| !known.contains(told))
+}
+
+fn judge_loose(loose: &[Loose]) -> Vec<Finding> {
+    let judge = |Loose { path, owner }: &Loose| {
+        let path = path.display();
+        let (said, change) = match owner {
+            0 => (format!("{path} can be changed by others than root"), format!("chmod go-w {path}")),
+            owner => (format!("{path} belongs to user {owner}"), format!("chown root {path}")),
+        };
+        Finding::warning(CHECK, format!("{said}, who then decide where this node's images come from"), change)
+    };
+    loose.iter().take(MAX_LOOSE).map(judge).collect()
+}
+
+/// `has_root` says whether links lead from here where they lead for containerd.
+fn judge_file(file: &Inspected, has_root: bool, findings: &mut Vec<Finding>) {
     let path = file.path.display();
     if let Some(error) = &file.error {
+        if !has_root && file.is_link {
+            let said = format!("{path} is a link out of what is seen from here: {error}");
+            findings.push(Finding::unknown(CHECK, said, "run doctor on the host, as root"));
+            return;
+        }
         findings.push(Finding::failure(
             CHECK,
             format!("{path} cannot be read as containerd reads it: {error}"),
-            "correct or remove the file: containerd fails pulls on it",
+            "correct or remove the file: containerd asks none of its hosts, or fails pulls on it",
         ));
         return;
     }
@@ -222,14 +293,13 @@ fn judge_file(file: &Inspected, findings: &mut Vec<Finding>) {
             format!("chown root {path}"),
         ));
     } else if file.is_open {
-        let said = format!(
-            "{path}, or a directory above it, can be changed by others than root, who then decide where this node's images come from"
-        );
-        findings.push(Finding::warning(
-            CHECK,
-            said,
-            format!("take the right to write from group and others: chmod go-w {path} and its directories"),
-        ));
+        let said =
+            format!("{path} can be changed by others than root, who then decide where this node's images come from");
+        findings.push(Finding::warning(CHECK, said, format!("chmod go-w {path}")));
+    }
+    if file.tells_credentials {
+        let said = format!("{path} has credentials, and its mode lets others than root read them");
+        findings.push(Finding::warning(CHECK, said, format!("chmod 600 {path}")));
     }
 }
 

@@ -114,6 +114,11 @@ pub(super) fn is_real_directory(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|found| found.is_dir())
 }
 
+/// Whether others than its owner may read a file.
+pub(super) fn is_readable(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.mode() & 0o044 != 0)
+}
+
 /// Whether two paths have the same: the same file, the same link, or the same bytes.
 pub(super) fn is_same(one: &Path, other: &Path) -> Result<bool, HostsError> {
     let (Ok(first), Ok(second)) = (one.symlink_metadata(), other.symlink_metadata()) else { return Ok(false) };

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::oci::{MirroredRegistry, is_registry, without_userinfo};
-pub use inspect::{Host, Inspected, Inspection, Whose, inspect};
+pub use inspect::{Host, Inspected, Inspection, Loose, Whose, inspect};
 
 use disk::{Content, Disk, Hook};
 
@@ -170,7 +170,7 @@ fn write_with(configuration: &Configuration, hook: Hook<'_>) -> Result<Report, H
     let plan = run.plan(configuration)?;
     let wanted: BTreeSet<PathBuf> = plan.iter().map(|planned| planned.directory.clone()).collect();
     for planned in &plan {
-        run.install(planned, configuration.basic_auth.is_some())?;
+        run.install(planned)?;
     }
     run.withdraw(&wanted)?;
     if wanted.contains(Path::new("_default")) {
@@ -354,7 +354,9 @@ impl Run<'_> {
         }
     }
 
-    fn install(&mut self, planned: &Planned, secret: bool) -> Result<(), HostsError> {
+    fn install(&mut self, planned: &Planned) -> Result<(), HostsError> {
+        // Ours for the mirror, or those of hosts that are kept behind it.
+        let secret = render::has_credentials(planned.body.as_bytes());
         let directory = self.root.join(&planned.directory);
         let path = directory.join(HOSTS);
         let content = disk::read(&path)?;
@@ -374,7 +376,7 @@ impl Run<'_> {
         };
         let text = render::with_marker(&planned.body, made_directory);
         let is_same = matches!(&content, Content::Bytes(content) if content == text.as_bytes());
-        if is_same && matches!(found, Found::Ours { .. }) {
+        if is_same && matches!(found, Found::Ours { .. }) && !(secret && disk::is_readable(&path)) {
             self.report.unchanged.push(path);
             return Ok(());
         }

@@ -97,6 +97,12 @@ pub(super) fn names_a_mirror(content: &[u8]) -> bool {
     content.windows(NODE_HEADER.len()).any(|window| window == NODE_HEADER.as_bytes())
 }
 
+/// Whether a text has credentials, for whatever host.
+pub(super) fn has_credentials(content: &[u8]) -> bool {
+    const HEADER: &[u8] = b"authorization";
+    content.windows(HEADER.len()).any(|window| window.eq_ignore_ascii_case(HEADER))
+}
+
 pub(super) fn parse(content: &[u8]) -> Result<DocumentMut, String> {
     let text = std::str::from_utf8(content).map_err(|error| error.to_string())?;
     text.parse().map_err(|error: toml_edit::TomlError| error.to_string().replace('\n', " "))

@@ -260,3 +260,21 @@ fn a_run_that_does_not_end_is_not_waited_for_for_ever() {
     assert!(disk::lock(root.path()).unwrap().is_some());
     assert!(disk::lock(&root.path().join("nothing")).unwrap().is_none());
 }
+
+/// Credentials are for root only: also those of a host that is kept behind the mirror, and where somebody has changed the mode.
+#[test]
+fn what_has_credentials_is_for_its_owner_only() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let root = tempfile::tempdir().unwrap();
+    let mut configuration = setting(root.path());
+    let path = root.path().join("registry.test:5000").join(HOSTS);
+    let mode = || fs::metadata(&path).unwrap().mode() & 0o777;
+    configuration.prepend_existing = true;
+    fs::write(&path, "[host.'http://a.test'.header]\nAuthorization = 'Basic x'\n").unwrap();
+    write(&configuration).unwrap();
+    assert_eq!(mode(), 0o600, "{}", fs::read_to_string(&path).unwrap());
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    let report = write(&configuration).unwrap();
+    assert_eq!((mode(), report.written), (0o600, vec![path.clone()]));
+    assert!(!write(&configuration).unwrap().written.contains(&path));
+}
