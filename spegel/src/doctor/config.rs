@@ -1,23 +1,20 @@
-//! What containerd's configuration files say of registries.
+//! What containerd's configuration says of registries.
 
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use toml_edit::{DocumentMut, Item};
+use toml_edit::Item;
 
+use super::files::{self, Files, at};
 use super::finding::Finding;
 use super::process::Process;
 
-/// The largest file that is read, in bytes.
-const MAX_FILE: u64 = 4 << 20;
-/// How many further files one may name.
-const MAX_IMPORTS: usize = 64;
 /// What containerd 2.2 takes where it is told nothing.
 const DEFAULT_2_2: &str = "/etc/containerd/certs.d:/etc/docker/certs.d";
-/// What containerd 2.2 imports where it is told nothing.
-const IMPORTS_2_2: &str = "/etc/containerd/conf.d/*.toml";
-/// Where the CRI's image settings are, newest first: configuration versions 3, 2 and 1.
-const PLUGINS: [&str; 3] = ["io.containerd.cri.v1.images", "io.containerd.grpc.v1.cri", "cri"];
+/// How many layers the CRI fetches at once where it is told nothing.
+const DOWNLOADS: i64 = 3;
+/// How exactly it is known when a process was started.
+const EXACTLY: Duration = Duration::from_secs(2);
 
 /// containerd's major and minor version.
 pub(super) type Version = (u32, u32);
@@ -25,14 +22,18 @@ pub(super) type Version = (u32, u32);
 /// What the files say; nothing where none says it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Config {
-    pub(super) config_path: Option<String>,
-    pub(super) discard: bool,
-    /// The CRI pulls by itself instead of by the transfer service.
-    pub(super) local_pull: bool,
+    config_path: Option<String>,
+    discard: bool,
+    /// What makes the CRI of 2.1 and later pull by itself instead of by the transfer service.
+    pulls_itself: Option<&'static str>,
     /// Registries stand in the old form, which takes no `hosts.toml`.
-    pub(super) has_mirrors: bool,
+    has_mirrors: bool,
     /// A section that names a `config_path` and is of another version of the file than its first line says: containerd does not read it.
     unread: Option<&'static str>,
+    /// The entry by which the CRI is not loaded.
+    pub(super) disabled: Option<String>,
+    /// The file that was changed last, and when.
+    newest: Option<(PathBuf, SystemTime)>,
 }
 
 /// Reads `v2.2.7`, `1.6.20~ds1` and the like.
@@ -42,116 +43,81 @@ pub(super) fn version(text: &str) -> Option<Version> {
     Some((number(parts.next()?)?, number(parts.next()?)?))
 }
 
-/// Reads the main file and those that it imports, which count more.
+/// Reads the main file and those that it imports.
 ///
 /// # Errors
 /// A file that cannot be read.
 pub(super) fn read(process: &Process, main: &Path, version: Option<Version>) -> Result<Config, String> {
-    let mut config = Config::default();
-    let imports_nothing = || if version >= Some((2, 2)) { vec![IMPORTS_2_2.to_owned()] } else { Vec::new() };
-    let mut form = None;
-    let imports = match parse(&process.path(main))? {
-        Some(document) => {
-            form = told_form(&document);
-            config.take(&document, form, version);
-            match document.get("imports").and_then(Item::as_array) {
-                Some(list) => list.iter().filter_map(toml_edit::Value::as_str).map(str::to_owned).collect(),
-                None => imports_nothing(),
-            }
-        }
-        None => imports_nothing(),
+    files::read(process, main, version).map(|files| Config::of(files, version))
+}
+
+/// Whether two paths lead to the same directory, as that process sees them.
+fn is_same(process: Option<&Process>, one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| {
+        let place = process.map_or_else(|| path.to_owned(), |process| process.path(path));
+        place.canonicalize().ok()
     };
-    let folder = main.parent().unwrap_or(Path::new("/"));
-    for pattern in imports.iter().take(MAX_IMPORTS) {
-        // A pattern may name the main file as well, which is read once.
-        for path in
-            matching(&process.path(&folder.join(pattern))).into_iter().filter(|path| *path != process.path(main))
-        {
-            if let Some(document) = parse(&path)? {
-                // To 1.x all files have one version, to 2.x each has its own.
-                let inherited = form.filter(|_| version < Some((2, 0)));
-                config.take(&document, told_form(&document).or(inherited), version);
-            }
-        }
-    }
-    Ok(config)
-}
-
-fn parse(path: &Path) -> Result<Option<DocumentMut>, String> {
-    let say = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-    match fs::metadata(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(say(&error)),
-        Ok(found) if !found.is_file() || found.len() > MAX_FILE => return Err(say(&"not a file of at most 4 MiB")),
-        Ok(_) => {}
-    }
-    let text = fs::read_to_string(path).map_err(|error| say(&error))?;
-    text.parse().map(Some).map_err(|error: toml_edit::TomlError| say(&error.message()))
-}
-
-/// The version of the file's form; none where it tells none.
-fn told_form(document: &DocumentMut) -> Option<i64> {
-    document.get("version").and_then(Item::as_integer).filter(|form| *form > 0)
-}
-
-/// Whether this containerd reads a plugin's section in a file of this form, as measured on 1.6.20 and 2.2.7.
-fn is_read(plugin: &str, form: Option<i64>, version: Option<Version>) -> bool {
-    let form = form.unwrap_or(1);
-    match version {
-        None => true,
-        Some((0 | 1, _)) if form < 2 => plugin == "cri",
-        Some((0 | 1, _)) => plugin == "io.containerd.grpc.v1.cri",
-        Some(_) if form == 2 => plugin != "cri",
-        Some(_) => plugin == "io.containerd.cri.v1.images",
-    }
-}
-
-/// The files that a pattern with stars in its last part names, sorted.
-fn matching(pattern: &Path) -> Vec<PathBuf> {
-    let name = pattern.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    if !name.contains('*') {
-        return vec![pattern.to_owned()];
-    }
-    let Some(Ok(entries)) = pattern.parent().map(fs::read_dir) else { return Vec::new() };
-    let names = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let is_named = |path: &PathBuf| path.file_name().is_some_and(|found| fits(&name, &found.to_string_lossy()));
-    let mut found: Vec<PathBuf> = names.filter(is_named).take(MAX_IMPORTS).collect();
-    found.sort();
-    found
-}
-
-fn fits(pattern: &str, name: &str) -> bool {
-    let Some((before, after)) = pattern.split_once('*') else { return pattern == name };
-    let Some(rest) = name.strip_prefix(before) else { return false };
-    (0..=rest.len()).filter(|&at| rest.is_char_boundary(at)).any(|at| fits(after, &rest[at..]))
+    one.components().eq(other.components()) || real(one).is_some_and(|one| real(other) == Some(one))
 }
 
 // === impl Config ===
 
 impl Config {
-    fn take(&mut self, document: &DocumentMut, form: Option<i64>, version: Option<Version>) {
-        let Some(plugins) = document.get("plugins").and_then(Item::as_table_like) else { return };
-        for (name, plugin) in PLUGINS.iter().rev().filter_map(|name| Some((*name, plugins.get(name)?))) {
-            let at = |path: &[&str]| path.iter().try_fold(plugin, |item, key| item.as_table_like()?.get(key)).cloned();
-            if !is_read(name, form, version) {
-                self.unread = self.unread.or(at(&["registry", "config_path"]).map(|_| name));
-                continue;
-            }
-            let flag = |path: &[&str]| at(path).and_then(|item| item.as_bool());
-            if let Some(path) = at(&["registry", "config_path"]).and_then(|item| item.as_str().map(str::to_owned)) {
-                self.config_path = Some(path);
-            }
-            let discard =
-                flag(&["discard_unpacked_layers"]).or_else(|| flag(&["containerd", "discard_unpacked_layers"]));
-            self.discard = discard.unwrap_or(self.discard);
-            self.local_pull = flag(&["use_local_image_pull"]).unwrap_or(self.local_pull);
-            let mirrors = at(&["registry", "mirrors"]);
-            self.has_mirrors |= mirrors.is_some_and(|item| item.as_table_like().is_some_and(|table| !table.is_empty()));
+    fn of(files: Files, version: Option<Version>) -> Self {
+        let (images, unread) = files.images(version);
+        let flag = |key: &str| at(&images, &[key]).and_then(Item::as_bool);
+        let has = |key: &str| {
+            let table = at(&images, &["registry", key]).and_then(Item::as_table_like);
+            table.is_some_and(|table| !table.is_empty())
+        };
+        let discard = flag("discard_unpacked_layers").unwrap_or(false);
+        // As `CheckLocalImagePullConfigs` of 2.1 to 2.3 has it.
+        let reasons = [
+            ("use_local_image_pull", flag("use_local_image_pull") == Some(true)),
+            ("disable_snapshot_annotations = false", flag("disable_snapshot_annotations") == Some(false)),
+            ("discard_unpacked_layers", discard),
+            ("registry.mirrors", has("mirrors")),
+            ("registry.configs", has("configs")),
+            ("registry.auths", has("auths")),
+            (
+                "max_concurrent_downloads",
+                at(&images, &["max_concurrent_downloads"]).and_then(Item::as_integer).is_some_and(|n| n != DOWNLOADS),
+            ),
+            ("image_pull_with_sync_fs", flag("image_pull_with_sync_fs") == Some(true)),
+        ];
+        let told = at(&images, &["registry", "config_path"]).and_then(Item::as_str);
+        let cri = [files::GRPC, files::IMAGES, files::OLDEST];
+        Self {
+            config_path: told.filter(|path| !path.is_empty()).map(str::to_owned),
+            discard,
+            pulls_itself: reasons.iter().find(|(_, holds)| *holds).map(|(name, _)| *name),
+            has_mirrors: has("mirrors"),
+            unread,
+            disabled: cri.into_iter().find(|name| files.disabled.contains(*name)).map(str::to_owned),
+            newest: files.newest,
         }
     }
 
+    /// Whether containerd has read its files as they are now.
+    pub(super) fn judge_age(&self, started: SystemTime) -> Finding {
+        const CHECK: &str = "restart";
+        let late = self.newest.as_ref().filter(|(_, changed)| *changed > started + EXACTLY);
+        let Some((path, changed)) = late else {
+            return Finding::good(CHECK, "containerd was started after its configuration was last changed");
+        };
+        let after = changed.duration_since(started).unwrap_or_default().as_secs();
+        Finding::warning(
+            CHECK,
+            format!(
+                "{} was changed {after} s after containerd was started, which reads it at its start only: what is said of it here may not hold yet",
+                path.display()
+            ),
+            "systemctl restart containerd",
+        )
+    }
+
     /// Whether containerd looks for hosts where the mirror's are.
-    pub(super) fn judge_path(&self, wanted: &Path, version: Option<Version>) -> Finding {
+    pub(super) fn judge_path(&self, process: Option<&Process>, wanted: &Path, version: Option<Version>) -> Finding {
         const CHECK: &str = "config_path";
         let section = match version {
             Some((major, _)) if major < 2 => "[plugins.\"io.containerd.grpc.v1.cri\".registry]",
@@ -161,41 +127,50 @@ impl Config {
             "in containerd's config.toml write `config_path = \"{}\"` below {section}, and restart containerd",
             wanted.display()
         );
-        let told = self.config_path.as_deref().filter(|path| !path.is_empty());
-        if told.is_none() && self.has_mirrors {
-            let said = "containerd's registries stand in `registry.mirrors`, the old form, beside which it reads no hosts.toml";
-            return Finding::failure(
-                CHECK,
-                said,
-                format!("{change}; move those mirrors into hosts.toml files first, containerd takes one form only"),
-            );
-        }
-        if let (None, Some(name)) = (told, self.unread) {
-            let first = if version < Some((2, 0)) { "version = 2" } else { "version = 3" };
-            let said = format!(
-                "containerd's config_path stands below [plugins.'{name}'.registry], which it does not read in a file without that section's `version`: it asks no mirror"
-            );
-            return Finding::failure(CHECK, said, format!("{change}; its first line must be `{first}`"));
+        let told = self.config_path.as_deref();
+        match (told, self.has_mirrors, self.unread) {
+            (None, true, _) => {
+                let said = "containerd's registries stand in `registry.mirrors`, the old form, beside which it reads no hosts.toml";
+                return Finding::failure(
+                    CHECK,
+                    said,
+                    format!("{change}; move those mirrors into hosts.toml files first, containerd takes one form only"),
+                );
+            }
+            (Some(path), true, _) => {
+                let said = format!(
+                    "containerd has both config_path {path} and `registry.mirrors`, and with both it does not load its CRI plugin"
+                );
+                let change =
+                    "move the mirrors into hosts.toml files, take `registry.mirrors` away, and restart containerd";
+                return Finding::failure(CHECK, said, change);
+            }
+            (None, false, Some(name)) => {
+                let first = if version < Some((2, 0)) { "version = 2" } else { "version = 3" };
+                let said = format!(
+                    "containerd's config_path stands below [plugins.'{name}'.registry], which it does not read in a file without that section's `version`, of which the last file's counts for all: it asks no mirror"
+                );
+                return Finding::failure(CHECK, said, format!("{change}; its first line must be `{first}`"));
+            }
+            _ => {}
         }
         let default = if version >= Some((2, 2)) { DEFAULT_2_2 } else { "" };
         let path = told.unwrap_or(default);
         let is_default = if told.is_none() { ", its default," } else { "" };
-        let is_wanted = |path: &str| Path::new(path).components().eq(wanted.components());
+        let is_wanted = |path: &str| is_same(process, Path::new(path), wanted);
         if path.is_empty() {
             return Finding::failure(CHECK, "containerd has no config_path, so it asks no mirror", change);
         }
-        if path.contains(':') {
-            let splits = self.local_pull || version.is_some_and(|version| version < (2, 1));
-            if splits && path.split(':').any(is_wanted) {
-                return Finding::good(CHECK, format!("containerd looks for registry hosts in {path}"));
-            }
+        if path.contains(':') && version.is_none_or(|version| version >= (2, 1)) && self.pulls_itself.is_none() {
             let said = format!(
                 "containerd's config_path {path}{is_default} is a list, which pulls by Kubernetes do not split: they silently ask no mirror"
             );
             return Finding::failure(CHECK, said, change);
         }
-        if is_wanted(path) {
-            return Finding::good(CHECK, format!("containerd looks for registry hosts in {path}"));
+        if path.split(':').any(is_wanted) {
+            let why = self.pulls_itself.filter(|_| path.contains(':') && version >= Some((2, 1)));
+            let why = why.map(|why| format!(", a list, which it splits because of {why}")).unwrap_or_default();
+            return Finding::good(CHECK, format!("containerd looks for registry hosts in {path}{why}"));
         }
         let said = format!(
             "containerd looks for registry hosts in {path}, and the mirror's are expected in {}",
@@ -226,22 +201,15 @@ mod tests {
     use super::super::finding::State;
     use super::*;
 
-    fn config(text: &str) -> Config {
-        config_of(text, None)
-    }
-
-    fn config_of(text: &str, version: Option<Version>) -> Config {
-        let mut config = Config::default();
-        let document = text.parse().unwrap();
-        config.take(&document, told_form(&document), version);
-        config
+    fn config(text: &str, version: Version) -> Config {
+        Config::of(Files::of(text, Some(version)), Some(version))
     }
 
     const WANTED: &str = "/etc/containerd/certs.d";
 
     #[track_caller]
     fn judged(text: &str, version: Version, state: State, says: &str) {
-        let finding = config(text).judge_path(Path::new(WANTED), Some(version));
+        let finding = config(text, version).judge_path(None, Path::new(WANTED), Some(version));
         assert!(finding.state == state && finding.said.contains(says), "{finding:?}");
     }
 
@@ -260,11 +228,39 @@ mod tests {
         judged(&list, (2, 2), State::Failure, "is a list");
         judged("", (2, 2), State::Failure, ", its default, is a list");
         judged("", (2, 1), State::Failure, "has no config_path");
-        let local = format!("{list}[plugins.'io.containerd.cri.v1.images']\nuse_local_image_pull = true\n");
-        judged(&local, (2, 2), State::Good, WANTED);
-        let old =
-            format!("[plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{WANTED}:/etc/docker/certs.d'\n");
+        let old = format!(
+            "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{WANTED}:/etc/docker/certs.d'\n"
+        );
         judged(&old, (1, 7), State::Good, WANTED);
+        judged(&list, (2, 0), State::Good, WANTED);
+    }
+
+    /// What the transfer service does not know makes the CRI pull by itself, and then it splits lists.
+    #[test]
+    fn a_list_is_good_where_the_cri_pulls_by_itself() {
+        let section = "version = 3\n[plugins.'io.containerd.cri.v1.images']\n";
+        for setting in [
+            "use_local_image_pull = true",
+            "disable_snapshot_annotations = false",
+            "discard_unpacked_layers = true",
+            "max_concurrent_downloads = 5",
+            "image_pull_with_sync_fs = true",
+            "registry.configs.'a.test'.auth.username = 'u'",
+            "registry.auths.'https://a.test'.username = 'u'",
+        ] {
+            for version in [(2, 2), (2, 3)] {
+                judged(&format!("{section}{setting}\n"), version, State::Good, "which it splits because of");
+            }
+        }
+        for setting in
+            ["use_local_image_pull = false", "disable_snapshot_annotations = true", "max_concurrent_downloads = 3"]
+        {
+            judged(&format!("{section}{setting}\n"), (2, 2), State::Failure, "is a list");
+        }
+        // What an older file has is carried over, but for that switch.
+        let old = "version = 2\n[plugins.'io.containerd.grpc.v1.cri']\n";
+        judged(&format!("{old}max_concurrent_downloads = 5\n"), (2, 2), State::Good, "which it splits");
+        judged(&format!("{old}use_local_image_pull = true\n"), (2, 2), State::Failure, "is a list");
     }
 
     /// The same names mean nothing in a file of another version: 1.6 takes a file without one for version 1.
@@ -272,7 +268,7 @@ mod tests {
     fn a_section_that_is_not_read_is_named() {
         let section =
             |first: &str, name: &str| format!("{first}\n[plugins.'{name}'.registry]\nconfig_path = '{WANTED}'\n");
-        let [newest, middle, oldest] = PLUGINS;
+        let [newest, middle, oldest] = [files::IMAGES, files::GRPC, files::OLDEST];
         for (first, name, version, is_read) in [
             ("", middle, (1, 6), false),
             ("version = 2", middle, (1, 6), true),
@@ -285,8 +281,10 @@ mod tests {
             ("version = 2", middle, (2, 2), true),
             ("version = 3", middle, (2, 2), false),
             ("version = 3", newest, (2, 2), true),
+            ("", oldest, (2, 3), true),
+            ("version = 3", middle, (2, 3), true),
         ] {
-            let found = config_of(&section(first, name), Some(version)).judge_path(Path::new(WANTED), Some(version));
+            let found = config(&section(first, name), version).judge_path(None, Path::new(WANTED), Some(version));
             let state = if is_read { State::Good } else { State::Failure };
             assert_eq!(found.state, state, "{first} {name} {version:?}: {found:?}");
             assert!(is_read || found.said.contains("does not read"), "{found:?}");
@@ -307,8 +305,14 @@ mod tests {
             State::Failure,
             "in /elsewhere, and",
         );
-        let mirrors = "[plugins.'io.containerd.grpc.v1.cri'.registry.mirrors.'docker.io']\nendpoint = ['http://a']\n";
+        let mirrors = "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.registry.mirrors.'docker.io']\nendpoint = ['http://a']\n";
         judged(mirrors, (1, 7), State::Failure, "old form");
+        judged(
+            &format!("{mirrors}[plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{WANTED}'\n"),
+            (1, 7),
+            State::Failure,
+            "does not load its CRI plugin",
+        );
         // A section of another plugin says nothing of the CRI's.
         judged(
             "[plugins.'io.containerd.transfer.v1.local']\nconfig_path = '/etc/containerd/certs.d'\n",
@@ -319,28 +323,46 @@ mod tests {
     }
 
     #[test]
-    fn discarded_layers_are_named_in_both_forms() {
-        let old = "[plugins.'io.containerd.grpc.v1.cri'.containerd]\ndiscard_unpacked_layers = true\n";
-        let new = "[plugins.'io.containerd.cri.v1.images']\ndiscard_unpacked_layers = true\n";
-        for text in [old, new] {
-            assert_eq!(config(text).judge_discard().state, State::Failure);
+    fn a_link_to_the_directory_is_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+        std::fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let text = |path: &Path| {
+            format!("[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = '{}'\n", path.display())
+        };
+        for (told, wanted) in [(&real, &link), (&link, &real)] {
+            let found = config(&text(told), (2, 2)).judge_path(Some(&Process::unseen()), wanted, Some((2, 2)));
+            assert_eq!(found.state, State::Good, "{found:?}");
         }
-        assert_eq!(config("").judge_discard().state, State::Good);
+        let other = dir.path().join("other");
+        let found = config(&text(&link), (2, 2)).judge_path(None, &other, Some((2, 2)));
+        assert_eq!(found.state, State::Failure, "{found:?}");
     }
 
     #[test]
-    fn imported_files_count_more() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        let path = |path: &str| format!("[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = '{path}'\n");
-        write("config.toml", &format!("imports = ['c*.toml']\n{}", path("/a")));
-        write("c1.toml", &path("/b"));
-        write("c2.toml", "[plugins.'io.containerd.cri.v1.images']\ndiscard_unpacked_layers = true\n");
-        write("d.toml", &path("/c"));
-        let process = Process::unseen();
-        let found = read(&process, &dir.path().join("config.toml"), Some((2, 2))).unwrap();
-        assert_eq!((found.config_path.as_deref(), found.discard), (Some("/b"), true));
-        write("c3.toml", "not = [toml");
-        assert!(read(&process, &dir.path().join("config.toml"), Some((2, 2))).unwrap_err().contains("c3.toml"));
+    fn discarded_layers_are_named_in_both_forms() {
+        let old = "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\ndiscard_unpacked_layers = true\n";
+        let new = "[plugins.'io.containerd.cri.v1.images']\ndiscard_unpacked_layers = true\n";
+        for (text, version) in [(old, (1, 6)), (new, (2, 2))] {
+            assert_eq!(config(text, version).judge_discard().state, State::Failure);
+            assert_eq!(config("", version).judge_discard().state, State::Good);
+        }
+        // 2.x carries the old one over only beside a runtime.
+        assert_eq!(config(old, (2, 2)).judge_discard().state, State::Good);
+        let with = format!("{old}runtimes.runc.runtime_type = 'io.containerd.runc.v2'\n");
+        assert_eq!(config(&with, (2, 2)).judge_discard().state, State::Failure);
+    }
+
+    #[test]
+    fn a_change_after_the_start_is_named() {
+        let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let config = Config { newest: Some(("/etc/containerd/config.toml".into(), changed)), ..Config::default() };
+        let late = config.judge_age(changed - Duration::from_secs(60));
+        assert!(late.state == State::Warning && late.said.contains("config.toml was changed 60 s after"), "{late:?}");
+        // A containerd that is started right after its file was written.
+        for started in [changed - Duration::from_secs(1), changed, changed + Duration::from_secs(1)] {
+            assert_eq!(config.judge_age(started).state, State::Good);
+        }
     }
 }

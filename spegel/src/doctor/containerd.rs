@@ -10,8 +10,10 @@ use super::config::{self, Config, Version};
 use super::finding::Finding;
 use super::process::Process;
 use super::{Containerd, Settings};
-use crate::store::{Inspection, inspect};
+use crate::store::{Cri, Inspection, inspect};
 
+/// Where Kubernetes has its images.
+const KUBERNETES: &str = "k8s.io";
 /// How long containerd may take to tell about itself, all in all.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -23,6 +25,8 @@ pub(super) struct Seen {
     said: Option<Result<Inspection, String>>,
     process: Option<Result<Process, String>>,
     config: Option<Result<Config, String>>,
+    /// Whether the configuration is of the file that the process was told.
+    is_own_config: bool,
     wanted: PathBuf,
     content: Option<Finding>,
 }
@@ -45,9 +49,11 @@ pub(super) async fn look(settings: &Settings) -> Seen {
             (None, Ok(process)) => config::read(process, &process.config(), version),
             (None, Err(why)) => Err(why.clone()),
         };
+        let told = process.as_ref().ok().map(Process::config);
+        let is_own_config = told.is_some() && containerd.config.as_ref().is_none_or(|path| Some(path) == told.as_ref());
         let content = said.as_ref().ok().map(|said| content(&containerd, said));
         let (process, config) = (Some(process), Some(config));
-        Seen { containerd: Some(containerd), said: Some(said), process, config, wanted, content }
+        Seen { containerd: Some(containerd), said: Some(said), process, config, is_own_config, wanted, content }
     };
     tokio::task::spawn_blocking(look).await.unwrap_or_default()
 }
@@ -148,9 +154,15 @@ impl Seen {
                 findings.extend(self.content.clone());
             }
         }
+        let cri = self.said().and_then(|said| said.cri.as_ref());
+        let config = self.config.as_ref().and_then(|config| config.as_ref().ok());
+        findings.extend(judge_cri(cri, config.and_then(|config| config.disabled.as_deref()), &containerd.namespace));
         match &self.config {
+            // Then nobody reads what it says of registries.
+            Some(Ok(config)) if cri == Some(&Cri::Absent) => findings.extend(self.judge_age(config)),
             Some(Ok(config)) => {
-                findings.push(config.judge_path(&self.wanted, self.version()));
+                findings.extend(self.judge_age(config));
+                findings.push(config.judge_path(self.root(), &self.wanted, self.version()));
                 findings.push(config.judge_discard());
             }
             Some(Err(why)) => {
@@ -160,6 +172,11 @@ impl Seen {
             None => {}
         }
         findings
+    }
+
+    fn judge_age(&self, config: &Config) -> Option<Finding> {
+        let started = self.root()?.started.filter(|_| self.is_own_config)?;
+        Some(config.judge_age(started))
     }
 
     fn judge_version(&self, text: &str) -> Finding {
@@ -183,6 +200,39 @@ impl Seen {
     }
 }
 
+/// Whether Kubernetes can pull by this containerd. `disabled` is the entry of its configuration that keeps the CRI from being loaded.
+fn judge_cri(cri: Option<&Cri>, disabled: Option<&str>, namespace: &str) -> Option<Finding> {
+    const CHECK: &str = "cri";
+    let by = disabled.map(|name| format!(", by `{name}` in disabled_plugins")).unwrap_or_default();
+    let take_out = "take the CRI out of disabled_plugins in containerd's config.toml, and restart containerd";
+    match (cri?, disabled) {
+        (Cri::Failed(why), _) => Some(Finding::failure(
+            CHECK,
+            format!("containerd could not load its CRI plugin, so Kubernetes cannot pull: {why}"),
+            "correct containerd's config.toml, and restart containerd",
+        )),
+        (Cri::Absent, _) if namespace == KUBERNETES => Some(Finding::failure(
+            CHECK,
+            format!("containerd's CRI plugin is disabled{by}, so Kubernetes cannot pull"),
+            format!("{take_out}; without Kubernetes, name the namespace of what pulls with --containerd-namespace"),
+        )),
+        (Cri::Absent, _) => Some(Finding::note(
+            CHECK,
+            format!(
+                "containerd's CRI plugin is disabled{by}: what pulls into {namespace} must be told of the mirror by itself, as nerdctl is by /etc/containerd/certs.d and ctr by --hosts-dir"
+            ),
+        )),
+        (Cri::Loaded, Some(name)) => Some(Finding::warning(
+            CHECK,
+            format!(
+                "containerd's config.toml disables its CRI plugin by `{name}`, which counts from its next start on"
+            ),
+            take_out,
+        )),
+        (Cri::Loaded, None) => Some(Finding::good(CHECK, "containerd serves the CRI")),
+    }
+}
+
 fn judge_namespace(namespace: &str, said: &Inspection) -> Finding {
     const CHECK: &str = "namespace";
     let others: Vec<&str> = said.namespaces.iter().map(String::as_str).filter(|other| *other != namespace).collect();
@@ -203,4 +253,28 @@ fn judge_namespace(namespace: &str, said: &Inspection) -> Finding {
 /// Whether a directory is there, as containerd's process sees it, or as this one does.
 pub(super) fn seen_from(process: Option<&Process>, path: &Path) -> PathBuf {
     process.map(|process| process.path(path)).filter(|path| path.exists()).unwrap_or_else(|| path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::finding::State;
+    use super::*;
+
+    #[test]
+    fn a_cri_that_is_not_there_is_named() {
+        let judged = |cri: Cri, disabled, namespace| {
+            let found = judge_cri(Some(&cri), disabled, namespace).unwrap();
+            (found.state, found.said)
+        };
+        let (state, said) = judged(Cri::Absent, Some("cri"), KUBERNETES);
+        assert!(state == State::Failure && said.contains("by `cri` in disabled_plugins"), "{said}");
+        // Hosts without Kubernetes do without it.
+        assert_eq!(judged(Cri::Absent, Some("cri"), "default").0, State::Note);
+        let (state, said) = judged(Cri::Failed("broken".into()), None, KUBERNETES);
+        assert!(state == State::Failure && said.contains("broken"), "{said}");
+        assert_eq!(judged(Cri::Loaded, Some("cri"), KUBERNETES).0, State::Warning);
+        assert_eq!(judged(Cri::Loaded, None, KUBERNETES).0, State::Good);
+        assert_eq!(judge_cri(None, None, KUBERNETES), None);
+    }
 }

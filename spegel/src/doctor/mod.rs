@@ -6,6 +6,7 @@
 mod certs;
 mod config;
 mod containerd;
+mod files;
 mod finding;
 mod http;
 mod kernel;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::net::UnixStream;
 
@@ -18,14 +19,29 @@ pub(super) struct Process {
     pub(super) arguments: Vec<String>,
     /// Its environment, when it was started, or why that cannot be seen.
     pub(super) environment: Result<BTreeMap<String, String>, String>,
+    /// When it was started, to the second.
+    pub(super) started: Option<SystemTime>,
     /// The folder that it was started in.
     folder: PathBuf,
+}
+
+/// When a process was started.
+fn started(pid: i32) -> Option<SystemTime> {
+    let stat = procfs::process::Process::new(pid).ok()?.stat().ok()?;
+    let up = Duration::from_secs(stat.starttime / procfs::ticks_per_second().max(1));
+    Some(UNIX_EPOCH + Duration::from_secs(procfs::boot_time_secs().ok()?) + up)
 }
 
 impl Process {
     /// No process; its files are those that are seen from here.
     pub(super) fn unseen() -> Self {
-        Self { root: "/".into(), arguments: Vec::new(), environment: Err("no process".into()), folder: PathBuf::new() }
+        Self {
+            root: "/".into(),
+            arguments: Vec::new(),
+            environment: Err("no process".into()),
+            started: None,
+            folder: "/".into(),
+        }
     }
 
     /// Who listens on this socket.
@@ -51,7 +67,7 @@ impl Process {
         let pair = |pair: String| pair.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned()));
         let environment = read("environ").map(|pairs| pairs.into_iter().filter_map(pair).collect());
         let folder = fs::read_link(own.join("cwd")).unwrap_or_default();
-        let mut process = Self { root: own.join("root"), arguments, environment, folder };
+        let mut process = Self { root: own.join("root"), arguments, environment, started: started(pid), folder };
         if fs::read_dir(&process.root).is_err() {
             // Without the right to trace it its root stays closed. Where its configuration is here as well, the root is the same.
             process.root = "/".into();
@@ -82,6 +98,11 @@ impl Process {
         CONFIG.into()
     }
 
+    /// The folder that it was started in, as it sees it.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// A path of its, as seen from here.
     pub(super) fn path(&self, path: &Path) -> PathBuf {
         self.root.join(path.strip_prefix("/").unwrap_or(path))
@@ -90,6 +111,7 @@ impl Process {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -102,5 +124,15 @@ mod tests {
         assert_eq!(of(&["containerd", "-c", "/a"]), "/a");
         assert_eq!(of(&["containerd", "--log-level", "info", "--config=/b"]), "/b");
         assert_eq!(of(&["containerd", "--config", "c.toml"]), "/run/c.toml");
+    }
+
+    #[test]
+    fn when_a_process_was_started_is_known() {
+        let before = SystemTime::now() - Duration::from_secs(2);
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let started = started(i32::try_from(child.id()).unwrap()).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(started > before && started <= SystemTime::now(), "{started:?}");
     }
 }

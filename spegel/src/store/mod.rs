@@ -24,7 +24,7 @@ use tokio::sync::{broadcast, watch};
 use crate::oci::{Digest, Key, Repository, TagName, TagOrDigest};
 
 pub use changes::{Changes, Feed};
-pub use containerd::{Containerd, ContainerdSettings, Inspection, inspect};
+pub use containerd::{Containerd, ContainerdSettings, Cri, Inspection, inspect};
 pub use ingest::{Ingests, Receiving};
 pub use inventory::{Arriving, HeldImage, Inventory};
 pub use metrics::OfferedCollector;

@@ -16,7 +16,7 @@ use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-pub use self::inspect::{Inspection, inspect};
+pub use self::inspect::{Cri, Inspection, inspect};
 use self::ownership::Ownership;
 use self::rpc::Rpc;
 use super::blobs::BlobDir;

@@ -25,6 +25,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
 use super::super::StoreError;
+use super::inspect::Cri;
 use crate::oci::Digest;
 
 /// How long one call may take. containerd answers within milliseconds; a disk that is overloaded by pulls makes it seconds.
@@ -217,6 +218,22 @@ impl Rpc {
             StoreError::Mismatch(
                 "containerd does not say where its content is: name its content directory with --containerd-content-path".to_owned(),
             )
+        })
+    }
+
+    /// Whether it serves the CRI.
+    pub(super) async fn cri(&self) -> Result<Cri, StoreError> {
+        let mut client = IntrospectionClient::new(self.channel.clone());
+        // Since 2.0 images are a plugin of their own, without which the other one is not loaded.
+        let names = [("io.containerd.cri.v1", "images"), ("io.containerd.grpc.v1", "cri")];
+        let filters = names.map(|(kind, id)| format!("type=={kind},id=={id}")).to_vec();
+        let answer = call("ask for plugins", client.plugins(self.request(PluginsRequest { filters }))).await?;
+        let found = names.map(|(kind, id)| answer.plugins.iter().find(|found| found.r#type == kind && found.id == id));
+        let failed = found.iter().flatten().find_map(|plugin| plugin.init_err.as_ref());
+        Ok(match (failed, found) {
+            (Some(error), _) => Cri::Failed(error.message.clone()),
+            (None, [_, Some(_)]) => Cri::Loaded,
+            (None, [_, None]) => Cri::Absent,
         })
     }
 
