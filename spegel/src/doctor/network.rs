@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::future::join_all;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::finding::Finding;
@@ -15,6 +16,8 @@ use crate::bootstrap::BootstrapError;
 const MAX_METRICS: usize = 8 << 20;
 /// How long a peer's port may take to be reached.
 const REACH: Duration = Duration::from_secs(2);
+/// What both sides of a connection between routers begin with: multistream-select, with its length before it.
+const GREETING: &[u8] = b"\x13/multistream/1.0.0\n";
 /// How long a source of peers may take.
 const SOURCE: Duration = Duration::from_secs(10);
 /// How many peers are tried.
@@ -247,7 +250,10 @@ pub(super) async fn peers(outside: &Outside) -> Vec<Finding> {
         .map(|((ip, _), reached)| (*ip, reached.as_ref().ok().copied().flatten()))
         .collect();
     let failed: Vec<&str> = reached.iter().filter_map(|reached| reached.as_ref().err().map(String::as_str)).collect();
-    let change = format!("let nodes reach each other on the TCP ports {} and {registry}", outside.router.listen.port());
+    let change = format!(
+        "let nodes reach each other on the TCP ports {} and {registry}, and leave those to spegel on each",
+        outside.router.listen.port()
+    );
     findings.push(match (addresses.len(), failed.len()) {
         (0, _) => Finding::note("addresses", "the sources name nobody but this node"),
         (all, 0) => Finding::good("addresses", format!("{all} peers reached, router and registry")),
@@ -266,15 +272,36 @@ pub(super) async fn peers(outside: &Outside) -> Vec<Finding> {
 async fn reach(ip: IpAddr, router: u16, registry: u16) -> Result<Option<SystemTime>, String> {
     let at = SocketAddr::new(ip, router);
     match tokio::time::timeout(REACH, TcpStream::connect(at)).await {
-        Ok(Ok(_)) => {}
+        Ok(Ok(stream)) => match tokio::time::timeout(REACH, is_router(stream)).await {
+            Ok(Ok(true)) => {}
+            _ => return Err(format!("{at} (router): another program answers there")),
+        },
         Ok(Err(error)) => return Err(format!("{at} (router): {error}")),
         Err(_) => return Err(format!("{at} (router): no connection within {} s", REACH.as_secs())),
     }
     let at = SocketAddr::new(ip, registry);
-    let answer =
-        http::get(&format!("http://{at}/livez"), &[], 4096).await.map_err(|why| format!("{at} (registry): {why}"))?;
+    let get = async |path: &str| {
+        let answer = http::get(&format!("http://{at}{path}"), &[], 4096).await;
+        answer.map_err(|why| format!("{at} (registry): {why}"))
+    };
+    let answer = get("/livez").await?;
+    if answer.status != 200 {
+        return Err(format!("{at} (registry): another program answers there, with {} to /livez", answer.status));
+    }
+    // There is no such page; some programs give one whatever is asked for.
+    if get("/spegel-doctor").await?.status < 400 {
+        return Err(format!("{at} (registry): another program answers there, which has whatever it is asked for"));
+    }
     let date = answer.headers.get(::http::header::DATE).and_then(|date| date.to_str().ok());
     Ok(date.and_then(parse_date))
+}
+
+/// Whether libp2p answers, which greets; where the network has a key it begins with random bytes instead.
+async fn is_router(mut stream: TcpStream) -> std::io::Result<bool> {
+    stream.write_all(GREETING).await?;
+    let mut answer = [0; GREETING.len()];
+    stream.read_exact(&mut answer).await?;
+    Ok(!answer.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace()))
 }
 
 fn parse_date(text: &str) -> Option<SystemTime> {

@@ -1,7 +1,7 @@
 //! What only a try shows: whether mirrors answer, whether a blob comes, and whether containerd asks.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::{ImageSpec, PullImageRequest};
@@ -14,11 +14,14 @@ use super::containerd::{Seen, cost_of_dead_mirrors};
 use super::finding::Finding;
 use super::{Outside, Settings, http, network};
 use crate::hosts::{Host, NODE_HEADER};
+use crate::oci::Reference;
 
 /// The largest blob that is fetched, in bytes.
 const MAX_BLOB: usize = 16 << 20;
 /// How long containerd may take for the pull.
 const PULL: Duration = Duration::from_secs(300);
+/// How long the mirror may take to count a request whose answer has ended.
+const COUNTED: Duration = Duration::from_secs(1);
 /// How many mirrors are tried.
 const MAX_MIRRORS: usize = 16;
 
@@ -107,13 +110,20 @@ pub(super) async fn blob(certs: &Certs, outside: &Outside, seen: &Seen) -> Findi
     }
 }
 
-/// How often the mirror was asked for manifests and blobs so far.
-fn asked(metrics: &str) -> f64 {
-    let of = |handler: &str| {
-        network::figure(metrics, "http_request_duration_seconds_count", &format!("handler=\"{handler}\""))
-            .unwrap_or(0.0)
-    };
-    of("manifest") + of("blob")
+/// How often clients asked the mirror for content of a registry so far. Peers are no clients, and what doctor asks for itself is of a
+/// registry that does not exist, so neither is counted.
+fn asked(metrics: &str, registry: &str) -> f64 {
+    let of = |name| network::figure(metrics, "spegel_mirror_requests_total", &format!("registry=\"{name}\""));
+    // The first registries are told apart.
+    of(registry).or_else(|| of("other")).unwrap_or(0.0)
+}
+
+/// The registry of an image as Kubernetes names it: without a host it is Docker Hub's.
+fn registry_of(image: &str) -> String {
+    match image.parse::<Reference>() {
+        Ok(reference) => reference.repository.registry().to_owned(),
+        Err(_) => "docker.io".to_owned(),
+    }
 }
 
 /// Has containerd pull an image, and looks whether it asked the mirror.
@@ -127,19 +137,30 @@ pub(super) async fn containerd(settings: &Settings, outside: &Outside, image: &s
         Ok(pulled) => pulled,
         Err(_) => Err(format!("it takes longer than {} s", PULL.as_secs())),
     };
-    let after = network::metrics(outside).await;
-    let (Ok(before), Ok(after)) = (before, after) else {
-        return Finding::unknown(
-            CHECK,
-            "whether containerd asked the mirror is not known, since that tells no metrics",
-            "give --metrics-addr as `registry` has it",
-        );
+    let registry = registry_of(image);
+    let deadline = Instant::now() + COUNTED;
+    let count = loop {
+        let after = network::metrics(outside).await;
+        let (Ok(before), Ok(after)) = (&before, after) else {
+            return Finding::unknown(
+                CHECK,
+                "whether containerd asked the mirror is not known, since that tells no metrics",
+                "give --metrics-addr as `registry` has it",
+            );
+        };
+        let count = asked(&after, &registry) - asked(before, &registry);
+        // A request is counted a moment after containerd has its answer.
+        if count >= 1.0 || Instant::now() >= deadline {
+            break count;
+        }
+        tokio::time::sleep(COUNTED / 10).await;
     };
-    let count = asked(&after) - asked(&before);
     match pulled {
         Err(why) => Finding::failure(
             CHECK,
-            format!("containerd does not pull {image}: {why}; it asked the mirror {count} times"),
+            format!(
+                "containerd does not pull {image}: {why}; the mirror was asked for content of {registry} {count} times"
+            ),
             "look at containerd's log",
         ),
         Ok(()) if count < 1.0 => Finding::failure(
@@ -148,7 +169,10 @@ pub(super) async fn containerd(settings: &Settings, outside: &Outside, image: &s
             "see config_path, proxy and certs.d above; containerd reads config_path at its start only",
         ),
         Ok(()) => {
-            Finding::good(CHECK, format!("containerd pulled {image}, and asked the mirror {count} times meanwhile"))
+            let said = format!(
+                "containerd pulled {image}; the mirror was asked for content of {registry} {count} times meanwhile"
+            );
+            Finding::good(CHECK, said)
         }
     }
 }
@@ -163,4 +187,26 @@ async fn pull(socket: &Path, image: &str) -> Result<(), String> {
 async fn connect(socket: &Path) -> Result<ImageServiceClient<Channel>, String> {
     let channel = containerd_client::connect(socket).await;
     channel.map(ImageServiceClient::new).map_err(|error| format!("containerd's socket: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_clients_ask_of_that_registry_is_counted() {
+        let metrics = "\
+http_request_duration_seconds_count{handler=\"blob\",method=\"GET\",code=\"200\"} 9
+spegel_mirror_requests_total{registry=\"ghcr.io\",cache=\"hit\"} 2
+spegel_mirror_requests_total{registry=\"ghcr.io\",cache=\"miss\"} 1
+spegel_mirror_requests_total{registry=\"spegel-doctor.invalid\",cache=\"hit\"} 4
+spegel_mirror_requests_total{registry=\"other\",cache=\"miss\"} 5
+";
+        let of = |image: &str| asked(metrics, &registry_of(image));
+        assert!((of("ghcr.io/a/b:1") - 3.0).abs() < f64::EPSILON);
+        // One beyond those that are told apart.
+        assert!((of("quay.io/a:1") - 5.0).abs() < f64::EPSILON);
+        assert_eq!(registry_of("nginx:1"), "docker.io");
+        assert_eq!(registry_of("registry.test:5000/a:1"), "registry.test:5000");
+    }
 }
