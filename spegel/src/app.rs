@@ -166,12 +166,8 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
     ReadyCollector::register(&mut figures.all, Arc::downgrade(&registry));
     let (examined, examination) = tokio::sync::watch::channel(None);
     let asked = Arc::new(tokio::sync::Notify::new());
-    let examine = doctor::at_start(
-        doctor::settings_at_start(&settings, &watch),
-        figures.doctor.clone(),
-        examined,
-        Arc::clone(&asked),
-    );
+    let (looked_at, findings) = (doctor::settings_of(&settings, &watch), figures.doctor.clone());
+    let examine = doctor::at_start(looked_at.clone(), findings.clone(), examined, Arc::clone(&asked));
     figures.serve.set_open_files(open_files);
     if let Some(bytes) = strain::memory_limit() {
         figures.serve.set_memory(bytes);
@@ -230,8 +226,9 @@ async fn registry(settings: RegistrySettings, watch: ebpf::Watch) -> anyhow::Res
         failed = &mut store_task => failed,
     };
     supervisor::stopping();
+    let last_look = doctor::at_end(&looked_at, &findings, settings.drain);
     let cut = tokio::select! {
-        cut = stop_serving(&registry, server, settings.drain) => cut,
+        (cut, ()) = async { tokio::join!(stop_serving(&registry, server, settings.drain), last_look) } => cut,
         _ = stop_signal.next() => {
             warn!("a second signal: stopping at once");
             return ended;

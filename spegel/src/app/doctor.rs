@@ -1,4 +1,4 @@
-//! `doctor`, and the cheap ones of its checks at the start of `registry`.
+//! `doctor`, and the cheap ones of its checks at the start and at the end of `registry`.
 
 use std::net::{Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
@@ -16,6 +16,8 @@ use crate::ebpf::Watch;
 use crate::serve::ListenAddr;
 use crate::web::{Examination, Examined, Verdict};
 
+/// How long the examination at the end may take; it runs while responses under way finish.
+const AT_END: Duration = Duration::from_secs(2);
 /// How old an examination may be that somebody looks at.
 const FRESH: Duration = Duration::from_secs(20);
 
@@ -63,8 +65,8 @@ fn containerd(content: &Content, config: Option<std::path::PathBuf>) -> Option<C
     }
 }
 
-/// What the process that starts looks at itself.
-pub(super) fn settings_at_start(settings: &RegistrySettings, watch: &Watch) -> doctor::Settings {
+/// What the process looks at itself.
+pub(super) fn settings_of(settings: &RegistrySettings, watch: &Watch) -> doctor::Settings {
     let counted = watch.report();
     let ebpf = if counted.source == "ebpf" { Ebpf::Kernel } else { Ebpf::Sockets(counted.reason.unwrap_or_default()) };
     doctor::Settings {
@@ -91,6 +93,33 @@ fn examination(report: &doctor::Report) -> Examination {
     Examination { good: report.count(State::Good), found: found.collect() }
 }
 
+/// One line for what was found.
+fn tell(report: &doctor::Report, at: &str) {
+    let (good, unknown) = (report.count(State::Good), report.count(State::Unknown));
+    let (failures, warnings) = (report.line(State::Failure), report.line(State::Warning));
+    if failures.is_some() || warnings.is_some() {
+        warn!(at, good, unknown, failures, warnings, "this node was examined: see `spegel doctor`");
+    } else {
+        info!(at, good, unknown, "this node was examined, and nothing found that keeps pulls from the mirror");
+    }
+}
+
+/// Examines once more while the process stops, within `bound`, and tells it in one line and in the metric, for a last scrape: what has
+/// changed since the start is known then, and whether containerd is left with a mirror that it should not have.
+pub(super) async fn at_end(settings: &doctor::Settings, metrics: &DoctorMetrics, bound: Duration) {
+    if settings.containerd.is_none() || bound.is_zero() {
+        return;
+    }
+    let bound = bound.min(AT_END);
+    match tokio::time::timeout(bound, doctor::examine(settings)).await {
+        Ok(report) => {
+            metrics.set(&report);
+            tell(&report, "end");
+        }
+        Err(_) => warn!(at = "end", ?bound, "this node could not be examined in time"),
+    }
+}
+
 /// Examines once, and tells it in one line and a metric; then anew when it is asked for, for the debug page.
 pub(super) async fn at_start(
     settings: doctor::Settings,
@@ -104,13 +133,7 @@ pub(super) async fn at_start(
     let report = doctor::examine(&settings).await;
     metrics.set(&report);
     told.send_replace(Some(examination(&report)));
-    let (good, unknown) = (report.count(State::Good), report.count(State::Unknown));
-    let (failures, warnings) = (report.line(State::Failure), report.line(State::Warning));
-    if failures.is_some() || warnings.is_some() {
-        warn!(good, unknown, failures, warnings, "this node was examined: see `spegel doctor`");
-    } else {
-        info!(good, unknown, "this node was examined, and nothing found that keeps pulls from the mirror");
-    }
+    tell(&report, "start");
     let mut last = Instant::now();
     loop {
         asked.notified().await;

@@ -9,11 +9,14 @@ use serde::Serialize;
 
 use crate::metrics::{Described, Figures, Label};
 
-static FINDINGS: Described = Described::gauge("spegel_doctor_findings", "What the checks at the start found, by state")
-    .labels(&[
-        Label::at_most("check", 32, "the checks of `spegel doctor`"),
-        Label::of("state", &["good", "note", "unknown", "warning", "failure"]),
-    ]);
+static FINDINGS: Described = Described::gauge(
+    "spegel_doctor_findings",
+    "What the checks at the start found, or those at the end while the process stops, by state",
+)
+.labels(&[
+    Label::at_most("check", 32, "the checks of `spegel doctor`"),
+    Label::of("state", &["good", "note", "unknown", "warning", "failure"]),
+]);
 
 /// How something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -53,7 +56,7 @@ pub struct Report {
     checks: Vec<Finding>,
 }
 
-/// How many findings of each state each check had, when the process started.
+/// How many findings of each state each check had, when the process started or while it stops.
 #[derive(Clone, Debug, Default)]
 pub struct DoctorMetrics(Family<Labels, Gauge>);
 
