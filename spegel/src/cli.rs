@@ -4,6 +4,7 @@ mod args;
 mod cleanup;
 mod doctor;
 mod ebpf;
+mod environment;
 mod level;
 mod peers;
 mod serve;
@@ -67,7 +68,15 @@ pub enum Command {
 /// # Errors
 /// The exit code, after help, or what is wrong, was printed.
 pub fn parse() -> Result<Invocation, ExitCode> {
-    parse_from(std::env::args_os()).map_err(|error| {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let parsed = parse_from(arguments.clone()).and_then(|invocation| match &invocation.command {
+        Command::Doctor(settings) => match &settings.env_file {
+            Some(file) => Err(environment::again(file, &arguments)),
+            None => Ok(invocation),
+        },
+        _ => Ok(invocation),
+    });
+    parsed.map_err(|error| {
         // Nothing can be done about a terminal that is gone.
         let _ = error.print();
         ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
@@ -248,6 +257,7 @@ mod tests {
             &[],
             &[
                 &["--json"],
+                &["--env-file", "/elsewhere"],
                 &["--pull", "registry.test/app:1"],
                 &["--containerd-config", "/elsewhere"],
                 &["--containerd-sock", "/elsewhere"],

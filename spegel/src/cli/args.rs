@@ -225,7 +225,7 @@ pub(super) struct RegistryArgs {
     /// The key of a private libp2p network: only nodes that have it take part
     #[arg(long, env, value_name = "FILE")]
     pub(super) network_key_file: Option<PathBuf>,
-    /// How many records of other nodes' content are kept at most, 64 bytes each
+    /// How many records of other nodes' content are kept at most, of up to 64 bytes each
     #[arg(long, env, default_value_t = 300_000, value_name = "NUMBER")]
     pub(super) router_max_records: usize,
     /// Where metrics are served

@@ -13,6 +13,8 @@ use crate::serve::ListenAddr;
 /// What `doctor` needs.
 #[derive(Debug)]
 pub struct DoctorSettings {
+    /// Where further variables are, with which the program is to be started anew.
+    pub env_file: Option<PathBuf>,
     /// Print an object instead of text.
     pub json: bool,
     /// An image that containerd is made to pull.
@@ -40,6 +42,9 @@ pub struct DoctorSettings {
 /// The flags that `registry` has as well mean the same: the same environment file serves both.
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
+    /// Take the flags' variables from this file, as the unit does from /etc/default/spegel; what is set already counts more
+    #[arg(long, env, value_name = "FILE")]
+    env_file: Option<PathBuf>,
     /// Print an object, for scripts
     #[arg(long, env, default_value_t = false, action = ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     json: bool,
@@ -79,6 +84,7 @@ impl DoctorArgs {
 
 pub(super) fn doctor(args: DoctorArgs) -> Result<DoctorSettings, clap::Error> {
     Ok(DoctorSettings {
+        env_file: args.env_file,
         json: args.json,
         pull: args.pull,
         containerd_config: args.containerd_config,
