@@ -370,7 +370,8 @@ impl Containerd {
         command
     }
 
-    fn config_path(&self) -> PathBuf {
+    /// Its configuration file, which it reads when it is started.
+    pub fn config_path(&self) -> PathBuf {
         self.folder.path().join("config.toml")
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use serde_json::Value;
 use spegel_benches::containerd::{Containerd, Options, Version};
-use spegel_benches::daemon::{Daemon, wait_until};
+use spegel_benches::daemon::wait_until;
 use spegel_benches::image::{Compression, Image};
 use spegel_benches::netns::Lab;
 
@@ -19,27 +19,27 @@ use super::cluster::{Cluster, NOTICED, PROGRAM};
 const IO_URING_SETUP: (i64, u32) = (425, 1);
 
 /// What doctor says, and its exit code.
-struct Said {
-    checks: Vec<(String, String, String)>,
-    text: String,
+pub(super) struct Said {
+    pub(super) checks: Vec<(String, String, String)>,
+    pub(super) text: String,
     code: Option<i32>,
 }
 
 impl Said {
     #[track_caller]
-    fn has(&self, check: &str, state: &str, says: &str) {
+    pub(super) fn has(&self, check: &str, state: &str, says: &str) {
         let found = self.checks.iter().any(|(name, was, said)| name == check && was == state && said.contains(says));
         assert!(found, "no {state} of {check} with {says:?} in:\n{}", self.text);
     }
 
     #[track_caller]
-    fn has_code(&self, code: i32) {
+    pub(super) fn has_code(&self, code: i32) {
         assert_eq!(self.code, Some(code), "{}", self.text);
     }
 }
 
 /// Runs doctor beside a containerd, with its paths and the node's addresses.
-fn doctor(containerd: &Containerd, more: &[&str]) -> Said {
+pub(super) fn doctor(containerd: &Containerd, more: &[&str]) -> Said {
     let node = containerd.node();
     let mut command = node.command(PROGRAM);
     command.args(["doctor", "--json"]);
@@ -66,11 +66,11 @@ fn doctor(containerd: &Containerd, more: &[&str]) -> Said {
     Said { checks, text: serde_json::to_string_pretty(&value).unwrap(), code }
 }
 
-fn cluster(options: &Options) -> Option<Cluster> {
+pub(super) fn cluster(options: &Options) -> Option<Cluster> {
     Cluster::start(Version::V2_2, 2, options)
 }
 
-fn image(cluster: &Cluster) -> Image {
+pub(super) fn image(cluster: &Cluster) -> Image {
     cluster.push("doctor:1", |image| image.layers(1, 100_000, Compression::Gzip, 1))
 }
 
@@ -91,6 +91,8 @@ fn a_node_in_order_is_said_to_be_so() {
     said.has_code(0);
     for check in [
         "containerd",
+        "cri",
+        "restart",
         "namespace",
         "content",
         "config_path",
@@ -138,7 +140,7 @@ fn a_config_path_that_containerd_does_not_use_is_named() {
         said.has_code(1);
         said.has("config_path", "failure", says);
         // Without its hosts.toml containerd speaks TLS to the registry, which does not; what counts is that the mirror was not asked.
-        said.has("pull", "failure", "asked the mirror 0 times");
+        said.has("pull", "failure", &format!("asked for content of {} 0 times", image.registry()));
     }
 }
 
@@ -258,6 +260,14 @@ fn certs(containerd: &Containerd, file: &Path, ours: &str) {
     try_with(&ours.replace("'resolve']", "'resolve', 'referrers']"), "warning", "referrers");
     try_with(&ours.replace("['pull', 'resolve']", "['pull']"), "note", "tags are resolved upstream");
     try_with(&ours.replace("['pull', 'resolve']", "['resolve']"), "failure", "no capability `pull`");
+    try_with(&ours.replace("'resolve']", "'resolve', 'pish']"), "failure", "knows no capability `pish`");
+    // Without any, containerd asks for all that there are; in which letters does not matter to it.
+    for all in ["", "capabilities = ['Pull', 'Resolve', 'Referrers']\n"] {
+        try_with(&ours.replace("capabilities = ['pull', 'resolve']\n", all), "warning", "is asked for referrers");
+        let said = doctor(containerd, &[]);
+        assert!(!said.checks.iter().any(|(check, state, _)| check == "certs.d" && state == "failure"), "{}", said.text);
+    }
+    try_with(&format!("{ours}Authorization = 'Basic x'\n"), "warning", "has credentials, and its mode lets others");
     let another = "[host.'http://10.255.255.1:5000']\ncapabilities = ['pull']\n\n[host.'http://";
     try_with(&ours.replacen("[host.'http://", another, 1), "warning", "is asked before the mirror");
     let elsewhere = ours.replace(&containerd.node().address().to_string(), "10.255.255.1");
@@ -272,6 +282,11 @@ fn certs(containerd: &Containerd, file: &Path, ours: &str) {
     chown(file, Some(65534), None).unwrap();
     doctor(containerd, &[]).has("certs.d", "warning", "belongs to user 65534");
     chown(file, Some(0), None).unwrap();
+    let above = containerd.certs_dir();
+    fs::set_permissions(&above, fs::Permissions::from_mode(0o777)).unwrap();
+    let says = format!("{} can be changed by others", above.display());
+    doctor(containerd, &[]).has("certs.d", "warning", &says);
+    fs::set_permissions(&above, fs::Permissions::from_mode(0o755)).unwrap();
     // The Go program's: a file of its shape, and what it moved away.
     let certs = containerd.certs_dir();
     fs::create_dir_all(certs.join("_backup/quay.io")).unwrap();
@@ -364,53 +379,6 @@ fn a_mirror_that_serves_another_namespace_is_named() {
     let said = doctor(&cluster.nodes[0].containerd, &[]);
     said.has_code(1);
     said.has("probe", "failure", "answers 404 for");
-}
-
-/// Until it has met somebody, or given up waiting, and nobody answers where its peers should be.
-#[test]
-fn a_mirror_that_reaches_nobody_is_named() {
-    let Some(mut cluster) = Cluster::start(Version::V2_2, 1, &Options::default()) else { return };
-    cluster.nodes[0].spegel.take().unwrap().daemon.stop().unwrap();
-    let mut settings = cluster.settings(0);
-    let [a, b, c, _] = cluster.nodes[0].containerd.node().address().octets();
-    let nobody = Ipv4Addr::new(a, b, c, 254);
-    settings.peers = vec![nobody.into()];
-    let spegel = settings.spawn().unwrap();
-    wait_until(NOTICED, "serve metrics", || spegel.metric("spegel_node_info", &[]).is_ok()).unwrap();
-    let peers = ["--bootstrap-kind", "static", "--static-bootstrap-peers", &nobody.to_string()];
-    let said = doctor(&cluster.nodes[0].containerd, &peers);
-    said.has_code(1);
-    said.has("members", "failure", "the mirror is not ready: ");
-    said.has("addresses", "failure", "none of 1 peers is reached");
-}
-
-/// A peer whose clock is not this node's: it answers as a registry does, with a date of its own.
-#[test]
-fn a_clock_that_differs_from_a_peers_is_named() {
-    let Some(cluster) = cluster(&Options::default()) else { return };
-    let other = cluster.nodes[1].containerd.node();
-    let answer =
-        "HTTP/1.1 200 OK\r\nDate: Wed, 01 Jan 2025 00:00:00 GMT\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
-    let script = format!(
-        "import socket\nr=socket.create_server(('{0}',6001))\ns=socket.create_server(('{0}',6000))\nprint('up',flush=True)\n\
-         while True:\n c,_=s.accept()\n c.recv(4096)\n c.sendall({answer:?}.encode())\n c.close()",
-        other.address()
-    );
-    let command = ["python3", "-c", &script];
-    let log = cluster.folder.path().join("late.log");
-    let mut late = Daemon::start("a late peer", Some(other), &command, &log).unwrap();
-    late.wait_until(NOTICED, "listen", || fs::read_to_string(&log).is_ok_and(|log| log.contains("up"))).unwrap();
-    // Its registry's port is the one of this node: another mirror than the one that runs here.
-    let (own, peer) = (cluster.nodes[0].containerd.node().address(), format!("{}:6001", other.address()));
-    let ports = ["--registry-addr".to_owned(), format!("{own}:6000")];
-    let ports = ports.iter().map(String::as_str);
-    let flags = ["--bootstrap-kind", "static", "--static-bootstrap-peers", &peer].into_iter().chain(ports);
-    let said = doctor(&cluster.nodes[0].containerd, &flags.collect::<Vec<_>>());
-    said.has("clock", "warning", &format!("that of {} are ", other.address()));
-    // That of a mirror as it is.
-    let peer = format!("{}:5001", other.address());
-    let said = doctor(&cluster.nodes[0].containerd, &["--bootstrap-kind", "static", "--static-bootstrap-peers", &peer]);
-    said.has("clock", "good", "clocks agree with those of 1 peers");
 }
 
 /// As containerd's profile for pods has it. The filter is this thread's, and that of every process that it starts.

@@ -11,6 +11,8 @@ mod changes;
 mod cluster;
 mod cri;
 mod doctor;
+mod doctor_containerd;
+mod doctor_peers;
 mod faults;
 mod kernel;
 mod layers;
