@@ -78,6 +78,11 @@ impl HostsTest {
         upgrade(&mut hosts, &second)?;
         pulls(&hosts, &image)?;
         step(start, "upgraded one after the other: settings kept, and each knows all others again");
+        if let Some(host) = hosts.iter().find(|host| host.systemd().is_some()) {
+            booted::keeps_choices(host, &second)?;
+            together(&hosts)?;
+            step(start, "what was disabled or masked stays so through upgrades, what was enabled through a removal");
+        }
         remembered(&mut hosts)?;
         step(start, "all started anew with a list of nobody: those that were met before suffice");
         remove(hosts)?;

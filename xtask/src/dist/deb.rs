@@ -51,7 +51,7 @@ pub(super) fn write(
     let size: usize = files.iter().map(|file| file.bytes.len()).sum();
     let control = format!(
         "Package: spegel\nVersion: {version}\nArchitecture: {architecture}\nMaintainer: The spegel developers <spegel@users.noreply.github.com>\n\
-         Installed-Size: {}\nSection: admin\nPriority: optional\nRecommends: containerd\nHomepage: {}\n\
+         Installed-Size: {}\nSection: admin\nPriority: optional\nDepends: init-system-helpers (>= 1.54~)\nRecommends: containerd\nHomepage: {}\n\
          Description: cluster-local mirror for container images\n containerd asks it for images before it asks the registry; it serves what this\n \
          host or another one has already.\n",
         size.div_ceil(1024),

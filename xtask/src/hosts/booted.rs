@@ -1,6 +1,7 @@
 //! What is done on hosts with systemd and containerd: what their administrators would do, by apt-get, systemctl, and `spegel doctor`.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -39,14 +40,39 @@ pub(super) fn install(host: &Host, package: &Path, number: usize) -> Result<()> 
     host.systemctl(&["daemon-reload"])?;
     host.systemctl(&["start", "containerd.service"])?;
     apt(host, "install", &host.share(package)?)?;
-    let state = |verb: &str| {
-        // Its exit code tells the same.
-        let said = host.command("systemctl").args([verb, "spegel.service"]).output()?;
-        Ok::<String, std::io::Error>(String::from_utf8_lossy(&said.stdout).trim().to_owned())
-    };
-    let states = (state("is-enabled")?, state("is-active")?);
+    let states = (state(host, "is-enabled")?, state(host, "is-active")?);
     ensure!(states == ("enabled".to_owned(), "inactive".to_owned()), "after the installation the unit is {states:?}");
     Ok(())
+}
+
+/// What systemd says of the unit.
+fn state(host: &Host, verb: &str) -> Result<String> {
+    // Its exit code tells the same.
+    let said = host.command("systemctl").args([verb, "spegel.service"]).output()?;
+    Ok(String::from_utf8_lossy(&said.stdout).trim().to_owned())
+}
+
+/// What an administrator has disabled or masked stays so through upgrades, and a removal does not forget that it was enabled.
+pub(super) fn keeps_choices(host: &Host, package: &Path) -> Result<()> {
+    let is = |expected: &str, after: &str| {
+        let now = state(host, "is-enabled")?;
+        ensure!(now == expected, "after {after} the unit is {now}");
+        Ok(())
+    };
+    for (verb, expected) in [("disable", "disabled"), ("mask", "masked")] {
+        host.systemctl(&[verb, "spegel.service"])?;
+        host.dpkg(&["--install"], Some(package)).with_context(|| format!("upgrade what is {expected}"))?;
+        is(expected, &format!("`{verb}` and an upgrade"))?;
+        ensure!(state(host, "is-active")? == "active", "an upgrade has ended what ran");
+    }
+    for verb in ["unmask", "enable"] {
+        host.systemctl(&[verb, "spegel.service"])?;
+    }
+    host.dpkg(&["--remove", "spegel"], None)?;
+    ensure!(state(host, "is-active")? != "active", "a removal leaves it running");
+    host.dpkg(&["--install"], Some(package))?;
+    is("enabled", "a removal and another installation")?;
+    host.systemctl(&["start", "spegel.service"]).map(|_| ())
 }
 
 fn apt(host: &Host, verb: &str, what: &str) -> Result<()> {
@@ -58,15 +84,18 @@ fn apt(host: &Host, verb: &str, what: &str) -> Result<()> {
 
 /// A pull by containerd's CRI, through the mirror, which serves it then; a process that hangs; the sandbox.
 pub(super) fn check(host: &Host, image: &Image) -> Result<()> {
-    let ask = "set -a; . /etc/default/spegel; set +a; exec spegel doctor --json --pull \"$0\"";
-    let said = host.command("sh").args(["-c", ask, image.reference()]).output()?;
+    let ask = ["doctor", "--env-file", "/etc/default/spegel", "--json", "--pull", image.reference()];
+    let said = host.command("spegel").args(ask).output()?;
     let report: Value = serde_json::from_slice(&said.stdout)
         .with_context(|| format!("doctor: {}", String::from_utf8_lossy(&said.stderr)))?;
-    let state = |check: &str| {
-        let mut found = report["checks"].as_array().into_iter().flatten().filter(|found| found["check"] == check);
+    let state = |check: &&str| {
+        let mut found = report["checks"].as_array().into_iter().flatten().filter(|found| found["check"] == *check);
         found.next().map(|found| found["state"].clone()).unwrap_or_default()
     };
-    ensure!(report["good"] == true && state("pull") == "good" && state("proxy") == "good", "doctor says: {report:#}");
+    let good = ["pull", "proxy", "cri", "restart", "addresses"].iter().all(|check| state(check) == "good");
+    ensure!(report["good"] == true && good, "doctor says: {report:#}");
+    let written = fs::metadata(host.path("etc/containerd/certs.d/_default/hosts.toml"))?.permissions().mode() & 0o777;
+    ensure!(written == 0o600, "by the unit's umask the mirror's file has the mode {written:o}");
     serves_its_own(host, image)?;
     replaces(host)?;
     let security = ["security", "--no-pager", "--threshold", MOST_EXPOSED, "spegel.service"];
@@ -108,8 +137,7 @@ fn replaces(host: &Host) -> Result<()> {
 /// While the service runs: the package ends it.
 pub(super) fn remove(host: &Host) -> Result<()> {
     apt(host, "remove", "spegel")?;
-    let state = host.command("systemctl").args(["is-active", "spegel.service"]).output()?;
-    let state = String::from_utf8_lossy(&state.stdout).trim().to_owned();
+    let state = state(host, "is-active")?;
     ensure!(state == "inactive", "after the removal the unit is {state}");
     Ok(())
 }
