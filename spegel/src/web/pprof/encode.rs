@@ -1,7 +1,7 @@
 //! Samples as the pprof tool reads them: the message `Profile` of
 //! [profile.proto](https://github.com/google/pprof/blob/main/proto/profile.proto), compressed with gzip.
 //!
-//! Addresses and mappings are told as well as names: a release has no symbols, and the tool finds them in one that was not stripped.
+//! Addresses and mappings are told as well as names: who strips a release takes them away, and the tool finds them in one that was not stripped.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
