@@ -63,7 +63,9 @@ pub(super) fn keeps_choices(host: &Host, package: &Path) -> Result<()> {
         host.systemctl(&[verb, "spegel.service"])?;
         host.dpkg(&["--install"], Some(package)).with_context(|| format!("upgrade what is {expected}"))?;
         is(expected, &format!("`{verb}` and an upgrade"))?;
-        ensure!(state(host, "is-active")? == "active", "an upgrade has ended what ran");
+        let runs = || state(host, "is-active").is_ok_and(|state| state == "active");
+        wait_until(Duration::from_secs(30), "a unit that runs after an upgrade", runs)
+            .with_context(|| format!("after `{verb}`: {}", host.log()))?;
     }
     for verb in ["unmask", "enable"] {
         host.systemctl(&[verb, "spegel.service"])?;
