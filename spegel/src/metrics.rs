@@ -4,7 +4,7 @@ mod classic;
 mod figures;
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
@@ -177,17 +177,34 @@ impl BoundedLabel {
     /// The label value to use for `value`. What nobody vouches for finds a quarter of the places only, so that made-up names do not push
     /// out real ones. Whether somebody does is asked only where it matters.
     pub fn of(&self, value: &str, is_vouched_for: impl FnOnce() -> bool) -> String {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let has_place = |seen: &HashSet<String>| {
-            value.len() <= 255 && seen.len() < self.limit && (seen.len() < self.limit / 4 || is_vouched_for())
-        };
-        if !seen.contains(value) {
-            if !has_place(&seen) {
-                return "other".to_owned();
+        let other = || "other".to_owned();
+        {
+            let mut seen = self.seen();
+            if seen.contains(value) {
+                return value.to_owned();
             }
-            seen.insert(value.to_owned());
+            if value.len() > 255 || seen.len() >= self.limit {
+                return other();
+            }
+            if seen.len() < self.limit / 4 {
+                seen.insert(value.to_owned());
+                return value.to_owned();
+            }
         }
+        // Whoever is asked may take a while, in which nobody else is to wait for a label.
+        if !is_vouched_for() {
+            return other();
+        }
+        let mut seen = self.seen();
+        if seen.len() >= self.limit && !seen.contains(value) {
+            return other();
+        }
+        seen.insert(value.to_owned());
         value.to_owned()
+    }
+
+    fn seen(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

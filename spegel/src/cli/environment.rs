@@ -28,8 +28,13 @@ pub(super) fn again(file: &Path, arguments: &[OsString]) -> clap::Error {
         Err(error) => return failed(error.to_string()),
     };
     command.args(without_flag(arguments.iter().skip(1))).env_remove(VARIABLE);
-    command.envs(read(&text).into_iter().filter(|(name, _)| std::env::var_os(name).is_none() && name != VARIABLE));
+    command.envs(read(&text).into_iter().filter(|(name, _)| name != VARIABLE && is_unset(name)));
     failed(command.exec().to_string())
+}
+
+/// As for all flags, a variable that is set to nothing is not set, but for the one that means something by it.
+fn is_unset(name: &str) -> bool {
+    std::env::var_os(name).is_none_or(|value| value.is_empty() && name != "CONTAINERD_CONTENT_PATH")
 }
 
 fn without_flag<'a>(arguments: impl Iterator<Item = &'a OsString>) -> Vec<&'a OsString> {
@@ -46,6 +51,7 @@ fn without_flag<'a>(arguments: impl Iterator<Item = &'a OsString>) -> Vec<&'a Os
 /// The variables of a text, in their order.
 fn read(text: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
+    let text = text.replace("\r\n", "\n").replace('\r', "\n");
     let mut rest = text.chars().peekable();
     while let Some(&first) = rest.peek() {
         if first.is_whitespace() {

@@ -206,6 +206,10 @@ fn judge_cri(cri: Option<&Cri>, disabled: Option<&str>, namespace: &str) -> Opti
     let by = disabled.map(|name| format!(", by `{name}` in disabled_plugins")).unwrap_or_default();
     let take_out = "take the CRI out of disabled_plugins in containerd's config.toml, and restart containerd";
     match (cri?, disabled) {
+        (Cri::Failed(why), _) if namespace != KUBERNETES => Some(Finding::note(
+            CHECK,
+            format!("containerd could not load its CRI plugin, which what pulls into {namespace} does not need: {why}"),
+        )),
         (Cri::Failed(why), _) => Some(Finding::failure(
             CHECK,
             format!("containerd could not load its CRI plugin, so Kubernetes cannot pull: {why}"),
@@ -271,6 +275,7 @@ mod tests {
         assert!(state == State::Failure && said.contains("by `cri` in disabled_plugins"), "{said}");
         // Hosts without Kubernetes do without it.
         assert_eq!(judged(Cri::Absent, Some("cri"), "default").0, State::Note);
+        assert_eq!(judged(Cri::Failed("broken".into()), None, "default").0, State::Note);
         let (state, said) = judged(Cri::Failed("broken".into()), None, KUBERNETES);
         assert!(state == State::Failure && said.contains("broken"), "{said}");
         assert_eq!(judged(Cri::Loaded, Some("cri"), KUBERNETES).0, State::Warning);

@@ -274,7 +274,10 @@ async fn reach(ip: IpAddr, router: u16, registry: u16) -> Result<Option<SystemTi
     match tokio::time::timeout(REACH, TcpStream::connect(at)).await {
         Ok(Ok(stream)) => match tokio::time::timeout(REACH, is_router(stream)).await {
             Ok(Ok(true)) => {}
-            _ => return Err(format!("{at} (router): another program answers there")),
+            Ok(Ok(false)) => return Err(format!("{at} (router): another program answers there")),
+            // One that has too many connections closes them, or is slow.
+            Ok(Err(error)) => return Err(format!("{at} (router): closes the connection before a word: {error}")),
+            Err(_) => return Err(format!("{at} (router): says nothing within {} s", REACH.as_secs())),
         },
         Ok(Err(error)) => return Err(format!("{at} (router): {error}")),
         Err(_) => return Err(format!("{at} (router): no connection within {} s", REACH.as_secs())),

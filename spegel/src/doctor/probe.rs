@@ -110,20 +110,18 @@ pub(super) async fn blob(certs: &Certs, outside: &Outside, seen: &Seen) -> Findi
     }
 }
 
-/// How often clients asked the mirror for content of a registry so far. Peers are no clients, and what doctor asks for itself is of a
-/// registry that does not exist, so neither is counted.
-fn asked(metrics: &str, registry: &str) -> f64 {
-    let of = |name| network::figure(metrics, "spegel_mirror_requests_total", &format!("registry=\"{name}\""));
-    // The first registries are told apart.
-    of(registry).or_else(|| of("other")).unwrap_or(0.0)
+/// How often clients asked the mirror for content of a registry between two scrapes. Peers are no clients, and what doctor asks for itself is of a
+/// registry that does not exist. One that is not told apart is among the others, and so may that be.
+fn asked(before: &str, after: &str, registry: &str) -> f64 {
+    let of = |metrics, name| network::figure(metrics, "spegel_mirror_requests_total", &format!("registry=\"{name}\""));
+    let name = if of(after, registry).is_some() { registry } else { "other" };
+    of(after, name).unwrap_or(0.0) - of(before, name).unwrap_or(0.0)
 }
 
 /// The registry of an image as Kubernetes names it: without a host it is Docker Hub's.
 fn registry_of(image: &str) -> String {
-    match image.parse::<Reference>() {
-        Ok(reference) => reference.repository.registry().to_owned(),
-        Err(_) => "docker.io".to_owned(),
-    }
+    let reference = image.parse::<Reference>().or_else(|_| format!("{image}:latest").parse());
+    reference.map_or_else(|_| "docker.io".to_owned(), |reference| reference.repository.registry().to_owned())
 }
 
 /// Has containerd pull an image, and looks whether it asked the mirror.
@@ -148,7 +146,7 @@ pub(super) async fn containerd(settings: &Settings, outside: &Outside, image: &s
                 "give --metrics-addr as `registry` has it",
             );
         };
-        let count = asked(&after, &registry) - asked(before, &registry);
+        let count = asked(before, &after, &registry);
         // A request is counted a moment after containerd has its answer.
         if count >= 1.0 || Instant::now() >= deadline {
             break count;
@@ -202,10 +200,15 @@ spegel_mirror_requests_total{registry=\"ghcr.io\",cache=\"miss\"} 1
 spegel_mirror_requests_total{registry=\"spegel-doctor.invalid\",cache=\"hit\"} 4
 spegel_mirror_requests_total{registry=\"other\",cache=\"miss\"} 5
 ";
-        let of = |image: &str| asked(metrics, &registry_of(image));
+        let of = |image: &str| asked("", metrics, &registry_of(image));
         assert!((of("ghcr.io/a/b:1") - 3.0).abs() < f64::EPSILON);
         // One beyond those that are told apart.
         assert!((of("quay.io/a:1") - 5.0).abs() < f64::EPSILON);
+        // One that is told apart since: what the others were asked for before is not its.
+        let before = "spegel_mirror_requests_total{registry=\"other\",cache=\"miss\"} 4\n";
+        assert!((asked(before, metrics, "ghcr.io") - 3.0).abs() < f64::EPSILON);
+        assert!((asked(before, metrics, "quay.io") - 1.0).abs() < f64::EPSILON);
+        assert_eq!(registry_of("quay.io/team/app"), "quay.io");
         assert_eq!(registry_of("nginx:1"), "docker.io");
         assert_eq!(registry_of("registry.test:5000/a:1"), "registry.test:5000");
     }

@@ -153,6 +153,12 @@ impl Shared {
 }
 
 impl State {
+    /// Whether the present peer, which a coordinator named and which has all of it, has let this node go for others' sake.
+    fn let_go(&self, cause: &io::Error) -> bool {
+        let is_led = self.line.as_ref().is_some_and(Line::is_led);
+        is_led && self.position.is_none() && cause.kind() == ErrorKind::UnexpectedEof
+    }
+
     /// Whether the present peer's end is that of a pull of its own that was given up.
     fn gave_up(&self, cause: &io::Error) -> bool {
         self.position.is_some() && cause.kind() == ErrorKind::UnexpectedEof
@@ -246,12 +252,12 @@ impl Chain {
 
     /// Finds another peer for the bytes from `offset` of the body on.
     fn resume(chain: Arc<Self>, offset: u64, cause: &io::Error) -> BoxFuture<'static, Option<(TcpStream, Bytes)>> {
-        let (wanted, broken, left) = chain.rest(offset, cause);
+        let (wanted, broken, left, failure) = chain.rest(offset, cause);
         Box::pin(async move {
             let _sought = chain.shared.seek(&wanted, chain.start + offset);
             let line = chain.state.lock().unwrap_or_else(PoisonError::into_inner).line.clone();
             if let Some(mut line) = line {
-                let led = storms::resume(&chain.shared, &mut line, &wanted, Failure::Broke).await;
+                let led = storms::resume(&chain.shared, &mut line, &wanted, failure).await;
                 let is_upstreams = led.is_none() && line.is_sent_upstream();
                 chain.state.lock().unwrap_or_else(PoisonError::into_inner).line = Some(line);
                 match led {
@@ -316,8 +322,8 @@ impl Chain {
         (response.stream, response.leftover)
     }
 
-    /// What is still wanted, who is not to be asked for it, and who only if nobody else gives it.
-    fn rest(&self, offset: u64, cause: &io::Error) -> (Wanted, HashSet<SocketAddr>, Option<SocketAddr>) {
+    /// What is still wanted, who is not to be asked for it, who only if nobody else gives it, and how the peer failed.
+    fn rest(&self, offset: u64, cause: &io::Error) -> (Wanted, HashSet<SocketAddr>, Option<SocketAddr>, Failure) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let address = state.address;
         // One that our client left waiting is as good as any, and one that a coordinator knows a better one than has done nothing wrong.
@@ -329,13 +335,15 @@ impl Chain {
             _ => cause,
         };
         self.wanted.tale.broke(offset, address, why);
-        if is_moved {
+        let is_let_go = !is_moved && state.let_go(cause);
+        let failure = if is_let_go { Failure::Refused } else { Failure::Broke };
+        if is_moved || is_let_go {
             state.broken.insert(address);
         } else if !is_left && cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {
             self.shared.broke(&self.wanted, address, state.gave_up(cause));
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
         let wanted = Wanted { range: Some(range), total: Some(self.total), resumes: true, ..self.wanted.clone() };
-        (wanted, state.broken.clone(), is_left.then_some(address))
+        (wanted, state.broken.clone(), is_left.then_some(address), failure)
     }
 }

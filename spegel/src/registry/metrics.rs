@@ -51,7 +51,7 @@ static CUTS: Described = Described::counter(
 );
 static BROKEN: Described = Described::counter(
     "spegel_broken_bodies",
-    "Bodies for clients that ended early because their peer broke off and no other went on, or this node's file did not give them; their requests count as hits",
+    "Bodies for clients that ended early because their peer broke off and no other went on, the rest was to come from upstream, or this node's file did not give them; their requests count as hits",
 )
 .labels(&[Label::of("source", &["local", "peer"])]);
 static REJECTED: Described = Described::counter(
@@ -260,9 +260,19 @@ impl RegistryMetrics {
         self.cuts.inc();
     }
 
-    /// A client's body was not given to its end.
-    pub(super) fn broke(&self, is_local: bool) {
-        self.broken.get_or_create(&SourceLabel { source: if is_local { "local" } else { "peer" } }).inc();
+    /// Counts bodies of clients that are not given to their end.
+    pub(super) fn broken(&self) -> Broken {
+        Broken(self.broken.clone())
+    }
+}
+
+/// A body that may end early.
+pub(super) struct Broken(Family<SourceLabel, Counter>);
+
+impl Broken {
+    /// It was not given to its end.
+    pub(super) fn count(&self, is_local: bool) {
+        self.0.get_or_create(&SourceLabel { source: if is_local { "local" } else { "peer" } }).inc();
     }
 }
 

@@ -333,7 +333,7 @@ impl Registry {
             self.keep_ready(&request.uri, parsed, &ask, digest, &response);
         }
         let is_clients = ask.is_content && !ask.mirrored;
-        let broken = is_clients.then(|| self.settings.metrics.clone());
+        let broken = (is_clients && source != Source::Nobody).then(|| self.settings.metrics.broken());
         let is_pull = is_clients && self.client_kind(&ask.client) != ClientKind::OtherNode;
         let pulled = is_pull.then(|| self.settings.metrics.pulled());
         telling.answers(response.status(), &source);
@@ -343,8 +343,8 @@ impl Registry {
                 (Some(pulled), Source::Ready | Source::Peer(_)) => pulled.add_peer(end.sent),
                 _ => {}
             }
-            if let (Some(metrics), true) = (broken, end.cut && source != Source::Nobody) {
-                metrics.broke(matches!(source, Source::Local | Source::Receiving));
+            if let (Some(broken), true) = (broken, end.cut) {
+                broken.count(matches!(source, Source::Local | Source::Receiving));
             }
             telling.ends(end);
         })

@@ -16,6 +16,8 @@ const BEYOND_USUAL: Duration = Duration::from_millis(250);
 /// How long as long as it says that upstream has not refused it, or is getting other parts of the image: containerd shows nothing before it has a
 /// whole MiB, and links that others have filled let a new connection come up in seconds only. How long each waits is bounded by its budget.
 const FED_FIRST_BYTE: Duration = Duration::from_millis(4500);
+/// The most for what this coordinator itself has seen, of all registries: a second lease must fit in what a pull may be held.
+const SEEN_FIRST_BYTE: Duration = Duration::from_millis(1500);
 /// How long somebody is given whom another coordinator told to pull, or nobody.
 const UNTOLD_FIRST_BYTE: Duration = Duration::from_millis(1500);
 /// How long to wait at a parent that has bytes.
@@ -381,7 +383,7 @@ impl Asked<'_> {
             // It has its own right to try, and does not count as who pulls for the others.
             return Response::Refuse;
         }
-        let within = if want.fed { FED_FIRST_BYTE } else { first_byte(want.usual.max(*self.usual)) };
+        let within = if want.fed { FED_FIRST_BYTE } else { first_byte(want.usual, *self.usual) };
         self.tree.stand(from, Standing::Leased { until: now + within }, None);
         if let Some(place) = self.tree.get_mut(from) {
             place.grown = now;
@@ -460,7 +462,10 @@ impl Asked<'_> {
     }
 }
 
-fn first_byte(usual: Option<Duration>) -> Duration {
-    let bound = usual.map_or(FIRST_BYTE, |usual| 3 * usual + BEYOND_USUAL);
-    bound.clamp(SHORTEST_FIRST_BYTE, FED_FIRST_BYTE)
+/// By what the asker knows of its registry, and by what was seen here.
+fn first_byte(told: Option<Duration>, seen: Option<Duration>) -> Duration {
+    let bound = |usual: Duration, most| (3 * usual + BEYOND_USUAL).clamp(SHORTEST_FIRST_BYTE, most);
+    let told = told.map(|usual| bound(usual, FED_FIRST_BYTE));
+    let seen = seen.map(|usual| bound(usual, SEEN_FIRST_BYTE));
+    told.max(seen).unwrap_or(FIRST_BYTE)
 }

@@ -285,10 +285,13 @@ impl Parent {
         is_full
     }
 
-    /// The child that came last of those who get something complete, or for a blob that has more children than there should be. One more
+    /// The child that came last of those who get something complete, as long as another one gets it, or for a blob that has more children than there should be. One more
     /// may be there for want of a better place. Whoever has no coordinator to turn to stays.
     fn one_too_many(&self) -> Option<u64> {
-        let is_over = |feed: &Feed| feed.is_complete || self.children_of(&feed.key) > self.fan_out + 1;
+        let is_over = |feed: &Feed| {
+            let children = self.children_of(&feed.key);
+            (feed.is_complete && children > 1) || children > self.fan_out + 1
+        };
         let over = self.feeds.iter().filter(|(_, feed)| feed.is_led && is_over(feed));
         over.max_by_key(|(number, feed)| (feed.is_complete, feed.since, **number)).map(|(number, _)| *number)
     }

@@ -74,8 +74,8 @@ pub(super) struct Driver {
     is_fed_others: bool,
     /// When it was sent upstream, until something came.
     told: Option<Instant>,
-    /// It was given up, and may come yet.
-    is_late: bool,
+    /// It was given up, and may come yet, until then.
+    late: Option<Instant>,
     members: Instant,
 }
 
@@ -115,7 +115,7 @@ impl Driver {
             was_upstream: false,
             is_fed_others: false,
             told: None,
-            is_late: false,
+            late: None,
             members: now,
         }
     }
@@ -125,7 +125,7 @@ impl Driver {
         let mut look_at = Instant::now();
         while self.storms.is_current(&self.pull) && self.began.elapsed() < LONGEST {
             self.act();
-            if self.child.source() == Source::Over && !self.is_late {
+            if self.child.source() == Source::Over && self.late.is_none_or(|late| Instant::now() >= late) {
                 break;
             }
             let wake = self.child.wake().filter(|_| !self.is_silent).map_or(look_at, |wake| wake.min(look_at));
@@ -147,8 +147,9 @@ impl Driver {
             *order = if is_new { Order::Upstream } else { *order };
             is_new
         });
-        self.pull.away.notify_waiters();
+        // Those who wait look at what is there when they are told.
         self.storms.end(&self.pull);
+        self.pull.away.notify_waiters();
         self.is_silent = false;
         if self.child.source() == Source::Over {
             self.act();
@@ -161,7 +162,7 @@ impl Driver {
     fn act(&mut self) {
         while let Some(action) = self.child.poll(Instant::now()) {
             match action {
-                _ if self.is_silent => {}
+                _ if self.is_silent && self.child.source() != Source::Over => {}
                 Action::Send { to, request } => self.send(to, request),
                 Action::Fetch { parent, rank } => {
                     self.pull.state().rank = Some(rank);
@@ -229,7 +230,10 @@ impl Driver {
 
     fn hear(&mut self, event: Event) {
         let now = Instant::now();
-        self.seen = now;
+        // That others are given more or less says nothing of what is here.
+        if !matches!(event, Event::Slots(_)) {
+            self.seen = now;
+        }
         match event {
             Event::Fed => {
                 self.child.fed(now);
@@ -313,7 +317,7 @@ impl Driver {
         let asked = self.wanted.repository.as_ref();
         match self.store.find(&self.pull.digest, asked).await.ok().flatten() {
             Some(Found::Complete(blob)) => {
-                self.is_late = false;
+                self.late = None;
                 self.reached(blob.size, now);
                 let from = if self.was_upstream { From::Upstream } else { From::Peers };
                 let depth = if self.was_upstream { 0 } else { self.depth.max(1) };
@@ -343,10 +347,12 @@ impl Driver {
     fn lose(&mut self, now: Instant) {
         if self.child.source() != Source::Over {
             self.child.gone(now);
-            self.pull.state().is_root = false;
+            let mut state = self.pull.state();
+            (state.is_root, state.rank) = (false, None);
+            drop(state);
             self.pull.away.notify_waiters();
         }
-        self.is_late = self.told.is_some_and(|told| now.duration_since(told) < LATE);
+        self.late = self.told.map(|told| told + LATE).filter(|late| now < *late);
     }
 
     /// So much of it is here.
@@ -359,7 +365,8 @@ impl Driver {
         let stood = now.duration_since(self.grown);
         if let Some(told) = self.told.take() {
             let took = now.duration_since(told);
-            if self.position == 0 {
+            // What fills the links says nothing of the registry.
+            if self.position == 0 && !self.is_fed_others {
                 self.storms.images.learn(&self.pull.image, took);
             }
             self.storms.figures.waited(&self.pull.image, Wait::Upstream, took);

@@ -29,6 +29,8 @@ use crate::story::Origin;
 const USUAL: Duration = Duration::from_millis(300);
 /// How long a request is held where upstream is known to be slower than it may be held.
 const BRIEFLY: Duration = Duration::from_millis(300);
+/// How long the reading of manifests may take.
+const READ: Duration = Duration::from_millis(50);
 /// How long a parent is asked to hold a request for which it has no byte itself. What is left of the budget bounds it before.
 const WAIT: Duration = Duration::from_secs(5);
 /// How long a parent may give nothing until those are asked as well that were found without a coordinator.
@@ -42,6 +44,8 @@ pub(super) struct Held<'a> {
     image: &'a Arc<str>,
     hold: Hold,
     deadline: Instant,
+    /// Nobody but a parent that has bytes is waited for, and that until then.
+    brief: Option<Instant>,
     pub(super) end: HoldEnd,
 }
 
@@ -75,21 +79,19 @@ type Asked = BoxFuture<'static, (Peer, Result<Taken, PeerError>)>;
 impl<'a> Held<'a> {
     pub(super) fn begin(storms: &'a Storms, image: &'a Arc<str>, now: Instant) -> Option<Self> {
         let (hold, deadline) = storms.with_budget(image, now, |budget| budget.begin(now))?;
-        Some(Self { storms, image, hold, deadline, end: HoldEnd::InVain })
+        Some(Self { storms, image, hold, deadline, brief: None, end: HoldEnd::InVain })
     }
 
     /// Until when it may be held: it may have become later.
     fn deadline(&self, now: Instant) -> Instant {
-        self.storms.with_budget(self.image, now, |budget| budget.deadline()).unwrap_or(self.deadline)
+        let deadline = self.storms.with_budget(self.image, now, |budget| budget.deadline()).unwrap_or(self.deadline);
+        self.brief.map_or(deadline, |brief| brief.min(deadline))
     }
 
-    /// Until when to hold it at first. What nobody has yet comes no sooner than upstream's first byte: where there is no time for that, only a
-    /// parent that has bytes is of use.
-    fn until(&self, usual: Option<Duration>, now: Instant) -> Instant {
-        match usual {
-            Some(usual) if now + usual >= self.deadline => self.deadline.min(now + BRIEFLY),
-            _ => self.deadline,
-        }
+    /// What nobody has yet comes no sooner than upstream's first byte: where there is no time for that, only a parent that has bytes is of use.
+    fn is_brief_beyond(mut self, usual: Option<Duration>, now: Instant) -> Self {
+        self.brief = usual.filter(|usual| now + *usual >= self.deadline).map(|_| now + BRIEFLY);
+        self
     }
 
     fn was_fed(&mut self) {
@@ -133,6 +135,11 @@ impl Line {
         self.pull.tell(Event::Ended);
     }
 
+    /// Whether it comes from whom a coordinator named.
+    pub(in crate::mirror) fn is_led(&self) -> bool {
+        self.is_led
+    }
+
     /// Whether the body was cut off here for a better place, not by its peer.
     pub(in crate::mirror) fn is_moved(&self) -> bool {
         self.is_led && self.orders.has_changed().unwrap_or(false)
@@ -170,7 +177,8 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     };
     // Alone there is nobody to wait for.
     let Some(position) = position.filter(|_| coordinators.len() >= 2) else { return Offer::Unheld(None) };
-    let total = total_of(shared, storms, store, wanted).await;
+    // It is of use, and not worth a wait: containerd may be slow to say whose a manifest is.
+    let total = timeout(READ, total_of(shared, storms, store, wanted)).await.unwrap_or_default();
     let now = Instant::now();
     storms.figures.asked(image, now);
     let (pull, events) = match storms.begin(digest, image, now) {
@@ -179,8 +187,8 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
         Begun::TooMany => return Offer::Unheld(None),
     };
     let mut ended = Ended(Some(&pull));
-    let held = Held::begin(storms, image, now);
     let usual = storms.images.usual(image);
+    let held = Held::begin(storms, image, now).map(|held| held.is_brief_beyond(usual, now));
     let wish = Wish {
         key,
         position,
@@ -191,7 +199,7 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     };
     let (slots, number) = (storms.feeds.slots(total), storms.number(now));
     let child = match &held {
-        Some(held) => Child::new(wish, slots, coordinators, number, held.until(usual, now), now),
+        Some(held) => Child::new(wish, slots, coordinators, number, held.deadline(now), now),
         None => Child::apart(wish, slots, coordinators, number, now),
     };
     let mut line = Line::of(storms, Arc::clone(&pull), held.is_some());

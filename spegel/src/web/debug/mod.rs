@@ -1,5 +1,5 @@
 //! The pages for people, `/debug/web/`: a question a page. Made when somebody looks, and kept nowhere. Reading
-//! them changes nothing: what makes the node do something is a POST.
+//! them has the node look at itself now and then: what makes it do more is a POST.
 
 mod content;
 mod facts;

@@ -45,7 +45,7 @@ fn a_peers_port_that_another_program_has_is_named() {
             "404 Not Found",
             "(router): another program answers there",
         ),
-        ("b''", "200 OK", "404 Not Found", "(router): another program answers there"),
+        ("b''", "200 OK", "404 Not Found", "(router): closes the connection before a word"),
     ]
     .into_iter()
     .enumerate()
