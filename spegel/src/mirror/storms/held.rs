@@ -89,7 +89,7 @@ impl<'a> Held<'a> {
     }
 
     /// What nobody has yet comes no sooner than upstream's first byte: where there is no time for that, only a parent that has bytes is of use.
-    fn is_brief_beyond(mut self, usual: Option<Duration>, now: Instant) -> Self {
+    fn brief_beyond(mut self, usual: Option<Duration>, now: Instant) -> Self {
         self.brief = usual.filter(|usual| now + *usual >= self.deadline).map(|_| now + BRIEFLY);
         self
     }
@@ -188,7 +188,7 @@ pub(in crate::mirror) async fn hold(shared: &Arc<Shared>, storms: &Arc<Storms>, 
     };
     let mut ended = Ended(Some(&pull));
     let usual = storms.images.usual(image);
-    let held = Held::begin(storms, image, now).map(|held| held.is_brief_beyond(usual, now));
+    let held = Held::begin(storms, image, now).map(|held| held.brief_beyond(usual, now));
     let wish = Wish {
         key,
         position,
