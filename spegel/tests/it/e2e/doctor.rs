@@ -361,6 +361,8 @@ fn wrong_bytes_are_named() {
         bytes[0] ^= 1;
         fs::write(&path, bytes).unwrap();
     }
+    // The mirror has read the manifest a moment ago, and keeps what is small for a second.
+    wait_until(NOTICED, "the wrong bytes to be read", || doctor(&node.containerd, &[]).code == Some(1)).unwrap();
     let said = doctor(&node.containerd, &[]);
     said.has_code(1);
     said.has("probe", "failure", "with wrong bytes");
