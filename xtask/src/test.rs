@@ -71,14 +71,14 @@ fn suites(quick: bool) -> Vec<Suite> {
         cargo("format", minutes(1), "fmt --all --check"),
         cargo("lints", minutes(10), "clippy --workspace --all-targets -- -D warnings"),
         // --show-output: the reasons of tests that could not run.
-        cargo("tests", minutes(12), "test --workspace --no-fail-fast -- --skip e2e:: --show-output"),
+        cargo("tests", minutes(16), "test --workspace --no-fail-fast -- --skip e2e:: --show-output"),
     ];
     if !quick {
         suites.push(cargo("end to end", minutes(15), "test -p spegel --test it -- e2e:: --test-threads=1 --nocapture"));
     }
     if !quick {
         // The debug binary that the tests before have built.
-        suites.push(cargo("hosts", minutes(6), "run --quiet -p xtask -- hosts-test --binary target/debug/spegel"));
+        suites.push(cargo("hosts", minutes(8), "run --quiet -p xtask -- hosts-test --binary target/debug/spegel"));
         suites.push(cargo("pages", minutes(3), "run --quiet -p xtask -- docs --binary target/debug/spegel"));
     }
     suites.push(cargo("audit", minutes(3), "run --quiet -p xtask -- audit"));
