@@ -161,6 +161,9 @@ impl GroupMemory {
     }
 }
 
+/// The longest value of a label that clients choose, in bytes.
+const LONGEST_LABEL: usize = 255;
+
 /// Bounds the values of a label that clients choose: the first few distinct ones keep their name, the rest are `other`.
 #[derive(Debug)]
 pub struct BoundedLabel {
@@ -177,30 +180,20 @@ impl BoundedLabel {
     /// The label value to use for `value`. What nobody vouches for finds a quarter of the places only, so that made-up names do not push
     /// out real ones. Whether somebody does is asked only where it matters.
     pub fn of(&self, value: &str, is_vouched_for: impl FnOnce() -> bool) -> String {
-        let other = || "other".to_owned();
-        {
-            let mut seen = self.seen();
-            if seen.contains(value) {
-                return value.to_owned();
-            }
-            if value.len() > 255 || seen.len() >= self.limit {
-                return other();
-            }
-            if seen.len() < self.limit / 4 {
-                seen.insert(value.to_owned());
-                return value.to_owned();
-            }
-        }
-        // Whoever is asked may take a while, in which nobody else is to wait for a label.
-        if !is_vouched_for() {
-            return other();
-        }
+        let has_place = self.finds_place(value, self.limit / 4)
+            || (self.has_room(value) && is_vouched_for() && self.finds_place(value, self.limit));
+        if has_place { value } else { "other" }.to_owned()
+    }
+
+    /// Whether a new value could find a place: nobody need be asked otherwise. Whoever is may take a while, in which no other is to wait for a label.
+    fn has_room(&self, value: &str) -> bool {
+        value.len() <= LONGEST_LABEL && self.seen().len() < self.limit
+    }
+
+    /// Whether the value has a place, or gets one of the first so many.
+    fn finds_place(&self, value: &str, places: usize) -> bool {
         let mut seen = self.seen();
-        if seen.len() >= self.limit && !seen.contains(value) {
-            return other();
-        }
-        seen.insert(value.to_owned());
-        value.to_owned()
+        seen.contains(value) || (value.len() <= LONGEST_LABEL && seen.len() < places && seen.insert(value.to_owned()))
     }
 
     fn seen(&self) -> MutexGuard<'_, HashSet<String>> {

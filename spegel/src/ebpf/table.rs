@@ -348,16 +348,14 @@ impl Moved {
 impl Decaying {
     /// What of it counts at another time.
     fn at(self, now: Instant) -> f64 {
-        let age = now.saturating_duration_since(self.at).as_secs_f64() / NAME_HALF_LIFE.as_secs_f64();
-        self.amount * 0.5f64.powf(age)
+        self.amount * remaining(self.at, now, NAME_HALF_LIFE)
     }
 }
 
 impl Path {
     /// The same, as it counts at another time.
     fn at(self, now: Instant) -> Self {
-        let age = now.saturating_duration_since(self.at).as_secs_f64() / HALF_LIFE.as_secs_f64();
-        let share = 0.5f64.powf(age);
+        let share = remaining(self.at, now, HALF_LIFE);
         Self { segments: self.segments * share, retransmits: self.retransmits * share, at: now }
     }
 }
@@ -372,6 +370,11 @@ impl Newest {
             congestion: Congestion::from_number(stats.congestion),
         }
     }
+}
+
+/// Which part of what was so much at one time counts at another one.
+fn remaining(at: Instant, now: Instant, half_life: Duration) -> f64 {
+    0.5f64.powf(now.saturating_duration_since(at).as_secs_f64() / half_life.as_secs_f64())
 }
 
 fn address(key: &PeerKey) -> IpAddr {

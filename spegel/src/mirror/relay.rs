@@ -193,7 +193,7 @@ impl Chain {
             }
             RelayEnd::Broken { sent, error } => {
                 if error.kind() != ErrorKind::ConnectionAborted {
-                    self.shared.broke(&self.wanted, state.address, state.gave_up(&error));
+                    self.blame(&state, &error);
                 }
                 let (trace_id, key) = (self.wanted.tale.trace().id(), &self.wanted.key);
                 debug!(%trace_id, %key, peer = %state.address, sent, %error, "a peer broke off, nobody could go on");
@@ -202,6 +202,13 @@ impl Chain {
             RelayEnd::Dropped { .. } => End::ClientLeft,
         };
         self.shared.metrics.relayed(end);
+    }
+
+    /// The present peer gave less than it had promised, unless it has let us go.
+    fn blame(&self, state: &State, cause: &io::Error) {
+        if !state.let_go(cause) {
+            self.shared.broke(&self.wanted, state.address, state.gave_up(cause));
+        }
     }
 
     /// Whether the peer still receives the blob and gets on with it, step by step, or has all of it by now. It cannot send what it has not got;
@@ -335,12 +342,10 @@ impl Chain {
             _ => cause,
         };
         self.wanted.tale.broke(offset, address, why);
-        let is_let_go = !is_moved && state.let_go(cause);
-        let failure = if is_let_go { Failure::Refused } else { Failure::Broke };
-        if is_moved || is_let_go {
-            state.broken.insert(address);
-        } else if !is_left && cause.kind() != ErrorKind::ConnectionAborted && state.broken.insert(address) {
-            self.shared.broke(&self.wanted, address, state.gave_up(cause));
+        let failure = if state.let_go(cause) { Failure::Refused } else { Failure::Broke };
+        let is_done_with = is_moved || (!is_left && cause.kind() != ErrorKind::ConnectionAborted);
+        if is_done_with && state.broken.insert(address) && !is_moved {
+            self.blame(&state, cause);
         }
         let range = format!("bytes={}-{}", self.start + offset, self.end - 1);
         let wanted = Wanted { range: Some(range), total: Some(self.total), resumes: true, ..self.wanted.clone() };

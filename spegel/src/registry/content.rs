@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -200,11 +199,13 @@ impl Registry {
             let response = respond::manifest(digest, media_type.as_str(), Body::bytes(small.bytes().clone()));
             return Ok(Some(Answer { held: Some(digest.clone()), ..Answer::from(response, Source::Local) }));
         }
-        let mut bytes = vec![0; usize::try_from(blob.size).unwrap_or_default()];
-        if let Err(error) = blob.file.read_exact_at(&mut bytes, 0) {
-            warn!(%digest, %error, "cannot read a manifest of this node, asking peers");
-            return Ok(None);
-        }
+        let bytes = match blob.bytes() {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                warn!(%digest, %error, "cannot read a manifest of this node, asking peers");
+                return Ok(None);
+            }
+        };
         let Ok(media_type) = MediaType::detect(&bytes) else { return Ok(None) };
         // Not these bytes: a client that takes its time would keep them in memory.
         let response = respond::manifest(digest, media_type.as_str(), Body::file(blob.file, 0, blob.size));

@@ -15,10 +15,13 @@ mod tree;
 
 use std::fmt;
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use tokio::sync::{broadcast, watch};
 
 use crate::oci::{Digest, Key, Repository, TagName, TagOrDigest};
@@ -40,6 +43,21 @@ pub struct Blob {
     pub size: u64,
     /// All of its bytes, verified, if it is small.
     pub small: Option<Arc<Small>>,
+}
+
+impl Blob {
+    /// All of its bytes: from memory if it is small, else read now. For what has a bound on its length only.
+    ///
+    /// # Errors
+    /// Those of pread(2), and an end before its length.
+    pub fn bytes(&self) -> io::Result<Bytes> {
+        if let Some(small) = &self.small {
+            return Ok(small.bytes().clone());
+        }
+        let mut bytes = vec![0; usize::try_from(self.size).map_err(io::Error::other)?];
+        self.file.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes.into())
+    }
 }
 
 /// Content of this node.
@@ -87,7 +105,7 @@ pub enum StoreError {
         /// What was read.
         path: String,
         /// What the system said.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// containerd refused or could not be reached.
     #[error("containerd: {0}")]

@@ -142,13 +142,12 @@ fn names(blob: &Blob) -> u64 {
 }
 
 fn read(digest: &Digest, blob: &Blob) -> Option<Small> {
-    let mut bytes = vec![0; usize::try_from(blob.size).ok()?];
-    std::os::unix::fs::FileExt::read_exact_at(&*blob.file, &mut bytes, 0).ok()?;
+    let bytes = blob.bytes().ok()?;
     let actual = match digest.algorithm() {
         Algorithm::Sha256 => hex::encode(Sha256::digest(&bytes)),
         Algorithm::Sha512 => hex::encode(Sha512::digest(&bytes)),
     };
-    (actual == digest.hex()).then(|| Small { bytes: bytes.into(), media_type: OnceLock::new() })
+    (actual == digest.hex()).then(|| Small { bytes, media_type: OnceLock::new() })
 }
 
 // === impl Held ===

@@ -20,6 +20,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long after such a question before the next one.
 const SLOW_PAUSE: Duration = Duration::from_secs(5);
+/// Who waited for so long before it was told to pull left it for others first.
+const LEFT: Duration = Duration::from_millis(100);
 /// How long after its end without an answer it is told again that a blob is here, and how many times in all.
 const TOLD_AGAIN: Duration = Duration::from_secs(1);
 const TOLD: u8 = 3;
@@ -215,9 +217,9 @@ impl Child {
         self.wish.position
     }
 
-    /// Whether it is left for others to pull for a moment.
-    pub fn may_leave_it(&self) -> bool {
-        self.wish.busy && self.wish.position == 0
+    /// Whether it was left for others to pull, and nobody came, if it is told to pull after so much time.
+    pub fn was_left_in_vain(&self, waited: Duration) -> bool {
+        self.wish.busy && self.wish.position == 0 && waited >= LEFT
     }
 
     /// Where it was counted, for those that ask this node.

@@ -5,17 +5,16 @@ use std::time::{Duration, Instant};
 
 use super::rate::Rate;
 use super::tree::{Roots, Seeker, Standing, Tree};
-use super::{GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT, TreeView, Want, Why, Zone, view};
+use super::{
+    BEYOND_USUAL, FED_FIRST_BYTE, GRACE, Have, Holding, Key, Node, REPORT, Request, Response, SUSPECT, TreeView, Want,
+    Why, Zone, view,
+};
 
 /// How long a blob is remembered of which nothing is heard.
 const FORGOTTEN: Duration = Duration::from_secs(60);
 /// How long a holder of a lease is given for its first byte where nothing is known of upstream, and the least where it is.
 const FIRST_BYTE: Duration = Duration::from_secs(1);
 const SHORTEST_FIRST_BYTE: Duration = Duration::from_millis(500);
-const BEYOND_USUAL: Duration = Duration::from_millis(250);
-/// How long as long as it says that upstream has not refused it, or is getting other parts of the image: containerd shows nothing before it has a
-/// whole MiB, and links that others have filled let a new connection come up in seconds only. How long each waits is bounded by its budget.
-const FED_FIRST_BYTE: Duration = Duration::from_millis(4500);
 /// The most for what this coordinator itself has seen, of all registries: a second lease must fit in what a pull may be held.
 const SEEN_FIRST_BYTE: Duration = Duration::from_millis(1500);
 /// How long somebody is given whom another coordinator told to pull, or nobody.

@@ -33,6 +33,14 @@ pub const ANSWER: Duration = Duration::from_millis(500);
 /// How often a node that pulls from upstream says how far it is.
 pub const REPORT: Duration = Duration::from_millis(250);
 
+/// What a first byte is given beyond some times what it usually takes.
+pub const BEYOND_USUAL: Duration = Duration::from_millis(250);
+
+/// How long who was told to pull is given for its first byte as long as it says that upstream has not refused it, or is getting other parts of
+/// the image: containerd shows nothing before it has a whole MiB, and links that others have filled let a new connection come up in seconds
+/// only. How long each waits is bounded by its budget.
+pub const FED_FIRST_BYTE: Duration = Duration::from_millis(4500);
+
 /// How long a root that was heard to grow is taken to grow without being heard of.
 pub const LEASE: Duration = Duration::from_secs(3);
 

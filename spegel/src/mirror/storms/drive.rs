@@ -13,7 +13,9 @@ use super::figures::{From, Wait};
 use super::{Event, Order, Pull, Storms};
 use crate::mirror::{Shared, Wanted, relay};
 use crate::store::{Found, Store};
-use crate::storm::{ANSWER, Action, Child, Failure, Node, Parent, Request, Response, Source, Why};
+use crate::storm::{
+    ANSWER, Action, BEYOND_USUAL, Child, FED_FIRST_BYTE, Failure, Node, Parent, Request, Response, Source, Why,
+};
 
 /// How often it is looked how much our containerd has got, and how often at first, when small things come.
 const LOOK: Duration = Duration::from_millis(100);
@@ -24,13 +26,8 @@ const MEMBERS: Duration = Duration::from_secs(1);
 /// How long after the last sign of a blob in the store it counts as given up. containerd 2.2 shows none between the mirror's 404 and upstream's
 /// first bytes.
 const GONE: Duration = Duration::from_millis(1500);
-/// The same where its registry is known to be slow: this much and twice what is usual, up to a bound.
-const BEYOND_USUAL: Duration = Duration::from_millis(250);
-const LATEST_GONE: Duration = Duration::from_millis(4500);
 /// How long it is looked whether something that was given up comes after all, to learn what is usual.
 const LATE: Duration = Duration::from_secs(10);
-/// Who waited for so long before it was told to pull left it for others first.
-const LEFT: Duration = Duration::from_millis(100);
 /// A pause that is shorter than this is none: containerd writes whole MiB.
 const STOOD: Duration = Duration::from_millis(500);
 /// How long a blob is followed at the longest.
@@ -182,7 +179,7 @@ impl Driver {
                 Action::Pull | Action::GiveUp => {
                     let was_leased = action == Action::Pull;
                     let now = Instant::now();
-                    if was_leased && self.child.may_leave_it() && now.duration_since(self.began) >= LEFT {
+                    if was_leased && self.child.was_left_in_vain(now.duration_since(self.began)) {
                         self.storms.images.was_in_vain(&self.pull.image, now);
                     }
                     let mut state = self.pull.state();
@@ -337,8 +334,8 @@ impl Driver {
     /// Upstream's first byte takes longer while other parts of the image fill the links, and at some registries.
     fn gone_after(&self) -> Duration {
         match self.storms.images.usual(&self.pull.image) {
-            _ if self.is_fed_others => LATEST_GONE,
-            Some(usual) => (2 * usual + BEYOND_USUAL).clamp(GONE, LATEST_GONE),
+            _ if self.is_fed_others => FED_FIRST_BYTE,
+            Some(usual) => (2 * usual + BEYOND_USUAL).clamp(GONE, FED_FIRST_BYTE),
             None => GONE,
         }
     }

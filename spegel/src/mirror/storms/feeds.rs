@@ -128,12 +128,11 @@ impl Storms {
             away,
         };
         let own = State::standing(&given, self);
-        let image = self.pulls().get(served.digest).map(|pull| Arc::clone(&pull.image));
         let mut state = self.feeds.state();
         if served.rank.is_some() {
             state.parent.admit(&key, &own, &asker)?;
-            if let Some(image) = image {
-                self.images.is_shared(&image, now);
+            if let Some(pull) = self.pulls().get(served.digest) {
+                self.images.is_shared(&pull.image, now);
             }
         }
         let number = state.next;

@@ -2,7 +2,6 @@
 
 use std::future::pending;
 use std::net::SocketAddr;
-use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,7 @@ use crate::mirror::peers::jitter;
 use crate::mirror::{Kind, Shared, Wanted, family};
 use crate::oci::{Key, MAX_MANIFEST_BYTES, RangeSpec};
 use crate::router::Peer;
-use crate::store::{Blob, Store};
+use crate::store::Store;
 use crate::storm::{Child, Failure, Hold, HoldEnd, Node, Rank, Wish};
 use crate::story::Origin;
 
@@ -236,24 +235,14 @@ async fn total_of(shared: &Shared, storms: &Storms, store: &Arc<dyn Store>, want
     } else if shared.sizes.of(digest).is_none() {
         for manifest in storms.images.unread(image) {
             if let Ok(Some(blob)) = store.open(&manifest, wanted.repository.as_ref()).await {
-                shared.sizes.learn(&family::children(&read_manifest(&blob)));
+                let is_manifest = blob.size <= MAX_MANIFEST_BYTES as u64;
+                let bytes = if is_manifest { blob.bytes().unwrap_or_default() } else { Bytes::new() };
+                shared.sizes.learn(&family::children(&bytes));
                 storms.images.was_read(image, &manifest);
             }
         }
     }
     shared.sizes.of(digest)
-}
-
-/// Its bytes, none if they cannot be read.
-fn read_manifest(blob: &Blob) -> Bytes {
-    if let Some(small) = &blob.small {
-        return small.bytes().clone();
-    }
-    let mut bytes = vec![0; usize::try_from(blob.size).unwrap_or_default().min(MAX_MANIFEST_BYTES)];
-    match blob.file.read_exact_at(&mut bytes, 0) {
-        Ok(()) => bytes.into(),
-        Err(_) => Bytes::new(),
-    }
 }
 
 /// Tells who follows a blob that no coordinator's word brought what came of looking for it otherwise.

@@ -306,6 +306,33 @@ async fn whose_filters_exclude_an_image_has_no_part_in_its_storm() {
     assert!(pulled[0].answered_after < Duration::from_secs(5), "{pulled:?}");
 }
 
+/// Nodes that a coordinator sent to this one, each for one of these. They are taken, and read no further than the status.
+async fn children_of(node: &Node, targets: [&String; 3]) -> Vec<TcpStream> {
+    let mut children = Vec::new();
+    for (n, target) in targets.into_iter().enumerate() {
+        let mut stream = TcpStream::connect(node.address()).await.unwrap();
+        let head = format!(
+            "GET {target} HTTP/1.1\r\nHost: node\r\nConnection: close\r\nX-Spegel-Mirrored: true\r\nX-Spegel-Node: child-{n}\r\nX-Spegel-Rank: 9\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut first = [0; 12];
+        stream.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 200", "{n} is taken");
+        children.push(stream);
+    }
+    children
+}
+
+/// Whether each gets all of it. All come to an orderly end.
+async fn ends_of(children: Vec<TcpStream>, total: usize) -> Vec<bool> {
+    let ends = children.into_iter().map(|mut stream| async move {
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.map(|_| rest.len() >= total)
+    });
+    let ends = tokio::time::timeout(PATIENCE, futures::future::join_all(ends)).await.unwrap();
+    ends.into_iter().map(Result::unwrap).collect()
+}
+
 /// Three who take nothing of what comes in, where one is the measure: the last of them is let go in good order, and may look elsewhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_one_too_many_for_a_full_link_is_let_go() {
@@ -317,18 +344,7 @@ async fn who_is_one_too_many_for_a_full_link_is_let_go() {
     let target = target(&digest);
     assert_eq!(node.ask("GET", &target, &[("X-Spegel-Node", "node-0")]).await.status, 404, "it is to pull");
     containerd.wrote(&bytes[..MIB], total);
-    let mut children = Vec::new();
-    for n in 0..3 {
-        let mut stream = TcpStream::connect(node.address()).await.unwrap();
-        let head = format!(
-            "GET {target} HTTP/1.1\r\nHost: node\r\nConnection: close\r\nX-Spegel-Mirrored: true\r\nX-Spegel-Node: child-{n}\r\nX-Spegel-Rank: 9\r\n\r\n"
-        );
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut first = [0; 12];
-        stream.read_exact(&mut first).await.unwrap();
-        assert_eq!(&first, b"HTTP/1.1 200", "{n} is taken");
-        children.push(stream);
-    }
+    let children = children_of(node, [&target; 3]).await;
     let shed = || node.metric("spegel_storm_shed_total", &[]);
     for end in (2..=total / MIB).map(|n| n * MIB) {
         containerd.wrote(&bytes[..end], total);
@@ -339,12 +355,7 @@ async fn who_is_one_too_many_for_a_full_link_is_let_go() {
             eventually("one is let go", || shed() > 0.0).await;
         }
     }
-    let ends = children.into_iter().map(|mut stream| async move {
-        let mut rest = Vec::new();
-        stream.read_to_end(&mut rest).await.map(|_| rest.len() >= total)
-    });
-    let ends = tokio::time::timeout(PATIENCE, futures::future::join_all(ends)).await.unwrap();
-    let whole: Vec<bool> = ends.into_iter().map(Result::unwrap).collect();
+    let whole = ends_of(children, total).await;
     assert_eq!(whole, [true, true, false]);
     assert_eq!(shed(), 1.0);
 }
@@ -360,19 +371,8 @@ async fn who_gets_something_complete_is_let_go_first() {
     let coming = target(&digest_of(&bytes));
     assert_eq!(node.ask("GET", &coming, &[("X-Spegel-Node", "node-0")]).await.status, 404, "it is to pull");
     containerd.wrote(&bytes[..MIB], total);
-    let mut children = Vec::new();
     let complete = target(&digest_of(&done));
-    for (n, target) in [(0, &coming), (1, &complete), (2, &complete)] {
-        let mut stream = TcpStream::connect(node.address()).await.unwrap();
-        let head = format!(
-            "GET {target} HTTP/1.1\r\nHost: node\r\nConnection: close\r\nX-Spegel-Mirrored: true\r\nX-Spegel-Node: child-{n}\r\nX-Spegel-Rank: 9\r\n\r\n"
-        );
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut first = [0; 12];
-        stream.read_exact(&mut first).await.unwrap();
-        assert_eq!(&first, b"HTTP/1.1 200", "{n} is taken");
-        children.push(stream);
-    }
+    let children = children_of(node, [&coming, &complete, &complete]).await;
     let shed = || node.metric("spegel_storm_shed_total", &[]);
     for end in (2..total / MIB).map(|n| n * MIB) {
         containerd.wrote(&bytes[..end], total);
@@ -380,12 +380,7 @@ async fn who_gets_something_complete_is_let_go_first() {
     }
     eventually("one is let go", || shed() > 0.0).await;
     containerd.wrote(&bytes, total);
-    let ends = children.into_iter().map(|mut stream| async move {
-        let mut rest = Vec::new();
-        stream.read_to_end(&mut rest).await.map(|_| rest.len() >= total)
-    });
-    let ends = tokio::time::timeout(PATIENCE, futures::future::join_all(ends)).await.unwrap();
-    let whole: Vec<bool> = ends.into_iter().map(Result::unwrap).collect();
+    let whole = ends_of(children, total).await;
     assert_eq!((whole, shed()), (vec![true, true, false], 1.0), "the last, and it is counted once; not the only one");
 }
 

@@ -105,10 +105,7 @@ fn tell(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], accounts: &[[(f64, f6
         row("aim for on beside off", &aims),
     ];
     let told = (0..FIGURES.len()).map(|at| {
-        let change = |number: usize| {
-            let change = changed(number, at);
-            json!({"median_percent": change.median, "from": change.from, "to": change.to})
-        };
+        let change = |number: usize| changed(number, at).json();
         json!({"figure": FIGURES[at], "off": column(0, at), "on": column(1, at), "on_beside_off": change(1), "off_beside_off": change(2),
             "programs": shares(at).map(|(share, seconds, runs)| json!({"percent": share, "seconds": seconds, "runs": runs}))})
     });

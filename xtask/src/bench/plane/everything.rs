@@ -84,10 +84,7 @@ fn figures_of(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], scrapes: usize,
         row("aim for on beside off", &aim),
     ];
     let told = (0..FIGURES.len()).map(|at| {
-        let change = |number: usize| {
-            let change = changed(number, at);
-            json!({"median_percent": change.median, "from": change.from, "to": change.to})
-        };
+        let change = |number: usize| changed(number, at).json();
         json!({"figure": FIGURES[at], "off": middle(&found[0], at), "on": middle(&found[1], at), "on_beside_off": change(1),
             "off_beside_off": change(2)})
     });

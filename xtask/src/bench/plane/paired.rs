@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use serde_json::{Value, json};
 
 use super::{Plane, Rival, Running, median};
 
@@ -33,6 +34,10 @@ impl Change {
         let middle = pairs.len() / 2;
         let get = |at: usize| pairs.get(at.min(pairs.len().saturating_sub(1))).copied().unwrap_or_default();
         Self { median: get(middle), from: get(middle.saturating_sub(reach)), to: get(middle + reach) }
+    }
+
+    pub(super) fn json(&self) -> Value {
+        json!({"median_percent": self.median, "from": self.from, "to": self.to})
     }
 
     pub(super) fn text(&self) -> String {

@@ -12,8 +12,6 @@ const REFUSAL: Duration = Duration::from_millis(150);
 const FOUND: usize = 20;
 /// How many clients a node serves at a time where the protocol is off.
 const SERVED: usize = 64;
-/// Who waited for so long before it was told to pull left it for others first.
-const LEFT: Duration = Duration::from_millis(100);
 
 impl World {
     pub(super) fn on(&mut self, event: Event) {
@@ -146,8 +144,8 @@ impl World {
                 }
                 Action::Pull | Action::GiveUp => {
                     let at = &self.members[node].blobs[blob];
-                    let left = at.child.as_ref().is_some_and(Child::may_leave_it)
-                        && at.hold.is_some_and(|(_, since)| now - since >= LEFT);
+                    let waited = at.hold.map_or(Duration::ZERO, |(_, since)| now - since);
+                    let left = at.child.as_ref().is_some_and(|child| child.was_left_in_vain(waited));
                     self.members[node].left_in_vain |= left && action == Action::Pull;
                     self.totals.given_up += u64::from(action == Action::GiveUp);
                     self.unhold(node, blob, HoldEnd::InVain);
