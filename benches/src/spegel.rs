@@ -1,8 +1,9 @@
 //! The program under test, or another with the same flags.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -21,6 +22,28 @@ pub struct Ports {
     pub router: u16,
     /// `--metrics-addr`.
     pub metrics: u16,
+}
+
+impl Ports {
+    /// Three ports in a row that nothing of this machine listens on, and that no other call of this process was given.
+    ///
+    /// They lie below the range that Linux gives to clients and to those who bind port 0
+    /// (`net.ipv4.ip_local_port_range`), so that nobody is given them before their process binds them.
+    ///
+    /// # Errors
+    /// All of them are taken.
+    pub fn free() -> Result<Self> {
+        static GIVEN: AtomicU16 = AtomicU16::new(0);
+        const THREES: u16 = 3333;
+        let is_free = |port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok();
+        // Another process of tests begins elsewhere.
+        let begin = u16::try_from(std::process::id() % u32::from(THREES))?;
+        (0..THREES)
+            .map(|_| 20_000 + 3 * ((begin + GIVEN.fetch_add(1, Ordering::Relaxed) % THREES) % THREES))
+            .find(|&port| (port..port + 3).all(is_free))
+            .map(|port| Self { registry: port, router: port + 1, metrics: port + 2 })
+            .context("no free ports between 20000 and 29998")
+    }
 }
 
 impl Default for Ports {

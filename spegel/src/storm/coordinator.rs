@@ -298,8 +298,20 @@ impl Asked<'_> {
 
     /// A place for one that has none.
     fn place(&mut self, want: &Want) -> Response {
-        let seeker =
-            Seeker { node: self.from, position: want.position, avoid: &want.avoid, only_free: false, at_need: false };
+        let seeker = Seeker {
+            node: self.from,
+            position: want.position,
+            avoid: &want.avoid,
+            only_free: false,
+            at_need: false,
+            only_sure: false,
+        };
+        let sure = Seeker { only_free: true, only_sure: true, ..seeker };
+        if want.position > 0
+            && let Some(parent) = self.tree.parent_for(sure, self.now)
+        {
+            return self.fetch(parent);
+        }
         if let Some(parent) = self.parent(seeker) {
             return self.fetch(parent);
         }
@@ -329,7 +341,9 @@ impl Asked<'_> {
         let Some(place) = self.tree.get(self.from) else { return Response::Refuse };
         let mut avoid = want.avoid.clone();
         avoid.extend(place.parent);
-        let seeker = Seeker { node: self.from, position: want.position, avoid: &avoid, only_free, at_need: false };
+        // It is not to leave what gives it something for what may have nothing for it.
+        let (node, position) = (self.from, want.position);
+        let seeker = Seeker { node, position, avoid: &avoid, only_free, at_need: false, only_sure: only_free };
         if let Some(parent) = self.parent(seeker) {
             return self.fetch(parent);
         }

@@ -9,7 +9,7 @@ use super::{Key, MAX_SLOTS, Rank};
 /// MiB, in which it is passed on, that each level is felt, two.
 const AT_FIRST: u16 = 1;
 const OF_MEDIUM: u16 = 2;
-const MEDIUM: u64 = 32 << 20;
+const MEDIUM: u64 = 16 << 20;
 const OF_SMALL: u16 = 16;
 const SMALL: u64 = 1 << 20;
 /// How often children are looked at, and for how long after a change nothing is concluded.

@@ -24,9 +24,12 @@ const IN_VAIN: u8 = 2;
 /// How long it must have had bytes by then.
 const TRIED: Duration = Duration::from_secs(1);
 /// One level for each so many bytes of the blob, between these bounds, and no fewer than a tree of two children each needs.
-const BYTES_A_LEVEL: u64 = 10 << 20;
+const BYTES_A_LEVEL: u64 = 4 << 20;
 const FEWEST_LEVELS: u64 = 4;
 const MOST_LEVELS: u64 = 24;
+
+/// Positions that are told in the first second are wrong by this much more.
+const DOUBT: u64 = 4 << 20;
 
 /// A node's place.
 #[derive(Clone, Debug)]
@@ -116,6 +119,8 @@ pub(super) struct Seeker<'a> {
     pub(super) only_free: bool,
     /// One will do, for want of a better one, that it or others had trouble with.
     pub(super) at_need: bool,
+    /// Only one will do that is ahead however wrong what is known of it may be.
+    pub(super) only_sure: bool,
 }
 
 // === impl Tree ===
@@ -389,15 +394,23 @@ impl Tree {
         let is_ahead = match seeker.position {
             0 => place.position > 0 || place.is_apart() || place.rank < own.rank,
             position => {
-                // Nodes tell it rarely. Whoever is fed gets at least what the furthest gets meanwhile.
+                // Nodes tell it rarely. Whoever is fed gets at least what the furthest gets meanwhile, and in one chain the upper has more.
                 let seems = place.position + (self.furthest - place.furthest);
-                place.standing == Standing::Complete || seems > position || place.level < own.level
+                let (surely, maybe) = (position.saturating_add(self.doubt()), position.saturating_sub(self.doubt()));
+                place.standing == Standing::Complete
+                    || seems > if seeker.only_sure { surely } else { position }
+                    || (!seeker.only_sure && place.level < own.level && seems > maybe)
             }
         };
         if !is_ahead {
             return None;
         }
         self.level_of(node, seeker.node, now)
+    }
+
+    /// How wrong a position may be that is reckoned from a report and the root's: what comes between two reports of the root, and containerd's steps.
+    fn doubt(&self) -> u64 {
+        DOUBT + self.furthest / 8
     }
 
     /// How far the node is from a source; nothing if its way up leads through `seeker`, or to none.

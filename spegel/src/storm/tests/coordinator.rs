@@ -99,7 +99,7 @@ fn a_tree_is_no_deeper_than_it_may_be_and_no_parent_has_many_more_than_its_slots
         parents[of] += 1;
         level[node as usize] = level[of] + 1;
     }
-    assert_eq!(level.iter().max(), Some(&24), "one level for each 10 MiB, up to 24");
+    assert_eq!(level.iter().max(), Some(&24), "one level for each 4 MiB, up to 24");
     assert_eq!(parents.iter().max(), Some(&2), "one more than there are slots");
     // What is small is passed on to many at once.
     let mut talk = Talk::new();
@@ -262,6 +262,27 @@ fn who_stands_still_with_the_root_stays_where_it_is() {
     assert!(matches!(talk.want_as(3, 0, still), Response::Wait { .. }), "the root has got nothing either");
     talk.have(1, 32 << 20, Holding::Root);
     assert_eq!(parent(talk.want_as(3, 0, still)), 1, "it has, and the parent does not deliver");
+}
+
+#[test]
+fn nobody_is_sent_to_a_latecomer_that_has_less() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    assert_eq!((2..4).map(|node| parent(talk.want(node))).collect::<Vec<_>>(), [1, 2]);
+    talk.pass(Duration::from_secs(4));
+    talk.number += 1;
+    let (number, total) = (talk.number, Some(TOTAL));
+    let have = Have { key: KEY, number, position: 100 << 20, total, slots: 2, holding: Holding::Root };
+    talk.say(1, 0, &Request::Have(have));
+    assert_eq!(parent(talk.want(4)), 1, "nearer to the root than 3 is, and free");
+    talk.have(4, 30 << 20, Holding::Child);
+    talk.have(2, 99 << 20, Holding::Child);
+    let slow = talk.want_as(3, 0, |want| (want.position, want.why) = (95 << 20, Why::Slow));
+    assert!(matches!(slow, Response::Wait { .. }), "{slow:?}");
+    let lost = talk.want_as(3, 0, |want| {
+        (want.position, want.why, want.avoid) = (95 << 20, Why::Broke, vec![Node(2)]);
+    });
+    assert_eq!(parent(lost), 1);
 }
 
 #[test]

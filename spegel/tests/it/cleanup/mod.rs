@@ -6,14 +6,14 @@ mod nodes;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use spegel_benches::daemon::Daemon;
-use spegel_benches::spegel::configure;
+use spegel_benches::spegel::{Ports, configure};
 
 use crate::kube::fake::{FakeApi, State};
 
@@ -39,7 +39,7 @@ impl Cluster {
     fn new(nodes: u8) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let api = FakeApi::start(dir.path(), Ipv4Addr::LOCALHOST);
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        let port = Ports::free().unwrap().registry;
         let mut cluster = Self { dir, api, port, before: BTreeMap::new() };
         for number in 1..=nodes {
             let certs = cluster.certs(number);

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -76,13 +76,11 @@ impl Alone {
 }
 
 fn settings(folder: &TempDir, source: Source) -> Settings {
-    let listeners: Vec<TcpListener> = (0..3).map(|_| TcpListener::bind((LOOPBACK, 0)).unwrap()).collect();
-    let port = |n: usize| listeners[n].local_addr().unwrap().port();
     Settings {
         program: PROGRAM.into(),
         node: None,
         address: LOOPBACK,
-        ports: Ports { registry: port(0), router: port(1), metrics: port(2) },
+        ports: Ports::free().unwrap(),
         source,
         peers: vec![LOOPBACK],
         arguments: Vec::new(),

@@ -1,7 +1,7 @@
 //! What the built program logs, and how it is asked where its time goes.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,20 +23,13 @@ const PATIENT: Duration = Duration::from_secs(60);
 const USER: &str = "somebody-special";
 const PASSWORD: &str = "correct horse battery staple";
 
-fn free_ports() -> Ports {
-    // Held until all are known, so that they differ.
-    let held = [(); 3].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
-    let [registry, router, metrics] = held.map(|listener| listener.local_addr().unwrap().port());
-    Ports { registry, router, metrics }
-}
-
 fn image(folder: &Path, layer: u64) -> Image {
     ImageBuilder::new("registry.test/app:1").layers(1, layer, Compression::None, 7).build(folder).unwrap()
 }
 
 /// Nodes on loopback, of which those have the image whose number is in `holders`.
 fn nodes(folder: &Path, image: &Image, count: u8, holders: &[u8], arguments: &[&str]) -> Vec<Spegel> {
-    let ports = free_ports();
+    let ports = Ports::free().unwrap();
     let address = |number: u8| IpAddr::from([127, 0, 0, number + 1]);
     let settings = (0..count).map(|number| {
         let layout = folder.join(format!("layout-{number}"));

@@ -1,7 +1,7 @@
 //! What the process does when it is told to end.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -12,10 +12,6 @@ use super::cluster::PROGRAM;
 
 /// Larger than what sockets hold, so that a client that takes nothing keeps its response under way.
 const LAYER: u64 = 64 << 20;
-
-fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
-}
 
 #[test]
 fn the_first_signal_lets_responses_finish_and_the_second_does_not() {
@@ -28,7 +24,7 @@ fn the_first_signal_lets_responses_finish_and_the_second_does_not() {
         program: PROGRAM.into(),
         node: None,
         address: Ipv4Addr::LOCALHOST.into(),
-        ports: Ports { registry: free_port(), router: free_port(), metrics: free_port() },
+        ports: Ports::free().unwrap(),
         source: Source::Layout(layout),
         peers: Vec::new(),
         arguments: vec!["--drain-timeout".into(), "10m".into()],

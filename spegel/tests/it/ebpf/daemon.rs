@@ -42,16 +42,9 @@ pub(crate) fn start(folder: &Path, port: u16, before: &[&str], arguments: &[&str
     Daemon::start("spegel", None, &command, &folder.join("log")).unwrap()
 }
 
-/// Three ports that were free a moment ago, and that no other test of this process was given.
+/// The first of three ports in a row: the registry's, the router's and that of metrics.
 pub(crate) fn ports() -> u16 {
-    use std::net::TcpListener;
-    use std::sync::atomic::{AtomicU16, Ordering};
-    static GIVEN: AtomicU16 = AtomicU16::new(0);
-    let start = std::process::id() as u16 % 3000;
-    std::iter::repeat_with(|| 20_000 + 3 * ((start + GIVEN.fetch_add(1, Ordering::Relaxed)) % 3333))
-        .take(3333)
-        .find(|port| (0..3).all(|n| TcpListener::bind(("127.0.0.1", port + n)).is_ok()))
-        .unwrap()
+    Ports::free().unwrap().registry
 }
 
 pub(crate) fn metrics(port: u16) -> String {

@@ -5,7 +5,7 @@
 pub(crate) mod fake;
 
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -19,20 +19,18 @@ use fake::{FakeApi, State};
 const PATIENCE: Duration = Duration::from_secs(30);
 const TAINT: &str = "spegel.dev/agent-not-ready";
 
-/// A mirror of an empty layout, not yet started, on ports that were free a moment ago. Its node's name is its address.
+/// A mirror of an empty layout, not yet started. Its node's name is its address.
 fn mirror(dir: &Path, flags: &[&str], api: &FakeApi) -> Settings {
     let layout = dir.join("layout");
     fs::create_dir_all(&layout).unwrap();
     fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
     fs::write(layout.join("index.json"), r#"{"schemaVersion":2,"manifests":[]}"#).unwrap();
-    let listeners = [0; 3].map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
-    let [registry, router, metrics] = listeners.map(|listener| listener.local_addr().unwrap().port());
     let flags = flags.iter().map(|&flag| flag.to_owned());
     Settings {
         program: env!("CARGO_BIN_EXE_spegel").into(),
         node: None,
         address: Ipv4Addr::LOCALHOST.into(),
-        ports: Ports { registry, router, metrics },
+        ports: Ports::free().unwrap(),
         source: Source::Layout(layout),
         peers: Vec::new(),
         arguments: flags.chain(api.flags()).collect(),
