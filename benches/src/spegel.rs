@@ -36,8 +36,8 @@ impl Ports {
         static GIVEN: AtomicU16 = AtomicU16::new(0);
         const THREES: u16 = 3333;
         let is_free = |port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok();
-        // Another process of tests begins elsewhere.
-        let begin = u16::try_from(std::process::id() % u32::from(THREES))?;
+        // Another process of tests begins elsewhere, and not at the next three.
+        let begin = u16::try_from(std::process::id() % u32::from(THREES) * 97 % u32::from(THREES))?;
         (0..THREES)
             .map(|_| 20_000 + 3 * ((begin + GIVEN.fetch_add(1, Ordering::Relaxed) % THREES) % THREES))
             .find(|&port| (port..port + 3).all(is_free))

@@ -69,18 +69,27 @@ pub enum Command {
 /// The exit code, after help, or what is wrong, was printed.
 pub fn parse() -> Result<Invocation, ExitCode> {
     let arguments: Vec<_> = std::env::args_os().collect();
-    let parsed = parse_from(arguments.clone()).and_then(|invocation| match &invocation.command {
-        Command::Doctor(settings) => match &settings.env_file {
-            Some(file) => Err(environment::again(file, &arguments)),
-            None => Ok(invocation),
-        },
-        _ => Ok(invocation),
-    });
+    let parsed = parse_from(arguments.clone());
+    let file = match &parsed {
+        Ok(Invocation { command: Command::Doctor(settings), .. }) => settings.env_file.clone(),
+        // What a flag lacks may stand in the file.
+        Err(error) if error.use_stderr() => env_file(&arguments),
+        _ => None,
+    };
+    let parsed = file.map_or(parsed, |file| Err(environment::again(&file, &arguments)));
     parsed.map_err(|error| {
         // Nothing can be done about a terminal that is gone.
         let _ = error.print();
         ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
     })
+}
+
+/// The file of variables that arguments of `doctor` name, whatever else is wrong with them.
+fn env_file(arguments: &[std::ffi::OsString]) -> Option<std::path::PathBuf> {
+    let command = args::without_empty_environment(args::Cli::command()).ignore_errors(true);
+    let matches = command.try_get_matches_from(arguments).ok()?;
+    let doctor = matches.subcommand_matches("doctor")?;
+    doctor.try_get_one::<std::path::PathBuf>("env_file").ok().flatten().cloned()
 }
 
 fn parse_from(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Invocation, clap::Error> {
@@ -248,6 +257,20 @@ mod tests {
                 &["--upstream-ports", "5443"],
             ],
         );
+    }
+
+    #[test]
+    fn a_file_of_variables_is_found_whatever_the_flags_lack() {
+        let of = |arguments: &[&str]| {
+            let arguments: Vec<_> = std::iter::once(&"spegel").chain(arguments).map(Into::into).collect();
+            env_file(&arguments)
+        };
+        let expected = Some(std::path::PathBuf::from("/a"));
+        assert_eq!(of(&["doctor", "--bootstrap-kind", "dns", "--env-file", "/a"]), expected);
+        assert_eq!(of(&["doctor", "--env-file=/a", "--nonsense"]), expected);
+        assert_eq!(of(&["doctor", "--nonsense", "1"]), None);
+        assert_eq!(of(&["registry", "--env-file", "/a"]), None);
+        assert_eq!(of(&["nonsense", "--env-file", "/a"]), None);
     }
 
     #[test]

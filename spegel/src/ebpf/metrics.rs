@@ -237,7 +237,7 @@ mod tests {
     use super::*;
     use crate::zerocopy::TcpInfo;
     use std::net::IpAddr;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn events_that_were_lost_are_told() {
@@ -268,6 +268,17 @@ mod tests {
             .filter(|line| line.starts_with("spegel_peer_sent_bytes_total{peer=") && !line.contains("other"))
             .count();
         assert!((20..=SHOWN).contains(&series), "{series}");
+    }
+
+    #[test]
+    fn a_socket_is_not_asked_after_each_of_many_small_answers() {
+        let watch = Watch::without_kernel();
+        let mut probe = watch.probe(IpAddr::from([10, 0, 0, 1]), Role::Served).unwrap();
+        let began = Instant::now();
+        assert!(probe.is_due(began), "it never was");
+        probe.take(&TcpInfo { bytes_acked: 5, ..TcpInfo::default() });
+        assert!(!probe.is_due(began));
+        assert!(probe.is_due(Instant::now() + Duration::from_secs(1)));
     }
 
     #[test]

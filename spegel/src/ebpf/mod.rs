@@ -39,6 +39,8 @@ const PERIOD: Duration = Duration::from_secs(1);
 const REST: u32 = 50;
 /// How long loading may take: the verifier looks at every path of the programs, which is milliseconds.
 const LOADING: Duration = Duration::from_secs(10);
+/// How long after a look at one of our own sockets the next one is worth its cost.
+const PROBE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Whether the kernel is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,7 +212,7 @@ impl Watch {
         self.wants_probes().then(|| {
             let remote = remote.to_canonical();
             self.table().opened(remote, role, Instant::now());
-            Probe(Box::new(Probed { watch: self.clone(), remote, role, before: Moved::default() }))
+            Probe(Box::new(Probed { watch: self.clone(), remote, role, before: Moved::default(), taken: None }))
         })
     }
 
@@ -266,17 +268,26 @@ struct Probed {
     watch: Watch,
     remote: IpAddr,
     role: Role,
-    /// What it had moved when it was asked last.
+    /// What it had moved when it was asked last, and when that was.
     before: Moved,
+    taken: Option<Instant>,
 }
 
 // === impl Probe ===
 
 impl Probe {
+    /// Whether it is worth while to ask again: of many small answers in a row every one would cost a tenth more.
+    /// What is not asked for is there the next time, and at the end.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.0.taken.is_none_or(|taken| now.saturating_duration_since(taken) >= PROBE_PAUSE)
+    }
+
     /// Takes down what has changed since it was last asked.
     pub fn take(&mut self, info: &TcpInfo) {
-        let Probed { watch, remote, role, before } = &mut *self.0;
-        *before = watch.table().sampled(*remote, *role, info, before, Instant::now());
+        let Probed { watch, remote, role, before, taken } = &mut *self.0;
+        let now = Instant::now();
+        *before = watch.table().sampled(*remote, *role, info, before, now);
+        *taken = Some(now);
     }
 }
 

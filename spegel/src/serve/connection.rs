@@ -218,6 +218,7 @@ impl Lane {
         if let Phase::Http(session) = std::mem::replace(&mut self.phase, Phase::Nothing) {
             let (stream, unread) = session.into_parts();
             if let Some(probe) = &mut self.probe
+                && probe.is_due(Instant::now().into_std())
                 && let Ok(info) = TcpInfo::of(&stream)
             {
                 probe.take(&info);

@@ -319,6 +319,7 @@ impl Child {
         }
         if lacks <= SLACK || !matches!(self.source, Source::Parent(_)) {
             self.slow = None;
+            self.again = self.again.filter(|(_, why)| *why != Why::Slow);
             return;
         }
         match self.slow {
@@ -433,7 +434,8 @@ impl Child {
 
     /// When to ask whether others stand still as well: not all at the same moment.
     fn still_at(&self) -> Option<Instant> {
-        let is_asking = self.question.is_some() || self.again.is_some();
+        // What it may do about a slow parent later is no reason not to ask about one that gives nothing.
+        let is_asking = self.question.is_some() || self.again.is_some_and(|(_, why)| why != Why::Slow);
         let spread = mix(self.number ^ u64::from_be_bytes([self.wish.key.0[0]; 8])) % 1000;
         let still = if self.excused.is_some_and(|at| at >= self.grown) { EXCUSED } else { STILL };
         (!is_asking).then(|| self.grown + still + STILL.mul_f64(spread as f64 / 1000.0))

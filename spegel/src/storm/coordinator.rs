@@ -305,8 +305,9 @@ impl Asked<'_> {
             only_free: false,
             at_need: false,
             only_sure: false,
+            only_near: false,
         };
-        let sure = Seeker { only_free: true, only_sure: true, ..seeker };
+        let sure = Seeker { only_free: true, only_sure: true, only_near: true, ..seeker };
         if want.position > 0
             && let Some(parent) = self.tree.parent_for(sure, self.now)
         {
@@ -343,7 +344,8 @@ impl Asked<'_> {
         avoid.extend(place.parent);
         // It is not to leave what gives it something for what may have nothing for it.
         let (node, position) = (self.from, want.position);
-        let seeker = Seeker { node, position, avoid: &avoid, only_free, at_need: false, only_sure: only_free };
+        let (at_need, only_sure, only_near) = (false, only_free, false);
+        let seeker = Seeker { node, position, avoid: &avoid, only_free, at_need, only_sure, only_near };
         if let Some(parent) = self.parent(seeker) {
             return self.fetch(parent);
         }

@@ -9,8 +9,10 @@ use super::{Holding, LEASE, Node, Rank, Response, STILL, STUCK, SUSPECT, Zone};
 const SHUNNED: Duration = Duration::from_secs(5);
 /// How long a complete node counts as a source without being heard of.
 const COMPLETE: Duration = Duration::from_secs(60);
-/// How many candidates of one class and zone are looked at for one question.
+/// How many candidates of one class and zone are looked at for one question of a node that has no byte yet, and of one that has some: in a
+/// rolling start those near the root, which come first, may all have less.
 const LOOKS: usize = 64;
+const LOOKS_OF_THE_FED: usize = 512;
 /// A longer way up is a circle that two views made.
 const LONGEST: usize = 4096;
 /// How many zones are told apart; nodes of others are in none.
@@ -28,7 +30,8 @@ const BYTES_A_LEVEL: u64 = 4 << 20;
 const FEWEST_LEVELS: u64 = 4;
 const MOST_LEVELS: u64 = 24;
 
-/// Positions that are told in the first second are wrong by this much more.
+/// What is reckoned since a node's report may be wrong by so much, and by an eighth of what the furthest has: a guess. Reports are seconds old,
+/// and those of the root, by which it is reckoned, a quarter of one.
 const DOUBT: u64 = 4 << 20;
 
 /// A node's place.
@@ -119,8 +122,10 @@ pub(super) struct Seeker<'a> {
     pub(super) only_free: bool,
     /// One will do, for want of a better one, that it or others had trouble with.
     pub(super) at_need: bool,
-    /// Only one will do that is ahead however wrong what is known of it may be.
+    /// Only one will do that has said that it is ahead, or is by more than [`DOUBT`].
     pub(super) only_sure: bool,
+    /// Only one of its own zone will do.
+    pub(super) only_near: bool,
 }
 
 // === impl Tree ===
@@ -356,9 +361,13 @@ impl Tree {
         let own = self.places.get(&seeker.node)?;
         let deepest = self.deepest();
         let near = own.zone;
+        let looks = if seeker.position > 0 { LOOKS_OF_THE_FED } else { LOOKS };
         let mut best: Option<((u16, bool, u16), Node)> = None;
         for (zone, open) in &self.open {
             let is_far = *zone != near;
+            if is_far && seeker.only_near {
+                continue;
+            }
             let mut class = 0;
             // Class by class, the shallow ones of each first.
             while let Some(first) = open.range((class, 0, 0, Node(0))..).next() {
@@ -369,7 +378,7 @@ impl Tree {
                     break;
                 }
                 let within = open.range((class, 0, 0, Node(0))..=(class, u16::MAX, u32::MAX, Node(u64::MAX)));
-                for (_, level, _, node) in within.take(LOOKS) {
+                for (_, level, _, node) in within.take(looks) {
                     if *level >= deepest {
                         break;
                     }
@@ -393,13 +402,14 @@ impl Tree {
         }
         let is_ahead = match seeker.position {
             0 => place.position > 0 || place.is_apart() || place.rank < own.rank,
+            _ if place.is_hearsay => !seeker.only_sure,
             position => {
                 // Nodes tell it rarely. Whoever is fed gets at least what the furthest gets meanwhile, and in one chain the upper has more.
                 let seems = place.position + (self.furthest - place.furthest);
                 let (surely, maybe) = (position.saturating_add(self.doubt()), position.saturating_sub(self.doubt()));
-                place.standing == Standing::Complete
-                    || seems > if seeker.only_sure { surely } else { position }
-                    || (!seeker.only_sure && place.level < own.level && seems > maybe)
+                let is_sure = place.is_complete() || place.position > position || seems > surely;
+                let is_above = place.level < own.level && (seems > maybe || seeker.at_need);
+                is_sure || (!seeker.only_sure && (seems > position || is_above))
             }
         };
         if !is_ahead {
@@ -408,7 +418,7 @@ impl Tree {
         self.level_of(node, seeker.node, now)
     }
 
-    /// How wrong a position may be that is reckoned from a report and the root's: what comes between two reports of the root, and containerd's steps.
+    /// See [`DOUBT`].
     fn doubt(&self) -> u64 {
         DOUBT + self.furthest / 8
     }

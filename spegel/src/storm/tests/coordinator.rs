@@ -59,8 +59,12 @@ impl Talk {
     }
 
     fn have(&mut self, node: u64, position: u64, holding: Holding) {
+        self.have_for(node, position, 1, holding);
+    }
+
+    fn have_for(&mut self, node: u64, position: u64, slots: u16, holding: Holding) {
         self.number += 1;
-        let have = Have { key: KEY, number: self.number, position, total: Some(TOTAL), slots: 1, holding };
+        let have = Have { key: KEY, number: self.number, position, total: Some(TOTAL), slots, holding };
         let answer = self.say(node, 0, &Request::Have(have));
         assert!(matches!(answer, Some(Response::Ack { .. })), "{answer:?}");
     }
@@ -101,6 +105,14 @@ fn a_tree_is_no_deeper_than_it_may_be_and_no_parent_has_many_more_than_its_slots
     }
     assert_eq!(level.iter().max(), Some(&24), "one level for each 4 MiB, up to 24");
     assert_eq!(parents.iter().max(), Some(&2), "one more than there are slots");
+    let mut talk = Talk::new();
+    let shorter = |talk: &mut Talk, node| talk.want_as(node, 0, |want| want.total = Some(64 << 20));
+    shorter(&mut talk, 0);
+    let mut level = vec![0; 1000];
+    for node in 1..1000_u64 {
+        level[node as usize] = level[parent(shorter(&mut talk, node)) as usize] + 1;
+    }
+    assert_eq!(level.iter().max(), Some(&16));
     // What is small is passed on to many at once.
     let mut talk = Talk::new();
     let small = |talk: &mut Talk, node| talk.want_as(node, 0, |want| (want.total, want.slots) = (Some(4096), 16));
@@ -270,10 +282,7 @@ fn nobody_is_sent_to_a_latecomer_that_has_less() {
     talk.pulls(1);
     assert_eq!((2..4).map(|node| parent(talk.want(node))).collect::<Vec<_>>(), [1, 2]);
     talk.pass(Duration::from_secs(4));
-    talk.number += 1;
-    let (number, total) = (talk.number, Some(TOTAL));
-    let have = Have { key: KEY, number, position: 100 << 20, total, slots: 2, holding: Holding::Root };
-    talk.say(1, 0, &Request::Have(have));
+    talk.have_for(1, 100 << 20, 2, Holding::Root);
     assert_eq!(parent(talk.want(4)), 1, "nearer to the root than 3 is, and free");
     talk.have(4, 30 << 20, Holding::Child);
     talk.have(2, 99 << 20, Holding::Child);
@@ -283,6 +292,21 @@ fn nobody_is_sent_to_a_latecomer_that_has_less() {
         (want.position, want.why, want.avoid) = (95 << 20, Why::Broke, vec![Node(2)]);
     });
     assert_eq!(parent(lost), 1);
+}
+
+#[test]
+fn who_lost_its_parent_goes_to_one_that_has_said_that_it_has_more() {
+    let mut talk = Talk::new();
+    talk.pulls(1);
+    assert_eq!((2..6).map(|node| parent(talk.want(node))).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    // Nearer to the root, and likely to have as much as it by now.
+    talk.have_for(2, 0, 2, Holding::Child);
+    talk.have(1, 100 << 20, Holding::Root);
+    talk.have_for(3, 97 << 20, 2, Holding::Child);
+    let lost = talk.want_as(5, 0, |want| {
+        (want.position, want.why, want.avoid) = (95 << 20, Why::Broke, vec![Node(4)]);
+    });
+    assert_eq!(parent(lost), 3);
 }
 
 #[test]

@@ -295,6 +295,53 @@ fn a_slow_parent_is_told_of_once_in_a_while() {
     assert!(asked.len() >= 2 && asked[0] >= 1000, "{asked:?}");
 }
 
+/// A child whose question about its slow parent was answered with a long pause, and the time.
+fn waiting_for_a_better_one() -> (Child, Instant) {
+    let mut now = Instant::now();
+    let mut child = fed_child(now);
+    for n in 1..20_u64 {
+        now += Duration::from_millis(100);
+        child.grew(n * 100_000, now);
+        child.parent_has(64 << 20, now);
+        let actions = actions(&mut child, now);
+        if actions.iter().any(|action| matches!(action, Action::Send { request: Request::Want(_), .. })) {
+            let (_, want) = question(&actions);
+            assert_eq!(want.why, Why::Slow);
+            child.answered(want.number, Response::Wait { pause: NOTHING / 2 }, now);
+            return (child, now);
+        }
+    }
+    panic!("it never asked");
+}
+
+fn questions_until(child: &mut Child, end: Instant) -> Vec<Why> {
+    let mut asked = Vec::new();
+    while let Some(now) = child.wake().filter(|wake| *wake <= end) {
+        for action in actions(child, now) {
+            if let Action::Send { request: Request::Want(want), .. } = action {
+                asked.push(want.why);
+                child.answered(want.number, Response::Wait { pause: NOTHING }, now);
+            }
+        }
+    }
+    asked
+}
+
+#[test]
+fn a_slow_parent_that_then_gives_nothing_is_told_of_no_later_than_any() {
+    let (mut child, now) = waiting_for_a_better_one();
+    assert_eq!(questions_until(&mut child, now + 2 * STILL), [Why::Still]);
+}
+
+#[test]
+fn a_parent_that_has_caught_up_is_slow_no_more() {
+    let (mut child, now) = waiting_for_a_better_one();
+    child.parent_has(child.position(), now);
+    let later = now + NOTHING / 2;
+    child.grew(3 << 20, later - Duration::from_millis(1));
+    assert_eq!(questions_until(&mut child, later), []);
+}
+
 /// When a child asks for a better parent whose own has all and brings so many bytes a second.
 fn asked_behind_a_complete_parent(rate: u64) -> Option<Duration> {
     let start = Instant::now();
@@ -357,7 +404,9 @@ fn more_are_taken_while_all_keep_up() {
     assert_eq!(fed(1, 25e6, Duration::from_secs(2)).0.slots(Some(64 << 20), false), 2);
     let (parent, now, shed) = fed(4, 25e6, Duration::from_secs(2));
     assert_eq!((parent.slots(Some(64 << 20), false), parent.capacity(now), shed.len()), (6, None, 0));
-    assert_eq!(Parent::new(64, now).slots(Some(1000), false), 16, "what is small comes in one piece");
+    let at_first = |length| Parent::new(64, now).slots(Some(length), false);
+    assert_eq!(at_first(1000), 16, "what is small comes in one piece");
+    assert_eq!((at_first(16 << 20), at_first((16 << 20) + 1)), (2, 1));
 }
 
 #[test]

@@ -81,7 +81,10 @@ fn variables_come_from_a_file() {
         command.env("ROUTER_ADDR", "127.0.0.1:2").env("REGISTRY_ADDR", "127.0.0.1:3").output().unwrap()
     };
     let path = file.to_str().unwrap();
-    for flags in [vec!["--json", "--env-file", path], vec![&*format!("--env-file={path}"), "--json"]] {
+    let given = format!("--env-file={path}");
+    // The last one lacks what stands in the file.
+    let lacking = vec!["--bootstrap-kind", "static", "--json", "--env-file", path];
+    for flags in [vec!["--json", "--env-file", path], vec![&*given, "--json"], lacking] {
         let said = run(&flags);
         let report: Value = serde_json::from_slice(&said.stdout).unwrap();
         let checks = report["checks"].as_array().unwrap();

@@ -11,19 +11,24 @@ use serde_json::{Value, json};
 use spegel_benches::http::Client;
 use spegel_benches::load::Waits;
 
-use super::paired::{self, Change, Grouped, ORDERS, TURNS, middle, significant};
+use super::paired::{self, Change, Grouped, ORDERS, middle, significant};
 use super::{CLIENT_CORE, Plane, Running, Settings, rivals, socket};
 use crate::bench::Figures;
 
-/// How long each measurement lasts, in seconds.
-const TIME: &str = "0.6";
-/// How often the figures are scraped, as the most impatient Prometheus would. Each measurement begins with a scrape.
+/// How long each measurement lasts, in seconds: the machine is not the same for long.
+const TIME: &str = "0.3";
+/// How long the server is under the same load before: what it may write and keep a second has run out by then, as it has under a load that lasts.
+const BEFORE: &str = "0.1";
+/// How often the figures are scraped, as the most impatient Prometheus would. Each measurement has a scrape at least.
 const SCRAPE: Duration = Duration::from_secs(1);
+/// Turns of a round, whose processes are the same; before them is one that is not counted.
+const TURNS: usize = 60;
 /// How many per cent of the requests a second everything may cost.
 const AIM: f64 = 2.0;
 
 /// The servers of a round. The third is what the first two would differ by if everything cost nothing.
 const SERVERS: [(&str, bool); 3] = [("off", false), ("on", true), ("off-again", false)];
+const ON: usize = 1;
 /// What is measured of each in a turn.
 const FIGURES: [&str; 4] = [
     "manifest of 2 KiB: requests / s",
@@ -46,15 +51,10 @@ pub(in crate::bench) fn everything(settings: &Settings) -> Result<Figures> {
         let servers = (0..SERVERS.len())
             .map(|number| start(&plane, number, place(number), round, has_pages))
             .collect::<Result<Vec<_>>>()?;
+        let metrics = socket(plane.address(), rivals::metrics_port(u16::try_from(place(ON))?));
         for turn in 0..=TURNS {
             for number in ORDERS[turn % ORDERS.len()] {
-                let server = &servers[number].running;
-                let (figures, seen) = if SERVERS[number].1 {
-                    let metrics = socket(plane.address(), rivals::metrics_port(u16::try_from(place(number))?));
-                    scraped(metrics, || measure(&plane, server))?
-                } else {
-                    (measure(&plane, server)?, 0)
-                };
+                let (figures, seen) = measure(&plane, &servers[number].running, (number == ON).then_some(metrics))?;
                 scrapes += seen;
                 if turn > 0 {
                     found[number].push(figures);
@@ -93,10 +93,11 @@ fn figures_of(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], scrapes: usize,
     Figures {
         name: "everything",
         method: format!(
-            "GET by digest on 64 keep-alive connections, each asking anew when its answer is there. On: `/metrics` scraped at the start of each \
-             measurement and each second ({scrapes} times in all), the log at INFO into a file, `--ebpf auto`, {pages}. Off: nobody scrapes, errors only \
-             are logged, `--ebpf off`. {} times new processes, each time {TURNS} turns of {TIME} s in which on, off and off once more are measured one right \
-             after the other, in changing order. One network namespace, loopback, congestion control reno; server on core 0, client on core 1. A change is the \
+            "GET by digest on 64 keep-alive connections, each asking anew when its answer is there. On: `/metrics` scraped during each \
+             measurement ({scrapes} times in all), the log at INFO into a file, `--ebpf auto`, {pages}. Off: nobody scrapes, errors only \
+             are logged, `--ebpf off`. {} times new processes, each time {TURNS} turns in which on, off and off once more are measured one right \
+             after the other, in changing order, for {TIME} s, after {BEFORE} s of the same load: then the 1,000 lines that the log takes at once are \
+             written, and it takes 100 a second. One network namespace, loopback, congestion control reno; server on core 0, client on core 1. A change is the \
              median of the {} pairs, each of one turn, with the interval that holds the true median in 95 of 100 cases; `off beside off` is what such a \
              comparison makes of nothing.",
             plane.settings.rounds,
@@ -121,15 +122,21 @@ fn has_debug_pages(settings: &Settings) -> Result<bool> {
     Ok(String::from_utf8_lossy(&help.stdout).contains("--debug-web-enabled"))
 }
 
-fn measure(plane: &Plane, server: &Running) -> Result<Turn> {
-    let [manifest, blob] = [plane.manifest_path(), plane.config_path()].map(|path| -> Result<[f64; 2]> {
+/// What a server does, and how often it was scraped meanwhile at `metrics`, if anywhere.
+fn measure(plane: &Plane, server: &Running, metrics: Option<SocketAddr>) -> Result<(Turn, usize)> {
+    let [manifest, blob] = [plane.manifest_path(), plane.config_path()].map(|path| -> Result<([f64; 2], usize)> {
+        let load = |time| plane.client::<Waits>(&["small", &server.address.to_string(), &path, "GET", "64", time]);
+        load(BEFORE)?;
         let before = server.cpu()?;
-        let waits: Waits = plane.client(&["small", &server.address.to_string(), &path, "GET", "64", TIME])?;
+        let (waits, scrapes) = match metrics {
+            Some(metrics) => scraped(metrics, || load(TIME))?,
+            None => (load(TIME)?, 0),
+        };
         let cpu = server.cpu()? - before;
-        Ok([waits.count as f64 / waits.seconds, waits.count as f64 / cpu])
+        Ok(([waits.count as f64 / waits.seconds, waits.count as f64 / cpu], scrapes))
     });
-    let ([manifest, of_cpu], [blob, of_cpu_blob]) = (manifest?, blob?);
-    Ok([manifest, of_cpu, blob, of_cpu_blob])
+    let (([manifest, of_cpu], seen), ([blob, of_cpu_blob], seen_too)) = (manifest?, blob?);
+    Ok(([manifest, of_cpu, blob, of_cpu_blob], seen + seen_too))
 }
 
 /// Does some work while the figures are scraped, and says how often they were.
