@@ -298,16 +298,8 @@ impl Asked<'_> {
 
     /// A place for one that has none.
     fn place(&mut self, want: &Want) -> Response {
-        let seeker = Seeker {
-            node: self.from,
-            position: want.position,
-            avoid: &want.avoid,
-            only_free: false,
-            at_need: false,
-            only_sure: false,
-            only_near: false,
-        };
-        let sure = Seeker { only_free: true, only_sure: true, only_near: true, ..seeker };
+        let seeker = Seeker::of(self.from, want.position, &want.avoid);
+        let sure = Seeker { only_good: true, only_near: true, ..seeker };
         if want.position > 0
             && let Some(parent) = self.tree.parent_for(sure, self.now)
         {
@@ -337,20 +329,17 @@ impl Asked<'_> {
         }
     }
 
-    /// Another place for one that has one, if there is a better one.
-    fn better(&mut self, want: &Want, only_free: bool) -> Response {
+    /// Another place for one that has one, if there is a better one; what gives it something it is to leave for a good one only.
+    fn better(&mut self, want: &Want, only_good: bool) -> Response {
         let Some(place) = self.tree.get(self.from) else { return Response::Refuse };
         let mut avoid = want.avoid.clone();
         avoid.extend(place.parent);
-        // It is not to leave what gives it something for what may have nothing for it.
-        let (node, position) = (self.from, want.position);
-        let (at_need, only_sure, only_near) = (false, only_free, false);
-        let seeker = Seeker { node, position, avoid: &avoid, only_free, at_need, only_sure, only_near };
+        let seeker = Seeker { only_good, ..Seeker::of(self.from, want.position, &avoid) };
         if let Some(parent) = self.parent(seeker) {
             return self.fetch(parent);
         }
-        if only_free || self.tree.has_root(self.now) {
-            let pause = if only_free { MUCH_LATER.max(self.turn()) } else { LATER };
+        if only_good || self.tree.has_root(self.now) {
+            let pause = if only_good { MUCH_LATER.max(self.turn()) } else { LATER };
             return Response::Wait { pause };
         }
         self.pull(want)
@@ -360,7 +349,7 @@ impl Asked<'_> {
         if let Some(parent) = self.tree.parent_for(seeker, self.now) {
             return Some(parent);
         }
-        if seeker.position > 0 || seeker.only_free || !self.tree.has_root(self.now) {
+        if seeker.position > 0 || seeker.only_good || !self.tree.has_root(self.now) {
             return None;
         }
         // All that could take it were counted after it.

@@ -118,14 +118,21 @@ pub(super) struct Seeker<'a> {
     pub(super) node: Node,
     pub(super) position: u64,
     pub(super) avoid: &'a [Node],
-    /// Only a parent will do that is not full.
-    pub(super) only_free: bool,
+    /// Only a parent will do that is not full, and that has said that it is ahead, or is by more than [`DOUBT`].
+    pub(super) only_good: bool,
     /// One will do, for want of a better one, that it or others had trouble with.
     pub(super) at_need: bool,
-    /// Only one will do that has said that it is ahead, or is by more than [`DOUBT`].
-    pub(super) only_sure: bool,
     /// Only one of its own zone will do.
     pub(super) only_near: bool,
+}
+
+// === impl Seeker ===
+
+impl<'a> Seeker<'a> {
+    /// One that has so many bytes, avoids these, and takes what it gets otherwise.
+    pub(super) fn of(node: Node, position: u64, avoid: &'a [Node]) -> Self {
+        Self { node, position, avoid, only_good: false, at_need: false, only_near: false }
+    }
 }
 
 // === impl Tree ===
@@ -374,7 +381,7 @@ impl Tree {
                 class = first.0;
                 // In the own zone one child too many is as good as a free place in another.
                 let merit = (class.saturating_sub(u16::from(!is_far)), is_far, class);
-                if best.is_some_and(|(known, _)| known <= merit) || (seeker.only_free && class > 0) {
+                if best.is_some_and(|(known, _)| known <= merit) || (seeker.only_good && class > 0) {
                     break;
                 }
                 let within = open.range((class, 0, 0, Node(0))..=(class, u16::MAX, u32::MAX, Node(u64::MAX)));
@@ -402,14 +409,14 @@ impl Tree {
         }
         let is_ahead = match seeker.position {
             0 => place.position > 0 || place.is_apart() || place.rank < own.rank,
-            _ if place.is_hearsay => !seeker.only_sure,
+            _ if place.is_hearsay => !seeker.only_good,
             position => {
                 // Nodes tell it rarely. Whoever is fed gets at least what the furthest gets meanwhile, and in one chain the upper has more.
                 let seems = place.position + (self.furthest - place.furthest);
                 let (surely, maybe) = (position.saturating_add(self.doubt()), position.saturating_sub(self.doubt()));
                 let is_sure = place.is_complete() || place.position > position || seems > surely;
                 let is_above = place.level < own.level && (seems > maybe || seeker.at_need);
-                is_sure || (!seeker.only_sure && (seems > position || is_above))
+                is_sure || (!seeker.only_good && (seems > position || is_above))
             }
         };
         if !is_ahead {

@@ -27,6 +27,15 @@ impl Talk {
         Self { coordinator: Coordinator::new(limits, now), now, began: now, number: 0 }
     }
 
+    /// One in which 1 pulls, and each up to `last` gets it from the one before.
+    fn in_a_chain(last: u64) -> Self {
+        let mut talk = Self::new();
+        talk.pulls(1);
+        let parents: Vec<u64> = (2..=last).map(|node| parent(talk.want(node))).collect();
+        assert_eq!(parents, (1..last).collect::<Vec<_>>());
+        talk
+    }
+
     fn pass(&mut self, time: Duration) {
         self.now += time;
     }
@@ -69,6 +78,13 @@ impl Talk {
         assert!(matches!(answer, Some(Response::Ack { .. })), "{answer:?}");
     }
 
+    /// Whom the node is sent to that has so many bytes and has lost its parent.
+    fn after_losing(&mut self, node: u64, parent_before: u64, position: u64) -> u64 {
+        parent(self.want_as(node, 0, |want| {
+            (want.position, want.why, want.avoid) = (position, Why::Broke, vec![Node(parent_before)]);
+        }))
+    }
+
     #[track_caller]
     fn pulls(&mut self, node: u64) {
         let answer = self.want(node);
@@ -84,11 +100,20 @@ fn parent(answer: Response) -> u64 {
     }
 }
 
+/// How far the furthest of a thousand that ask like this is from the first.
+fn deepest_of_a_thousand(change: impl Fn(&mut Want)) -> u32 {
+    let mut talk = Talk::new();
+    talk.want_as(0, 0, &change);
+    let mut level = vec![0; 1000];
+    for node in 1..1000_u64 {
+        level[node as usize] = level[parent(talk.want_as(node, 0, &change)) as usize] + 1;
+    }
+    level.into_iter().max().unwrap_or_default()
+}
+
 #[test]
 fn the_first_pulls_and_the_others_follow_in_a_chain() {
-    let mut talk = Talk::new();
-    talk.pulls(1);
-    assert_eq!((2..6).map(|node| parent(talk.want(node))).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    let talk = Talk::in_a_chain(5);
     assert_eq!(talk.coordinator.leases(), 1);
 }
 
@@ -105,23 +130,9 @@ fn a_tree_is_no_deeper_than_it_may_be_and_no_parent_has_many_more_than_its_slots
     }
     assert_eq!(level.iter().max(), Some(&24), "one level for each 4 MiB, up to 24");
     assert_eq!(parents.iter().max(), Some(&2), "one more than there are slots");
-    let mut talk = Talk::new();
-    let shorter = |talk: &mut Talk, node| talk.want_as(node, 0, |want| want.total = Some(64 << 20));
-    shorter(&mut talk, 0);
-    let mut level = vec![0; 1000];
-    for node in 1..1000_u64 {
-        level[node as usize] = level[parent(shorter(&mut talk, node)) as usize] + 1;
-    }
-    assert_eq!(level.iter().max(), Some(&16));
+    assert_eq!(deepest_of_a_thousand(|want| want.total = Some(64 << 20)), 16);
     // What is small is passed on to many at once.
-    let mut talk = Talk::new();
-    let small = |talk: &mut Talk, node| talk.want_as(node, 0, |want| (want.total, want.slots) = (Some(4096), 16));
-    small(&mut talk, 0);
-    let mut level = vec![0; 1000];
-    for node in 1..1000_u64 {
-        level[node as usize] = level[parent(small(&mut talk, node)) as usize] + 1;
-    }
-    assert_eq!(level.iter().max(), Some(&3));
+    assert_eq!(deepest_of_a_thousand(|want| (want.total, want.slots) = (Some(4096), 16)), 3);
 }
 
 #[test]
@@ -278,9 +289,7 @@ fn who_stands_still_with_the_root_stays_where_it_is() {
 
 #[test]
 fn nobody_is_sent_to_a_latecomer_that_has_less() {
-    let mut talk = Talk::new();
-    talk.pulls(1);
-    assert_eq!((2..4).map(|node| parent(talk.want(node))).collect::<Vec<_>>(), [1, 2]);
+    let mut talk = Talk::in_a_chain(3);
     talk.pass(Duration::from_secs(4));
     talk.have_for(1, 100 << 20, 2, Holding::Root);
     assert_eq!(parent(talk.want(4)), 1, "nearer to the root than 3 is, and free");
@@ -288,25 +297,17 @@ fn nobody_is_sent_to_a_latecomer_that_has_less() {
     talk.have(2, 99 << 20, Holding::Child);
     let slow = talk.want_as(3, 0, |want| (want.position, want.why) = (95 << 20, Why::Slow));
     assert!(matches!(slow, Response::Wait { .. }), "{slow:?}");
-    let lost = talk.want_as(3, 0, |want| {
-        (want.position, want.why, want.avoid) = (95 << 20, Why::Broke, vec![Node(2)]);
-    });
-    assert_eq!(parent(lost), 1);
+    assert_eq!(talk.after_losing(3, 2, 95 << 20), 1);
 }
 
 #[test]
 fn who_lost_its_parent_goes_to_one_that_has_said_that_it_has_more() {
-    let mut talk = Talk::new();
-    talk.pulls(1);
-    assert_eq!((2..6).map(|node| parent(talk.want(node))).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    let mut talk = Talk::in_a_chain(5);
     // Nearer to the root, and likely to have as much as it by now.
     talk.have_for(2, 0, 2, Holding::Child);
     talk.have(1, 100 << 20, Holding::Root);
     talk.have_for(3, 97 << 20, 2, Holding::Child);
-    let lost = talk.want_as(5, 0, |want| {
-        (want.position, want.why, want.avoid) = (95 << 20, Why::Broke, vec![Node(4)]);
-    });
-    assert_eq!(parent(lost), 3);
+    assert_eq!(talk.after_losing(5, 4, 95 << 20), 3);
 }
 
 #[test]

@@ -27,7 +27,7 @@ const TURNS: usize = 60;
 const AIM: f64 = 2.0;
 
 /// The servers of a round. The third is what the first two would differ by if everything cost nothing.
-const SERVERS: [(&str, bool); 3] = [("off", false), ("on", true), ("off-again", false)];
+const SERVERS: [&str; 3] = ["off", "on", "off-again"];
 const ON: usize = 1;
 /// What is measured of each in a turn.
 const FIGURES: [&str; 4] = [
@@ -110,7 +110,7 @@ fn figures_of(plane: &Plane, found: &[Vec<Turn>; SERVERS.len()], scrapes: usize,
 }
 
 fn start(plane: &Plane, number: usize, place: usize, round: usize, has_pages: bool) -> Result<Grouped> {
-    let (name, is_on) = SERVERS[number];
+    let (name, is_on) = (SERVERS[number], number == ON);
     let (level, ebpf) = if is_on { ("INFO", "auto") } else { ("ERROR", "off") };
     let pages = if has_pages { format!("--debug-web-enabled={is_on}") } else { String::new() };
     paired::start(plane, place, round, name, &format!("--ebpf {ebpf} {pages}"), Some(level))
